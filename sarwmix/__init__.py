@@ -1,0 +1,1 @@
+"""Sentinel-1 specific parts: data sets, weighting, transforms, metrics, preparation."""

@@ -1,0 +1,1 @@
+"""Parts any training repository has: processes, logging, checkpoints, schedules, optimizers."""
