@@ -1,0 +1,292 @@
+"""What a kind of label needs from fine-tuning, in one object: the engine knows tasks only through `Task`.
+
+A task says how a batch becomes model inputs on the device, which loss is trained, what is kept of every sample during
+evaluation, how metrics follow from that over the whole split, which epochs are best, and what is printed and drawn.
+The data set's entry in the registry names its task; `build_task` makes it.
+
+To add one: subclass `Task`, add its line to `TASKS`. Whatever a task keeps of a sample must be an array with the
+samples first (a segmentation task keeps one confusion matrix a sample, not the pixels), so that gathering over
+processes, the check that each sample counts once and the order by sample number stay the same for all.
+
+Shapes: B samples of a batch, N samples of a split, K classes.
+"""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sarwmix.metrics import Report, align_table, metric_table, multilabel_report
+from sarwmix.mixup import smooth_labels
+from sarwmix.selection import Rule, multilabel_rules
+from sarwmix.transforms import SarTransform, draw_flips
+from util.errors import UserError
+
+TASKS = {
+    "multilabel": "sarwmix.tasks:MultilabelTask",
+    "pair": "sarwmix.sen12flood.task:PairTask",
+}
+
+
+@dataclass
+class Prepared:
+    """A batch on the device, ready for the model.
+
+    Attributes:
+        inputs: positional arguments of the model's forward, e.g. (images,) or (images1, images2).
+        target: what the loss compares with, in the task's own form; (B, K) float for multi-label.
+    """
+
+    inputs: tuple[Tensor, ...]
+    target: Tensor
+
+
+class Task(ABC):
+    """One kind of label. Instances hold plain settings only and are cheap."""
+
+    name: ClassVar[str]
+    # options of this task beyond the class names, as the entry script may hand them to `build_task`
+    options: ClassVar[tuple[str, ...]] = ()
+    # scalar metric shown while training and searched for by probes, larger is better
+    primary: ClassVar[str]
+    # whether mixup and CutMix make sense
+    mixable: ClassVar[bool] = True
+
+    def __init__(self, classes: Sequence[str]) -> None:
+        if not classes:
+            raise UserError(f"task {self.name} needs a data set with labels, this one has no classes")
+        self.classes = tuple(classes)
+
+    @property
+    def num_outputs(self) -> int:
+        """Width of the model's head."""
+        return len(self.classes)
+
+    @property
+    def select_on(self) -> str:
+        """Split that selects the best epoch: "val", or "test" where a published protocol does so."""
+        return "val"
+
+    @abstractmethod
+    def build_model(self, encoder: Mapping[str, Any], *, drop_path_rate: float) -> nn.Module:
+        """The model with a fresh head, from the encoder's arguments by name (a row of the size table).
+
+        It must have `head`, its last layer, and `forward_features(*inputs) -> (B, D)`, what `head` is applied to.
+        """
+
+    @abstractmethod
+    def inputs(
+        self,
+        batch: Mapping[str, Any],
+        transform: SarTransform,
+        *,
+        device: torch.device,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, ...]:
+        """Raw batch of the loader -> standardised inputs of the model, on the device.
+
+        Args:
+            batch: as the loader yields it (image in dB with NaN at invalid pixels, ...).
+            transform: resizing, flips and standardisation with the data set's statistics.
+            device: where the model lives.
+            generator: CPU generator of the training step: flip at random. None: evaluation, no augmentation.
+        """
+
+    @abstractmethod
+    def target(self, batch: Mapping[str, Any], device: torch.device) -> Tensor:
+        """The batch's labels on the device, in the form that `losses` takes."""
+
+    def prepare(
+        self,
+        batch: Mapping[str, Any],
+        transform: SarTransform | None,
+        *,
+        device: torch.device,
+        generator: torch.Generator | None = None,
+    ) -> Prepared:
+        """Inputs and target of a batch of images or, where transform is None, of cached features (B, D)."""
+        if transform is None:
+            inputs: tuple[Tensor, ...] = (batch["features"].to(device, non_blocking=True),)
+        else:
+            inputs = self.inputs(batch, transform, device=device, generator=generator)
+        return Prepared(inputs, self.target(batch, device))
+
+    @abstractmethod
+    def soft_target(self, target: Tensor) -> Tensor:
+        """Target as (B, K) float probabilities that can be mixed."""
+
+    @abstractmethod
+    def losses(self, logits: Tensor, target: Tensor, *, smoothing: float = 0.0) -> Tensor:
+        """Loss of each sample, (B,), float32. The target may be mixed (soft)."""
+
+    @abstractmethod
+    def scores(self, logits: Tensor) -> Tensor:
+        """Class probabilities in float64 from logits, (B, K)."""
+
+    def outputs(self, logits: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """What evaluation keeps of each sample: tensors with B first. NaN in any float one is an error."""
+        return {"scores": self.scores(logits), "target": target, "loss": self.losses(logits, target).double()}
+
+    def predict(
+        self,
+        model: Callable[..., Tensor],
+        batches: Iterable[Mapping[str, Any]],
+        transform: SarTransform | None,
+        *,
+        device: torch.device,
+    ) -> Iterator[tuple[Tensor, Sequence[str], dict[str, Tensor]]]:
+        """Run the model over this process's share of a split.
+
+        A task whose samples share images overrides this, to encode each image once.
+
+        Args:
+            model: returns logits (B, K) from the inputs; in eval mode, under no_grad and autocast.
+            batches: of the loader.
+            transform: device transform; None for cached features.
+            device: where the model lives.
+
+        Yields:
+            (sample numbers (B,), names, outputs) of each batch.
+        """
+        for batch in batches:
+            prepared = self.prepare(batch, transform, device=device)
+            logits = model(*prepared.inputs).float()
+            yield batch["index"], batch["name"], self.outputs(logits, prepared.target)
+
+    @abstractmethod
+    def report(self, gathered: Mapping[str, np.ndarray], *, bootstrap: int = 0, seed: int = 0) -> Report:
+        """Metrics of a split from the outputs of all its samples in order, (N, ...). Scalars include `loss`."""
+
+    @abstractmethod
+    def rules(self) -> tuple[Rule, ...]:
+        """Selection rules; the first one's file is the run's main result."""
+
+    @abstractmethod
+    def format_report(self, report: Report) -> str:
+        """The result table as text."""
+
+    def format_epoch(self, report: Report) -> str:
+        """One line for the progress output."""
+        return f"{self.primary} {report.scalars[self.primary]:.4f}, loss {report.scalars['loss']:.4f}"
+
+    def write_pictures(
+        self, folder: Path, split: str, gathered: Mapping[str, np.ndarray], names: Sequence[str], report: Report
+    ) -> list[Path]:
+        """Draw the result of a split into folder; returns the files written."""
+        return []
+
+
+class MultilabelTask(Task):
+    """Several classes may be present at once: BigEarthNet with 19 classes and data sets like it."""
+
+    name = "multilabel"
+    primary = "ap_macro"
+
+    def build_model(self, encoder: Mapping[str, Any], *, drop_path_rate: float) -> nn.Module:
+        from models_mixmim_ft import MixMIMClassifier
+
+        return MixMIMClassifier(num_classes=self.num_outputs, drop_path_rate=drop_path_rate, **encoder)
+
+    def inputs(
+        self,
+        batch: Mapping[str, Any],
+        transform: SarTransform,
+        *,
+        device: torch.device,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, ...]:
+        images = batch["image"].to(device, non_blocking=True)  # (B, bands, H, W) dB
+        flips = None if generator is None else draw_flips(len(images), generator)
+        return (transform(images, flips).images,)
+
+    def target(self, batch: Mapping[str, Any], device: torch.device) -> Tensor:
+        return batch["label"].to(device, torch.float32, non_blocking=True)  # (B, K)
+
+    def soft_target(self, target: Tensor) -> Tensor:
+        return target
+
+    def losses(self, logits: Tensor, target: Tensor, *, smoothing: float = 0.0) -> Tensor:
+        target = smooth_labels(target, smoothing)
+        return F.multilabel_soft_margin_loss(logits.float(), target, reduction="none")
+
+    def scores(self, logits: Tensor) -> Tensor:
+        return torch.sigmoid(logits.double())
+
+    def outputs(self, logits: Tensor, target: Tensor) -> dict[str, Tensor]:
+        return {**super().outputs(logits, target), "target": target.to(torch.uint8)}
+
+    def report(self, gathered: Mapping[str, np.ndarray], *, bootstrap: int = 0, seed: int = 0) -> Report:
+        report = multilabel_report(gathered["scores"], gathered["target"], self.classes, bootstrap=bootstrap, seed=seed)
+        report.scalars["loss"] = float(np.mean(gathered["loss"], dtype=np.float64))
+        return report
+
+    def rules(self) -> tuple[Rule, ...]:
+        return multilabel_rules()
+
+    def format_report(self, report: Report) -> str:
+        text = metric_table(report.scalars, report.intervals)
+        if report.absent:
+            text += f"\nleft out of macro average precision (no positive sample): {'; '.join(report.absent)}"
+        return text
+
+    def write_pictures(
+        self, folder: Path, split: str, gathered: Mapping[str, np.ndarray], names: Sequence[str], report: Report
+    ) -> list[Path]:
+        from sarwmix.pictures import per_class_table, precision_recall_curves
+
+        curves = folder / f"precision_recall_{split}.png"
+        precision_recall_curves(curves, gathered["scores"], gathered["target"], self.classes)
+        table = folder / f"per_class_{split}.png"
+        per_class_table(table, report.per_class)
+        return [curves, table]
+
+
+def per_class_text(report: Report) -> str:
+    """Per-class metrics as an aligned text table."""
+    rows = [("Class", "Support", "AP", "F1", "Precision")]
+    for row in report.per_class:
+        average_precision = "-" if row["ap"] is None else f"{row['ap']:.4f}"
+        rows.append(
+            (row["class"], str(row["support"]), average_precision, f"{row['f1']:.4f}", f"{row['precision']:.4f}")
+        )
+    return align_table(rows)
+
+
+def task_class(name: str) -> type[Task]:
+    """The class registered for a task name.
+
+    Raises:
+        UserError: no such task.
+    """
+    if name not in TASKS:
+        raise UserError(f"no fine-tuning for task {name!r}; there is: {', '.join(sorted(TASKS))}")
+    module, _, attribute = TASKS[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def build_task(name: str, classes: Sequence[str], options: Mapping[str, Any] | None = None) -> Task:
+    """Make the task of a data set.
+
+    Args:
+        name: the data set's task.
+        classes: its class names.
+        options: task options by name; None as a value counts as not given.
+
+    Raises:
+        UserError: no such task, or an option that it does not have.
+    """
+    chosen = task_class(name)
+    given = {key: value for key, value in (options or {}).items() if value is not None}
+    unknown = sorted(set(given) - set(chosen.options))
+    if unknown:
+        raise UserError(f"--{unknown[0]} is not an option of the {name} task (its options: {list(chosen.options)})")
+    return chosen(classes, **given)
