@@ -1,0 +1,190 @@
+"""Polarization-aware loss weights from backscatter power (arXiv 2503.01181; JSTARS extension).
+
+With sigma0 = 10**(dB / 10) the linear backscatter of one band, min-max normalised to x in [0, 1] per image::
+
+    w = exp(s * (1 - x))          so that 1 <= w <= e at s = 1; low backscatter (calm water) counts most
+
+Everything is batched and runs on the device of its input; nothing here needs gradients.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from util.errors import UserError
+
+MODES = ("none", "per_channel", "shared_avg", "shared_intensity")
+LEVELS = ("token", "pixel")
+DOMAINS = ("linear", "zscore")
+NORMS = ("image", "dataset")
+
+CELL = 32  # pixels per side of a token cell
+EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class WeightOptions:
+    """The weighting of a run; the field names are the command-line flags without ``weight_``.
+
+    Attributes:
+        mode: ``none`` | ``per_channel`` | ``shared_avg`` | ``shared_intensity``.
+        level: ``token`` (averaged over 32 x 32 cells) | ``pixel``.
+        domain: ``linear`` (from dB before standardisation) | ``zscore`` (from standardised values, as released).
+        exp_scale: s > 0.
+        clip: percentile in [0, 50) cut from both ends of the linear power before min-max.
+        norm: ``image`` (each image's range) | ``dataset`` (registered 1 % and 99 % percentiles).
+        renorm: divide by the image's mean weight.
+    """
+
+    mode: str = "per_channel"
+    level: str = "token"
+    domain: str = "linear"
+    exp_scale: float = 1.0
+    clip: float = 0.0
+    norm: str = "image"
+    renorm: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value, allowed in (
+            ("mode", self.mode, MODES),
+            ("level", self.level, LEVELS),
+            ("domain", self.domain, DOMAINS),
+            ("norm", self.norm, NORMS),
+        ):
+            if value not in allowed:
+                raise UserError(f"--weight_{name} {value!r} is unknown; choose one of {', '.join(allowed)}")
+        if not 0.0 < self.exp_scale < 80.0:
+            raise UserError(f"--weight_exp_scale is {self.exp_scale}; expected a number above 0 (published: 1.0)")
+        if not 0.0 <= self.clip < 50.0:
+            raise UserError(f"--weight_clip is {self.clip}; expected a percentile from 0 (off) to below 50")
+        if self.norm == "dataset" and self.domain == "zscore":
+            raise UserError(
+                "--weight_norm dataset takes its range from percentiles in dB and so needs --weight_domain linear"
+            )
+        if self.norm == "dataset" and self.clip > 0:
+            raise UserError("--weight_clip has no effect with --weight_norm dataset (a fixed range); drop one of them")
+
+
+def compute_weights(
+    sar: Tensor,
+    *,
+    mode: str,
+    level: str = "pixel",
+    exp_scale: float = 1.0,
+    clip: float = 0.0,
+    renorm: bool = False,
+    valid: Tensor | None = None,
+    linear_range: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Loss weights of a batch of SAR images.
+
+    Args:
+        sar: (..., bands, H, W) decibel-like values: dB for the linear domain, z-scores for the published one.
+        mode: see :data:`MODES`. ``shared_avg`` averages the bands' weights, ``shared_intensity`` their linear power
+            (the conference paper's W_SAR); both give all bands the same weight.
+        level: ``pixel``, or ``token``: averaged over 32 x 32 cells per band.
+        exp_scale: s of the exponent.
+        clip: clamp the linear power of each image to its [clip, 100 - clip] percentiles before min-max.
+        renorm: divide by the image's mean weight over bands and valid pixels.
+        valid: (..., bands, H, W) bool; by default where ``sar`` is finite. Invalid pixels enter no minimum, maximum,
+            percentile or mean and get weight 0. In the shared modes a pixel uses its valid bands.
+        linear_range: fixed (minimum, maximum) linear power per band, each (bands,), instead of each image's own; values
+            outside are clamped.
+
+    Returns:
+        Weights like ``sar`` (level pixel) or (..., cells, bands) (level token), float32.
+
+    Raises:
+        ValueError: unknown mode or level, shapes that do not fit.
+    """
+    if mode not in MODES or level not in LEVELS:
+        raise ValueError(f"mode {mode!r} / level {level!r}: expected one of {MODES} and one of {LEVELS}")
+    if sar.ndim < 3:
+        raise ValueError(f"sar has shape {tuple(sar.shape)}, expected (..., bands, H, W)")
+    valid = torch.isfinite(sar) if valid is None else valid.expand_as(sar)
+    inside = valid.to(torch.float32)
+    if mode == "none":
+        weights = inside
+    else:
+        power = torch.where(valid, torch.pow(10.0, sar.float() / 10.0), 0.0)
+        if mode == "shared_intensity":
+            bands = inside.sum(dim=-3, keepdim=True)
+            power = power.sum(dim=-3, keepdim=True) / bands.clamp(min=1)
+            weights = exponential_weights(power, bands > 0, exp_scale, clip, linear_range, shared=True).expand_as(sar)
+        else:
+            weights = exponential_weights(power, valid, exp_scale, clip, linear_range, shared=False)
+            if mode == "shared_avg":
+                bands = inside.sum(dim=-3, keepdim=True)
+                weights = ((weights * inside).sum(dim=-3, keepdim=True) / bands.clamp(min=1)).expand_as(sar)
+        weights = weights * inside
+    if renorm:
+        image = (-3, -2, -1)
+        mean = weights.sum(dim=image, keepdim=True) / inside.sum(dim=image, keepdim=True).clamp(min=1)
+        weights = weights / mean.clamp(min=EPS)
+    return token_weights(weights, inside) if level == "token" else weights
+
+
+def exponential_weights(
+    power: Tensor,
+    valid: Tensor,
+    exp_scale: float,
+    clip: float,
+    linear_range: tuple[Tensor, Tensor] | None,
+    *,
+    shared: bool,
+) -> Tensor:
+    """exp(s * (1 - x)) with x the min-max normalised linear power, (..., bands, H, W)."""
+    if linear_range is not None:
+        low, high = (limit.to(power).view(-1, 1, 1) for limit in linear_range)
+        if shared:
+            low, high = low.mean(dim=0, keepdim=True), high.mean(dim=0, keepdim=True)
+    elif clip > 0:
+        low, high = percentiles(power, valid, clip)
+    else:
+        low = torch.where(valid, power, torch.inf).amin(dim=(-2, -1), keepdim=True)
+        high = torch.where(valid, power, -torch.inf).amax(dim=(-2, -1), keepdim=True)
+    if linear_range is not None or clip > 0:
+        power = torch.maximum(torch.minimum(power, high), low)
+    x = (power - low) / (high - low + EPS)
+    # An image without a single valid pixel has low = inf: its x is NaN and its weights are 0, not NaN.
+    return torch.where(valid, torch.exp(exp_scale * (1.0 - x)), 0.0)
+
+
+def percentiles(power: Tensor, valid: Tensor, clip: float) -> tuple[Tensor, Tensor]:
+    """The ``clip`` and ``100 - clip`` percentiles (linear interpolation) over valid pixels, each (..., bands, 1, 1)."""
+    values = torch.where(valid, power, torch.inf).flatten(-2).sort(dim=-1).values
+    count = valid.flatten(-2).sum(dim=-1, keepdim=True)
+
+    def at(percentile: float) -> Tensor:
+        position = (count - 1).clamp(min=0) * (percentile / 100.0)
+        below = position.floor().long()
+        above = torch.minimum(below + 1, (count - 1).clamp(min=0))
+        a, b = values.gather(-1, below), values.gather(-1, above)
+        return torch.lerp(a, b, (position - below).to(values.dtype))[..., None]
+
+    return at(clip), at(100.0 - clip)
+
+
+def token_weights(weights: Tensor, inside: Tensor) -> Tensor:
+    """Mean weight of each 32 x 32 cell over its valid pixels: (..., bands, H, W) -> (..., cells, bands).
+
+    Raises:
+        ValueError: an image side that is not a multiple of 32.
+    """
+    *lead, bands, height, width = weights.shape
+    if height % CELL or width % CELL:
+        raise ValueError(f"token weights need sides that are multiples of {CELL} px, got {height} x {width}")
+    cells = (*lead, bands, height // CELL, CELL, width // CELL, CELL)
+    total = weights.reshape(cells).sum(dim=(-3, -1))
+    count = inside.reshape(cells).sum(dim=(-3, -1))
+    return (total / count.clamp(min=1)).flatten(-2).transpose(-2, -1)
+
+
+def spread_to_pixels(tokens: Tensor, valid: Tensor) -> Tensor:
+    """Token weights (..., cells, bands) as a map (..., bands, H, W) that is 0 at invalid pixels."""
+    *lead, bands, height, width = valid.shape
+    grid = tokens.transpose(-2, -1).reshape(*lead, bands, height // CELL, 1, width // CELL, 1)
+    return grid.expand(*lead, bands, height // CELL, CELL, width // CELL, CELL).reshape(valid.shape) * valid
