@@ -1,0 +1,520 @@
+"""Checkpoints: safe loading, atomic writing with a checksum inside the file, and rotation in the background.
+
+A checkpoint is an ordinary `torch.save` archive (a zip file) that holds tensors and plain values only. Its SHA-256 and
+its progress (epoch, step) stand in the archive's comment. Inside the file rather than in a second one, because two
+files cannot be replaced in one step: a kill between the two renames would make a good checkpoint look damaged. Plain
+`torch.load(path, weights_only=True)` reads the file as any other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import os
+import re
+import struct
+import threading
+import time
+import zipfile
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from util.errors import UserError
+from util.files import atomic_write, link_file, make_directory, remove_partial_files, sha256_file
+from util.log import get_logger
+
+FORMAT = "sarwmix/1"
+RECENT = "recent"  # folder of the last K checkpoints, below the output directory
+CHECKSUMS_FILE = Path(__file__).resolve().parent.parent / "CHECKSUMS.txt"
+
+_FOOTER = re.compile(rb"sarwmix checkpoint; (epoch=(-?\d+); step=(\d+)); sha256=([0-9a-f]{64})")
+_FOOTER_SPACE = 512  # bytes at the end of a file in which the footer must lie
+_CHUNK = 1 << 22
+
+
+class CheckpointError(UserError):
+    """A checkpoint is missing, damaged, or holds something that must not be loaded."""
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What the footer of our checkpoints says, read without loading the file."""
+
+    epoch: int  # last finished epoch; -1: none
+    step: int  # steps done in the unfinished epoch; 0 at an epoch's end
+    sha256: str
+    covered: int  # bytes from the start of the file that the hash covers
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """Sorts checkpoints of one run by age."""
+        return (self.epoch, self.step)
+
+
+def _hash_with_progress(digest: Any, progress: str) -> str:
+    digest.update(progress.encode())
+    return str(digest.hexdigest())
+
+
+class _HashingWriter:
+    """File object that hashes what passes, except the last two bytes: the zip comment's length, which is set last."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        self._digest = hashlib.sha256()
+        self._tail = b""
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        count = len(view)
+        try:
+            if count < 2:
+                joined = self._tail + bytes(view)
+                self._pass(memoryview(joined[:-2]))
+                self._tail = joined[-2:]
+            else:
+                self._pass(memoryview(self._tail))
+                self._pass(view[:-2])
+                self._tail = bytes(view[-2:])
+        except OSError as error:
+            # torch.save turns exceptions of a file object into a RuntimeError of its own; keep the reason.
+            self.error = error
+            raise
+        return count
+
+    def _pass(self, view: memoryview) -> None:
+        self._digest.update(view)
+        self._stream.write(view)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def finish(self, epoch: int, step: int) -> None:
+        """Write the footer as the archive's comment."""
+        if self._tail != b"\0\0":
+            raise RuntimeError("torch.save wrote an archive with a comment of its own; the footer has no place")
+        progress = f"epoch={epoch}; step={step}"
+        checksum = _hash_with_progress(self._digest, progress)
+        comment = f"sarwmix checkpoint; {progress}; sha256={checksum}".encode()
+        self._stream.write(struct.pack("<H", len(comment)) + comment)
+
+
+def read_info(path: str | os.PathLike[str]) -> CheckpointInfo | None:
+    """Footer of a checkpoint of ours; `None` for any other file (or one cut short)."""
+    with open(path, "rb") as stream:
+        size = stream.seek(0, os.SEEK_END)
+        stream.seek(max(0, size - _FOOTER_SPACE))
+        tail = stream.read()
+    match = _FOOTER.search(tail)
+    if match is None or match.end() != len(tail):
+        return None
+    covered = size - len(match[0]) - 2
+    return CheckpointInfo(int(match[2]), int(match[3]), match[4].decode(), covered)
+
+
+def _hash_of_content(path: Path, info: CheckpointInfo) -> str:
+    digest = hashlib.sha256()
+    left = info.covered
+    with open(path, "rb") as stream:
+        while left > 0:
+            block = stream.read(min(_CHUNK, left))
+            if not block:
+                break
+            digest.update(block)
+            left -= len(block)
+    return _hash_with_progress(digest, f"epoch={info.epoch}; step={info.step}")
+
+
+def released_checksums(table: Path = CHECKSUMS_FILE) -> dict[str, str]:
+    """File name -> SHA-256 of the released checkpoints (CHECKSUMS.txt)."""
+    if not table.is_file():
+        return {}
+    rows = (line.split() for line in table.read_text(encoding="utf-8").splitlines())
+    return {row[1].lstrip("*"): row[0].lower() for row in rows if len(row) == 2}
+
+
+def _refuse(path: Path, why: str) -> CheckpointError:
+    return CheckpointError(
+        f"cannot load the checkpoint {path}: {why}. Give an intact checkpoint of this program or a released one."
+    )
+
+
+def verify_checkpoint(path: str | os.PathLike[str]) -> CheckpointInfo | None:
+    """Check that a file is whole, without unpickling anything.
+
+    Ours are checked against the hash inside; released files against CHECKSUMS.txt (another hash warns); others against
+    the CRC-32 of each record.
+
+    Returns:
+        The footer, or `None` for a file that this program did not write.
+
+    Raises:
+        CheckpointError: missing, not a file, empty, truncated, altered, or not a torch archive.
+    """
+    path = Path(path)
+    try:
+        if not path.exists():
+            raise CheckpointError(
+                f"the checkpoint {path} does not exist; check the path (--resume auto starts fresh when there is none)"
+            )
+        if not path.is_file():
+            raise _refuse(path, "it is not a regular file")
+        if path.stat().st_size == 0:
+            raise _refuse(path, "it is empty (0 bytes)")
+        with open(path, "rb") as stream:
+            magic = stream.read(4)
+        if magic != b"PK\x03\x04":
+            raise _refuse(
+                path, "it is not a torch.save archive (zip); other pickles are not read because they can run code"
+            )
+        info = read_info(path)
+        if info is not None:
+            if _hash_of_content(path, info) != info.sha256:
+                raise _refuse(path, "its content does not match the SHA-256 stored in it; the file is damaged")
+            return info
+        expected = released_checksums().get(path.name)
+        if expected is not None:
+            actual = sha256_file(path)
+            if actual == expected:
+                return None
+            get_logger().warning(
+                "%s has the name of a released checkpoint but another SHA-256 (%s, expected %s)", path, actual, expected
+            )
+        _check_archive(path)
+    except OSError as error:
+        raise _refuse(path, error.strerror or str(error)) from error
+    return None
+
+
+def _check_archive(path: Path) -> None:
+    """CRC of every record. torch does not check them; records are stored, so a compressed one is foreign or a bomb."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise _refuse(path, "its records are compressed, which torch.save never does")
+            broken = archive.testzip()
+    except (zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError, RuntimeError, ValueError, EOFError) as error:
+        raise _refuse(path, f"the archive is truncated or damaged ({error})") from error
+    if broken is not None:
+        raise _refuse(path, f"the record {broken} is damaged (CRC-32)")
+
+
+_NAMESPACE_NOTE = "only tensors, numbers, text, lists and dicts are loaded"
+_GLOBAL = re.compile(r"GLOBAL ([\w.]+)|[Uu]nsupported (?:global|class|operand)[: ]+([\w.]+)")
+
+
+def load_checkpoint(
+    path: str | os.PathLike[str], *, map_location: str | torch.device = "cpu", verify: bool = True
+) -> dict[str, Any]:
+    """Load a checkpoint of ours or a released one; nothing in the file is executed.
+
+    Args:
+        path: the file.
+        map_location: device of the tensors.
+        verify: check the checksum first. Switch off only for a file that another rank has just verified.
+
+    Returns:
+        The stored dict. An `argparse.Namespace` (released files, under `args`) becomes a dict.
+
+    Raises:
+        CheckpointError: missing, damaged, not a dict, or holding objects other than tensors and plain values.
+    """
+    path = Path(path)
+    info = verify_checkpoint(path) if verify else None
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location=map_location, weights_only=True)
+    except MemoryError as error:
+        raise _refuse(path, "there is not enough memory for what it says it holds") from error
+    except Exception as error:
+        # The unpickler of damaged or hostile bytes fails in every way there is; each means: refused.
+        found = _GLOBAL.search(str(error))
+        if found is not None:
+            name = found[1] or found[2]
+            raise _refuse(path, f"it holds an object of type {name}; {_NAMESPACE_NOTE}") from error
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise _refuse(path, f"it cannot be read ({type(error).__name__}: {first_line})") from error
+    if not isinstance(content, dict):
+        raise _refuse(path, f"it holds a {type(content).__name__}, expected a dict with at least the key 'model'")
+    try:
+        plain = _plain(content, "checkpoint")
+    except (TypeError, RecursionError) as error:
+        raise _refuse(path, f"{error}; {_NAMESPACE_NOTE}") from error
+    if verify and info is None and plain.get("format") == FORMAT:
+        raise _refuse(path, "it was written by this program but its checksum is missing; the end of the file is damaged")
+    return plain
+
+
+def _plain(value: Any, where: str) -> Any:
+    """Copy of a nested value with Namespaces as dicts; `TypeError` names the place of anything that is not plain."""
+    if value is None or isinstance(value, (bool, int, float, str, bytes)):
+        return value
+    if isinstance(value, torch.Tensor):
+        return value.detach()
+    if isinstance(value, argparse.Namespace):
+        value = vars(value)
+    if isinstance(value, dict):
+        copy: dict[Any, Any] = OrderedDict() if isinstance(value, OrderedDict) else {}
+        for key, item in value.items():
+            if not isinstance(key, (str, int, float, bool, tuple)):
+                raise TypeError(f"{where} has a key of type {type(key).__name__}")
+            copy[key] = _plain(item, f"{where}[{key!r}]")
+        return copy
+    if type(value) in (list, tuple):
+        return type(value)(_plain(item, f"{where}[{index}]") for index, item in enumerate(value))
+    if isinstance(value, (torch.device, torch.dtype, torch.Size)):
+        return str(value)
+    raise TypeError(f"{where} is of type {type(value).__name__}")
+
+
+def save_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
+    """Write a checkpoint atomically, with its checksum inside.
+
+    Args:
+        path: the file; an older one stays until the new one is complete on disk.
+        state: tensors and plain values; `epoch` (last finished, -1: none) and `step` are repeated in the footer.
+
+    Raises:
+        WriteError: disk full, no permission...; the older file is untouched.
+        TypeError: `state` holds something that could not be loaded again safely.
+    """
+    plain = _plain(state, "state")
+    with atomic_write(path) as stream:
+        writer = _HashingWriter(stream)
+        try:
+            torch.save(plain, writer)  # type: ignore[arg-type]
+        except RuntimeError:
+            if writer.error is not None:
+                raise writer.error from None
+            raise
+        writer.finish(int(plain.get("epoch", -1)), int(plain.get("step", 0)))
+
+
+def _clone_to_device(value: Any, keep_on_device: bool) -> Any:
+    """Copy of a nested value whose tensors share nothing with the training state."""
+    if isinstance(value, torch.Tensor):
+        if value.is_cuda and not keep_on_device:
+            return value.detach().to("cpu")
+        return value.detach().clone()
+    if isinstance(value, dict):
+        return {key: _clone_to_device(item, keep_on_device) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_clone_to_device(item, keep_on_device) for item in value)
+    return value
+
+
+def _to_cpu(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to("cpu")
+    if isinstance(value, dict):
+        return {key: _to_cpu(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_to_cpu(item) for item in value)
+    return value
+
+
+def _cuda_bytes(value: Any) -> int:
+    if isinstance(value, torch.Tensor):
+        return value.numel() * value.element_size() if value.is_cuda else 0
+    if isinstance(value, dict):
+        return sum(_cuda_bytes(item) for item in value.values())
+    if isinstance(value, (list, tuple)):
+        return sum(_cuda_bytes(item) for item in value)
+    return 0
+
+
+class CheckpointManager:
+    """Writes checkpoints in the background and keeps the last K.
+
+    `<output_dir>/recent/epochs_0003_step_000120.pth` is: 3 epochs finished, 120 steps of the next one done. Other names
+    (`checkpoint.pth`, `checkpoint_64.pth`, `checkpoint_best.pth`) are hard links to such a file, so they cost nothing.
+
+    The training loop waits only for a copy in memory: on the device when it has room for one (the transfer then runs on
+    a side stream of the writer thread), else in host memory. A failed write is logged and tried again at the next save;
+    training goes on, because stopping would lose more. After `max_failures` in a row, and at the end, it is an error.
+
+    Only rank 0 makes one.
+    """
+
+    def __init__(
+        self, output_dir: str | os.PathLike[str], *, keep: int = 2, asynchronous: bool = True, max_failures: int = 3
+    ) -> None:
+        """Create the folders and delete what a killed writer left.
+
+        Args:
+            output_dir: the run's folder.
+            keep: how many files stay in `recent/`; at least 2, so that a damaged newest one has a predecessor.
+            asynchronous: write in a thread; off: `save` returns when the file is on disk.
+            max_failures: consecutive failed writes after which `save` raises.
+        """
+        if keep < 1:
+            raise UserError(f"--keep_checkpoints must be at least 1, got {keep}")
+        self.output_dir = make_directory(output_dir)
+        self.recent_dir = make_directory(self.output_dir / RECENT)
+        self.keep = keep
+        self.blocked_seconds = 0.0  # how long the last save() kept the caller
+        self._asynchronous = asynchronous
+        self._max_failures = max_failures
+        self._failures = 0
+        self._error: Exception | None = None
+        self._thread: threading.Thread | None = None
+        for folder in (self.output_dir, self.recent_dir):
+            remove_partial_files(folder)
+
+    def save(
+        self, state: dict[str, Any], *, names: Sequence[str] = (), recent: bool = True, wait: bool = False
+    ) -> None:
+        """Save `state`.
+
+        Args:
+            state: see `save_checkpoint`; may live on the device and change after the call.
+            names: file names in `output_dir` that shall hold it too.
+            recent: also keep it in `recent/`, from where `--resume auto` continues.
+            wait: return when it is on disk (end of training, stop request).
+
+        Raises:
+            WriteError: with `wait`, or after too many failures in a row.
+        """
+        if not recent and not names:
+            raise ValueError("nothing to write: give names, or recent=True")
+        started = time.monotonic()
+        self._join()
+        if self._error is not None and self._failures >= self._max_failures:
+            raise self._error
+        plain = _plain(state, "state")
+        if self._asynchronous and not wait:
+            needed = _cuda_bytes(plain)
+            on_device = needed > 0 and torch.cuda.mem_get_info()[0] > 2 * needed
+            snapshot = _clone_to_device(plain, on_device)
+            ready = torch.cuda.Event() if on_device else None
+            if ready is not None:
+                ready.record()
+            self._thread = threading.Thread(
+                target=self._write, args=(snapshot, tuple(names), recent, ready), name="checkpoint-writer"
+            )
+            self._thread.start()
+        else:
+            self._write(plain, tuple(names), recent, None)
+        self.blocked_seconds = time.monotonic() - started
+        if wait:
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait for the writer.
+
+        Raises:
+            WriteError: the last write failed.
+        """
+        self._join()
+        if self._error is not None:
+            raise self._error
+
+    close = wait
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _write(
+        self, state: dict[str, Any], names: tuple[str, ...], recent: bool, ready: torch.cuda.Event | None
+    ) -> None:
+        try:
+            if ready is not None:
+                side = torch.cuda.Stream()
+                side.wait_event(ready)
+                with torch.cuda.stream(side):
+                    state = _to_cpu(state)
+            epoch, step = int(state.get("epoch", -1)), int(state.get("step", 0))
+            if recent:
+                first = self.recent_dir / f"epochs_{epoch + 1:04d}_step_{step:06d}.pth"
+                links = names
+            else:
+                first = self.output_dir / names[0]
+                links = names[1:]
+            save_checkpoint(first, state)
+            for name in links:
+                link_file(first, self.output_dir / name)
+            if recent:
+                self._prune(first)
+            self._error = None
+            self._failures = 0
+        except Exception as error:  # noqa: BLE001 - carried to the training thread, which raises it
+            self._error = error
+            self._failures += 1
+            get_logger().error("checkpoint not written (%d in a row): %s", self._failures, error)
+
+    def _prune(self, newest: Path) -> None:
+        """Keep the K newest files by time of writing, `newest` among them."""
+        files = sorted(
+            (path for path in self.recent_dir.glob("epochs_*_step_*.pth") if path != newest),
+            key=lambda path: path.stat().st_mtime_ns,
+            reverse=True,
+        )
+        for path in files[self.keep - 1 :]:
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+def find_latest(output_dir: str | os.PathLike[str]) -> Path | None:
+    """Newest whole checkpoint of a run, for `--resume auto`.
+
+    Looks at `recent/` and at `checkpoint*.pth` except the `best` ones, newest progress first, and verifies the hash. A
+    damaged file is named in a warning and the next older one is tried.
+
+    Returns:
+        The path, or `None` when the run has no checkpoint yet.
+
+    Raises:
+        CheckpointError: there are checkpoints, but none is whole.
+    """
+    output_dir = Path(output_dir)
+    paths = sorted((output_dir / RECENT).glob("epochs_*_step_*.pth"))
+    paths += [path for path in sorted(output_dir.glob("checkpoint*.pth")) if "best" not in path.name]
+    candidates: list[tuple[tuple[int, int], Path]] = []
+    damaged: list[Path] = []
+    seen: set[tuple[int, int]] = set()
+    for path in paths:
+        status = path.stat()
+        if (status.st_dev, status.st_ino) in seen:
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        info = read_info(path) if path.is_file() else None
+        if info is None:
+            damaged.append(path)
+            get_logger().warning("%s is damaged (its end is missing); looking for the previous checkpoint", path)
+        else:
+            candidates.append((info.progress, path))
+    for _, path in sorted(candidates, key=lambda item: item[0], reverse=True):
+        try:
+            verify_checkpoint(path)
+        except CheckpointError as error:
+            damaged.append(path)
+            get_logger().warning("%s Looking for the previous checkpoint.", error)
+            continue
+        if damaged:
+            get_logger().warning("falling back to %s", path)
+        return path
+    if damaged:
+        raise CheckpointError(
+            f"no checkpoint in {output_dir} is whole (damaged: {', '.join(map(str, damaged))}); "
+            "restore one, or move them away to start from the beginning"
+        )
+    return None
+
+
+def resolve_resume(resume: str | None, output_dir: str | os.PathLike[str]) -> Path | None:
+    """Turn `--resume` into a file: empty: none; `auto`: the newest whole checkpoint or none; a path: must be whole."""
+    if not resume:
+        return None
+    if resume == "auto":
+        return find_latest(output_dir)
+    verify_checkpoint(resume)
+    return Path(resume)

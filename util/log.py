@@ -1,0 +1,197 @@
+"""One rank-aware logger, a progress display, JSON lines per epoch, and a TensorBoard writer made when first used."""
+
+from __future__ import annotations
+
+import logging
+import os
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from util.files import append_jsonl, make_directory
+
+LOGGER_NAME = "sarwmix"
+
+
+def get_logger() -> logging.Logger:
+    """The project's logger."""
+    return logging.getLogger(LOGGER_NAME)
+
+
+def setup_logging(output_dir: str | os.PathLike[str] | None = None, *, rank: int = 0) -> logging.Logger:
+    """Set up the logger of this process.
+
+    Rank 0 speaks on standard output and, with `output_dir`, in `<output_dir>/run.log`. Other ranks only report
+    warnings and errors, on standard error, with their rank.
+
+    Args:
+        output_dir: folder of the run.
+        rank: this process.
+
+    Returns:
+        The logger.
+    """
+    logger = get_logger()
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+        handler.close()
+    logger.propagate = False
+    logger.setLevel(logging.INFO)
+    console = logging.StreamHandler(sys.stdout if rank == 0 else sys.stderr)
+    console.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    console.setFormatter(_Console(rank))
+    logger.addHandler(console)
+    if output_dir is not None and rank == 0:
+        record = logging.FileHandler(make_directory(output_dir) / "run.log", encoding="utf-8")
+        record.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        logger.addHandler(record)
+    return logger
+
+
+class _Console(logging.Formatter):
+    """Plain text for information; level and rank where they matter."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__("%(message)s")
+        self._rank = rank
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        prefix = f"[rank {self._rank}] " if self._rank else ""
+        if record.levelno > logging.INFO:
+            prefix += f"{record.levelname.lower()}: "
+        return prefix + text
+
+
+def memory_mib() -> tuple[float, float]:
+    """Peak memory of this process in MiB: (host resident set, device; 0 without CUDA)."""
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # Linux reports KiB
+    torch = sys.modules.get("torch")
+    device = 0.0
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        device = torch.cuda.max_memory_allocated() / 2**20
+    return host, device
+
+
+def format_duration(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
+    whole = max(0, round(seconds))
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+
+
+class Progress:
+    """Shows where an epoch stands: a bar on a terminal, else one line now and then (first, every `interval`, last)."""
+
+    def __init__(
+        self,
+        total: int,
+        *,
+        title: str,
+        start: int = 0,
+        enabled: bool = True,
+        interval: float = 10.0,
+        stream: IO[str] | None = None,
+    ) -> None:
+        """Begin.
+
+        Args:
+            total: steps of the epoch.
+            title: e.g. `Epoch 3/64`.
+            start: steps already done before (resume in mid-epoch).
+            enabled: off on all ranks but 0.
+            interval: seconds between lines when the output is not a terminal.
+            stream: where to write; standard output by default.
+        """
+        self._total = total
+        self._title = title
+        self._start = start
+        self._enabled = enabled
+        self._stream = stream if stream is not None else sys.stdout
+        self._terminal = self._stream.isatty()
+        self._interval = 0.2 if self._terminal else interval
+        self._began = time.monotonic()
+        self._shown = -float("inf")
+        self._drawn = False
+
+    @property
+    def wants(self) -> bool:
+        """Whether `update` would show something now: ask before fetching numbers from the device."""
+        return self._enabled and time.monotonic() - self._shown >= self._interval
+
+    def update(self, done: int, *, samples: int = 0, values: Mapping[str, float] | None = None) -> None:
+        """Show the state after `done` steps when it is time.
+
+        Args:
+            done: steps of the epoch done, `start` included.
+            samples: samples seen by all processes since `start`; gives samples/s.
+            values: numbers to show, e.g. loss and lr.
+        """
+        if not self._enabled or (not self.wants and done < self._total):
+            return
+        now = time.monotonic()
+        self._shown = now
+        spent = max(now - self._began, 1e-9)
+        fresh = max(done - self._start, 0)
+        parts = [f"{name} {value:.4g}" for name, value in (values or {}).items()]
+        if samples:
+            parts.append(f"{samples / spent:.1f} images/s")
+        if fresh:
+            parts.append(f"ETA {format_duration(spent / fresh * (self._total - done))}")
+        host, device = memory_mib()
+        parts.append(f"{device:.0f} MiB GPU" if device else f"{host:.0f} MiB")
+        text = "  ".join(parts)
+        if self._terminal:
+            width = shutil.get_terminal_size().columns
+            filled = round(24 * done / max(self._total, 1))
+            bar = "#" * filled + "." * (24 - filled)
+            self._stream.write(("\r" + f"{self._title} [{bar}] {done}/{self._total}  {text}")[:width].ljust(width))
+            self._drawn = True
+        else:
+            self._stream.write(f"{self._title} [{done}/{self._total}]  {text}\n")
+        self._stream.flush()
+
+    def close(self) -> None:
+        """End the bar's line."""
+        if self._drawn:
+            self._stream.write("\n")
+            self._stream.flush()
+
+
+class EpochLog:
+    """`log.txt`: one JSON object a line and epoch. Made on rank 0."""
+
+    def __init__(self, output_dir: str | os.PathLike[str]) -> None:
+        self.path = Path(make_directory(output_dir)) / "log.txt"
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append one epoch."""
+        append_jsonl(self.path, dict(record))
+
+
+class ScalarWriter:
+    """TensorBoard scalars. The package is imported and the file made at the first scalar; without a folder: nothing."""
+
+    def __init__(self, log_dir: str | os.PathLike[str] | None) -> None:
+        self._log_dir = log_dir
+        self._writer: Any = None
+
+    def add(self, step: int, values: Mapping[str, float]) -> None:
+        """Write scalars at `step` (the repository's x axis is 1000 * epoch)."""
+        if self._log_dir is None:
+            return
+        if self._writer is None:
+            from torch.utils.tensorboard.writer import SummaryWriter
+
+            self._writer = SummaryWriter(log_dir=os.fspath(make_directory(self._log_dir)))
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flush and close."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None

@@ -1,0 +1,115 @@
+"""Parameter groups (weight decay, layer-wise learning-rate decay), AdamW, and the gradient norm."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from util.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+_BLOCK = re.compile(r"(?:^|\.)layers\.(\d+)\.blocks\.(\d+)\.")
+_DOWNSAMPLE = re.compile(r"(?:^|\.)layers\.(\d+)\.downsample\.")
+_PATCH_EMBED = re.compile(r"(?:^|\.)patch_embed\.")
+
+
+def stage_depths(names: Iterable[str]) -> tuple[int, ...]:
+    """Blocks per stage, read from parameter names `layers.<stage>.blocks.<block>.`; e.g. (2, 2, 18, 2)."""
+    deepest: dict[int, int] = {}
+    for name in names:
+        if match := _BLOCK.search(name):
+            stage, block = int(match[1]), int(match[2])
+            deepest[stage] = max(deepest.get(stage, -1), block)
+    return tuple(deepest[stage] + 1 for stage in sorted(deepest))
+
+
+def layer_id(name: str, depths: Sequence[int]) -> int:
+    """Depth of a parameter for layer-wise decay.
+
+    Patch embedding: 0. Block k of the whole encoder (from 0): k + 1. The downsampling of a stage: that of the stage's
+    last block, plus 1 (so the next stage's first block shares it). Final norm, head and everything else: that of the
+    last block.
+    """
+    if _PATCH_EMBED.search(name):
+        return 0
+    if match := _BLOCK.search(name):
+        return sum(depths[: int(match[1])]) + int(match[2]) + 1
+    if match := _DOWNSAMPLE.search(name):
+        return sum(depths[: int(match[1]) + 1]) + 1
+    return sum(depths)
+
+
+def has_weight_decay(name: str, parameter: Tensor) -> bool:
+    """Weights decay; biases, norms and all other 1-D parameters do not. Relative-position bias tables (2-D) do."""
+    return parameter.ndim > 1 and not name.endswith(".bias")
+
+
+def parameter_groups(
+    model: nn.Module, *, weight_decay: float, layer_decay: float | None = None
+) -> list[dict[str, Any]]:
+    """Split the trainable parameters into optimizer groups.
+
+    Args:
+        model: any module; for `layer_decay` its encoder blocks are named `layers.<stage>.blocks.<block>`.
+        weight_decay: decay of the weights that decay at all.
+        layer_decay: factor per layer, in (0, 1]; scale = layer_decay ** (number of blocks + 1 - layer id).
+            `None`: every scale is 1.
+
+    Returns:
+        Groups with keys `params`, `weight_decay`, `lr_scale`, `layer_id`, in order of first appearance.
+
+    Raises:
+        UserError: `layer_decay` out of range, or the model has no blocks to count.
+    """
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    depths = stage_depths(name for name, _ in model.named_parameters())
+    if layer_decay is not None:
+        if not 0 < layer_decay <= 1:
+            raise UserError(f"--layer_decay must lie in (0, 1], got {layer_decay}")
+        if not depths:
+            raise UserError(f"--layer_decay needs a model with layers.<stage>.blocks; {type(model).__name__} has none")
+    blocks = sum(depths)
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    for name, parameter in named:
+        depth = layer_id(name, depths) if layer_decay is not None else blocks + 1
+        decays = has_weight_decay(name, parameter)
+        group = groups.setdefault(
+            (depth, decays),
+            {
+                "params": [],
+                "weight_decay": weight_decay if decays else 0.0,
+                "lr_scale": layer_decay ** (blocks + 1 - depth) if layer_decay is not None else 1.0,
+                "layer_id": depth,
+            },
+        )
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+def build_adamw(
+    groups: list[dict[str, Any]], *, lr: float, betas: tuple[float, float] = (0.9, 0.999)
+) -> torch.optim.AdamW:
+    """AdamW over `groups`, with the fused kernel (CPU and CUDA have one): one pass over the parameters per step.
+
+    The rate of each group starts at `lr` times its `lr_scale`.
+    """
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, fused=fused)
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+    return optimizer
+
+
+@torch.no_grad()
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """L2 norm over all gradients as a scalar tensor on their device (no host synchronisation)."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not gradients:
+        return torch.zeros(())
+    return torch.nn.utils.get_total_norm(gradients)
