@@ -81,15 +81,18 @@ def multilabel_report(
     class_ap = [
         float(average_precision_score(truth[:, k], scores[:, k])) if present[k] else None for k in range(len(classes))
     ]
-    class_f1 = f1_score(truth, predicted, average=None, zero_division=0)
-    class_precision = precision_score(truth, predicted, average=None, zero_division=0)
+    # one column at a time: given a single column, scikit-learn's multi-label averages would count "absent" as a class
+    class_f1 = [float(f1_score(truth[:, k], predicted[:, k], zero_division=0)) for k in range(len(classes))]
+    class_precision = [
+        float(precision_score(truth[:, k], predicted[:, k], zero_division=0)) for k in range(len(classes))
+    ]
     scalars = {
         "ap_macro": float(np.mean([ap for ap in class_ap if ap is not None])),
         "ap_micro": float(average_precision_score(truth.ravel(), scores.ravel())),
-        "f1_macro": float(f1_score(truth, predicted, average="macro", zero_division=0)),
-        "f1_micro": float(f1_score(truth, predicted, average="micro", zero_division=0)),
-        "precision_macro": float(precision_score(truth, predicted, average="macro", zero_division=0)),
-        "precision_micro": float(precision_score(truth, predicted, average="micro", zero_division=0)),
+        "f1_macro": float(np.mean(class_f1)),
+        "f1_micro": float(f1_score(truth.ravel(), predicted.ravel(), zero_division=0)),
+        "precision_macro": float(np.mean(class_precision)),
+        "precision_micro": float(precision_score(truth.ravel(), predicted.ravel(), zero_division=0)),
     }
     per_class = [
         {
@@ -97,8 +100,8 @@ def multilabel_report(
             "support": int(support[k]),
             "predicted": int(predicted[:, k].sum()),
             "ap": class_ap[k],
-            "f1": float(class_f1[k]),
-            "precision": float(class_precision[k]),
+            "f1": class_f1[k],
+            "precision": class_precision[k],
         }
         for k, name in enumerate(classes)
     ]

@@ -6,10 +6,8 @@ its state is plain data and travels inside the checkpoint, so an interrupted run
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from util.errors import UserError
@@ -130,23 +128,3 @@ class Selector:
             name: {"epoch": int(entry["epoch"]), "score": float(entry["score"]), "metrics": dict(entry["metrics"])}
             for name, entry in state.items()
         }
-
-
-def link_copies(source: Path, names: Sequence[str]) -> None:
-    """Give a finished file further names in its folder as hard links (a copy where the file system has none).
-
-    Each name appears whole or not at all: the link is made under a temporary name and renamed over an older file.
-    """
-    import shutil
-
-    for name in names:
-        target = source.with_name(name)
-        if target == source or (target.exists() and os.path.samefile(source, target)):
-            continue
-        temporary = target.with_name(f".{name}.{os.getpid()}.link")
-        temporary.unlink(missing_ok=True)
-        try:
-            os.link(source, temporary)
-        except OSError:
-            shutil.copyfile(source, temporary)
-        os.replace(temporary, target)

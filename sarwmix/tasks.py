@@ -22,9 +22,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
+from models_mixmim import MixMIMEncoder
 from sarwmix.metrics import Report, align_table, metric_table, multilabel_report
 from sarwmix.mixup import smooth_labels
 from sarwmix.selection import Rule, multilabel_rules
@@ -77,8 +78,16 @@ class Task(ABC):
         return "val"
 
     @abstractmethod
-    def build_model(self, encoder: Mapping[str, Any], *, drop_path_rate: float) -> nn.Module:
-        """The model with a fresh head, from the encoder's arguments by name (a row of the size table).
+    def build_model(
+        self, encoder: Mapping[str, Any], *, input_size: int, in_chans: int, drop_path_rate: float
+    ) -> MixMIMEncoder:
+        """The model with a fresh head.
+
+        Args:
+            encoder: widths, depths, heads and windows of the encoder by name (`models_mixmim.encoder_config`).
+            input_size: side of the images that `inputs` delivers.
+            in_chans: bands.
+            drop_path_rate: stochastic depth of the last block.
 
         It must have `head`, its last layer, and `forward_features(*inputs) -> (B, D)`, what `head` is applied to.
         """
@@ -191,10 +200,18 @@ class MultilabelTask(Task):
     name = "multilabel"
     primary = "ap_macro"
 
-    def build_model(self, encoder: Mapping[str, Any], *, drop_path_rate: float) -> nn.Module:
+    def build_model(
+        self, encoder: Mapping[str, Any], *, input_size: int, in_chans: int, drop_path_rate: float
+    ) -> MixMIMEncoder:
         from models_mixmim_ft import MixMIMClassifier
 
-        return MixMIMClassifier(num_classes=self.num_outputs, drop_path_rate=drop_path_rate, **encoder)
+        return MixMIMClassifier(
+            num_classes=self.num_outputs,
+            drop_path_rate=drop_path_rate,
+            img_size=input_size,
+            in_chans=in_chans,
+            **encoder,
+        )
 
     def inputs(
         self,

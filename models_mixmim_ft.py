@@ -1,0 +1,203 @@
+"""Classifier on the shared encoder: mean over the final tokens, one linear layer; loading pretrained weights into it.
+
+Shape legend: B batch, K classes, D = 8 * embed_dim features, L final tokens (16 at 128 x 128 px).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from models_mixmim import MODELS, MixMIMEncoder
+from util.errors import UserError
+from util.optim import stage_depths
+from util.pos_embed import resize_position_table, resize_relative_bias
+
+HEAD_STD = 2e-5  # the head starts almost silent, so that the first steps do not shake the pretrained encoder
+
+
+class MixMIMClassifier(MixMIMEncoder):
+    """Encoder without mask, mean pooling, linear head.
+
+    Args:
+        num_classes: K, width of the head.
+        drop_path_rate: stochastic depth of the last block, growing linearly from 0 at the first.
+        img_size, patch_size, in_chans, embed_dim, depths, num_heads, window_size: see `MixMIMEncoder`.
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 19,
+        drop_path_rate: float = 0.0,
+        img_size: int = 128,
+        patch_size: int = 4,
+        in_chans: int = 2,
+        embed_dim: int = 128,
+        depths: tuple[int, ...] = (2, 2, 18, 2),
+        num_heads: tuple[int, ...] = (4, 8, 16, 32),
+        window_size: tuple[int, ...] = (8, 8, 8, 4),
+    ) -> None:
+        super().__init__(
+            img_size=img_size,
+            patch_size=patch_size,
+            in_chans=in_chans,
+            embed_dim=embed_dim,
+            depths=depths,
+            num_heads=num_heads,
+            window_size=window_size,
+            drop_path_rate=drop_path_rate,
+        )
+        self.head: nn.Module = make_head(self.num_features, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, in_chans, H, W) standardised -> logits (B, K)."""
+        return self.head(self.forward_features(images))
+
+
+def make_head(features: int, num_classes: int) -> nn.Linear:
+    """Linear layer (B, D) -> (B, K) with truncated-normal weights of std 2e-5 and zero bias."""
+    head = nn.Linear(features, num_classes)
+    nn.init.trunc_normal_(head.weight, std=HEAD_STD)
+    nn.init.zeros_(head.bias)
+    return head
+
+
+class LinearProbe(nn.Module):
+    """Linear probe of MAE (arXiv 2111.06377, appendix A.1): BatchNorm without affine parameters, then a linear layer.
+
+    The normalisation makes one learning rate fit encoders whose features differ in scale.
+    """
+
+    def __init__(self, features: int, num_classes: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(features, affine=False, eps=1e-6)
+        self.linear = nn.Linear(features, num_classes)
+        nn.init.trunc_normal_(self.linear.weight, std=0.01)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, D) -> (B, K)."""
+        return self.linear(self.norm(features))
+
+
+@dataclass(frozen=True)
+class LoadedWeights:
+    """What `load_pretrained` did, for the log.
+
+    Attributes:
+        dropped: names in the checkpoint that fine-tuning has no use for (decoder, mask token, replaced head).
+        resized: names of tables brought to another input or window size.
+        fresh: parameters of the model that keep their initial values (the head).
+    """
+
+    dropped: tuple[str, ...]
+    resized: tuple[str, ...]
+    fresh: tuple[str, ...]
+
+
+def load_pretrained(
+    model: MixMIMEncoder, state: Mapping[str, Tensor], *, source: str, new_head: bool = False
+) -> LoadedWeights:
+    """Load the encoder (and a fitting head, if there is one) from a checkpoint's weights.
+
+    Decoder and mask token are dropped by name; position and relative-position tables are resized (bicubic) when the
+    input or window size differs; everything else must fit exactly.
+
+    Args:
+        model: a model on the shared encoder whose last layer is `head`.
+        state: the checkpoint's `model`.
+        source: what messages call the checkpoint.
+        new_head: leave the checkpoint's head out and train the model's fresh one.
+
+    Raises:
+        UserError: another model size or band count, or keys and shapes that are left over; the message names them.
+    """
+    _check_architecture(model, state, source)
+    own = model.state_dict()
+    taken: dict[str, Tensor] = {}
+    dropped, resized = [], []
+    for name, value in state.items():
+        if name == "mask_token" or name.startswith("decoder_") or (new_head and name.startswith("head.")):
+            dropped.append(name)
+            continue
+        wanted = own.get(name)
+        if wanted is not None and value.shape != wanted.shape:
+            if name.endswith("relative_position_index"):
+                value = wanted  # follows from the window size, holds nothing learned
+            elif name == "absolute_pos_embed" and value.shape[-1] == wanted.shape[-1]:
+                value = resize_position_table(value, wanted.shape[1])
+                resized.append(name)
+            elif name.endswith("relative_position_bias_table") and value.shape[-1] == wanted.shape[-1]:
+                value = resize_relative_bias(value, wanted.shape[0])
+                resized.append(name)
+        taken[name] = value
+    has_head = any(name.startswith("head.") for name in taken)
+    fresh = tuple(name for name in own if name.startswith("head.")) if not has_head else ()
+    _load_strictly(model, {**{name: own[name] for name in fresh}, **taken}, source)
+    return LoadedWeights(tuple(dropped), tuple(resized), fresh)
+
+
+def load_classifier(model: MixMIMEncoder, state: Mapping[str, Tensor], *, source: str) -> None:
+    """Load all weights of a fine-tuned model, as `--eval` and `--resume` need them: every key and shape must fit.
+
+    Raises:
+        UserError: another model, other bands or another number of classes; the message names what differs.
+    """
+    _check_architecture(model, state, source)
+    _load_strictly(model, state, source)
+
+
+def _check_architecture(model: MixMIMEncoder, state: Mapping[str, Tensor], source: str) -> None:
+    """Compare width, bands and depths first: one clear sentence instead of hundreds of shapes."""
+    weight = state.get("patch_embed.proj.weight")
+    if weight is None or weight.ndim != 4:
+        raise UserError(
+            f"{source} holds no MixMIM encoder (no patch_embed.proj.weight among its {len(state)} entries); "
+            "give a checkpoint of main_pretrain.py or main_finetune.py"
+        )
+    width, bands, patch = weight.shape[:3]
+    depths, own_depths = stage_depths(state), stage_depths(model.state_dict())
+    if width != model.embed_dim or depths != own_depths:
+        raise UserError(
+            f"{source} is {_describe_size(width, depths)}, but the model is "
+            f"{_describe_size(model.embed_dim, own_depths)}; choose --model to fit the checkpoint"
+        )
+    if bands != model.in_chans:
+        raise UserError(
+            f"{source} was trained on {bands} band{'s' if bands != 1 else ''}, the data set has {model.in_chans}; "
+            "use a checkpoint of the same bands"
+        )
+    if patch != model.patch_size:
+        raise UserError(f"{source} has patches of {patch} px, the model of {model.patch_size} px")
+
+
+def _describe_size(width: int, depths: tuple[int, ...]) -> str:
+    for name, row in MODELS.items():
+        if row["embed_dim"] == width and tuple(row["depths"]) == depths:
+            return f"{name} (embed_dim {width}, depths {'-'.join(map(str, depths))})"
+    return f"a model with embed_dim {width} and depths {'-'.join(map(str, depths))}"
+
+
+def _load_strictly(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    own = model.state_dict()
+    head = next((name for name in ("head.weight", "head.linear.weight") if name in own), None)
+    if head in state and head is not None and state[head].shape[0] != own[head].shape[0]:
+        raise UserError(
+            f"{source} has a head for {state[head].shape[0]} classes, the data set has {own[head].shape[0]}; use the "
+            "data set the checkpoint was trained on, or start from its encoder with --finetune and --new_head"
+        )
+    problems = [f"missing: {name}" for name in own if name not in state]
+    problems += [f"left over: {name} {tuple(value.shape)}" for name, value in state.items() if name not in own]
+    problems += [
+        f"shape of {name}: {tuple(state[name].shape)} in the checkpoint, {tuple(value.shape)} in the model"
+        for name, value in own.items()
+        if name in state and state[name].shape != value.shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise UserError(f"{source} does not fit the model; {'; '.join(problems[:8])}{more}")
+    with torch.no_grad():
+        model.load_state_dict(state, strict=True)
