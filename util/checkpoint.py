@@ -248,7 +248,7 @@ def load_checkpoint(
     except (TypeError, RecursionError) as error:
         raise _refuse(path, f"{error}; {_NAMESPACE_NOTE}") from error
     if verify and info is None and plain.get("format") == FORMAT:
-        raise _refuse(path, "it was written by this program but its checksum is missing; the end of the file is damaged")
+        raise _refuse(path, "this program wrote it, but its checksum is missing: the end of the file is damaged")
     return plain
 
 

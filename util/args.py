@@ -1,0 +1,211 @@
+"""Argument groups shared by the entry scripts. Light on purpose: `--help` must not import torch.
+
+Each `add_*` function adds one group with a title; a script composes what it uses, and reads every flag it offers.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from typing import Any
+
+MIXMIM_NAMES = ("mixmim_tiny", "mixmim_base", "mixmim_large", "mixmim_huge")
+AMP_MODES = ("auto", "bf16", "fp16", "off")
+WEIGHT_MODES = ("none", "per_channel", "shared_avg", "shared_intensity")
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """Parser that shows defaults and does not accept abbreviated flags (a new flag must not change old commands)."""
+    return argparse.ArgumentParser(
+        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+    )
+
+
+def args_to_dict(args: argparse.Namespace) -> dict[str, Any]:
+    """Plain values for `args.json` and the checkpoint."""
+    def plain(value: Any) -> Any:
+        if value is None or isinstance(value, (bool, int, float, str)):
+            return value
+        if isinstance(value, (list, tuple)):
+            return [plain(item) for item in value]
+        return str(value)
+
+    return {name: plain(value) for name, value in sorted(vars(args).items())}
+
+
+def _number(convert: Callable[[str], Any], accept: Callable[[Any], bool], expected: str) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        try:
+            value = convert(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {expected}") from None
+        if not accept(value):
+            raise argparse.ArgumentTypeError(f"{text} is not {expected}")
+        return value
+
+    return parse
+
+
+positive_int = _number(int, lambda value: value > 0, "a whole number above 0")
+non_negative_int = _number(int, lambda value: value >= 0, "a whole number of at least 0")
+positive_float = _number(float, lambda value: 0 < value < float("inf"), "a number above 0")
+non_negative_float = _number(float, lambda value: 0 <= value < float("inf"), "a number of at least 0")
+open_fraction = _number(float, lambda value: 0 < value < 1, "a number between 0 and 1 (both excluded)")
+closed_fraction = _number(float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
+half_open_fraction = _number(float, lambda value: 0 <= value < 1, "a number from 0 (included) to 1 (excluded)")
+train_fraction = _number(float, lambda value: 0 < value <= 1, "a number from 0 (excluded) to 1 (included)")
+percentile_clip = _number(float, lambda value: 0 <= value < 50, "a percentile from 0 (included) to 50 (excluded)")
+port_number = _number(int, lambda value: 0 <= value < 65536, "a port number (0-65535)")
+
+
+def add_run_args(parser: argparse.ArgumentParser, *, output_dir: str) -> None:
+    """Where results go, device, seed, test run."""
+    group = parser.add_argument_group("run")
+    group.add_argument("--output_dir", default=output_dir, metavar="DIR",
+                       help="folder for checkpoints, log.txt, args.json and pictures")
+    group.add_argument("--log_dir", default=None, metavar="DIR",
+                       help="folder for TensorBoard (not given: <output_dir>/tensorboard)")
+    group.add_argument("--device", default="auto", help="auto (CUDA when there is a GPU), cpu, cuda or cuda:N")
+    group.add_argument("--seed", type=non_negative_int, default=0, help="seed of everything that is random")
+    group.add_argument("--test_run", action="store_true",
+                       help="a few batches of everything, then stop: checks an installation or a command")  # fmt: skip
+
+
+def add_resume_args(parser: argparse.ArgumentParser, *, save_every: int) -> None:
+    """Continuing a run, and what is saved for it."""
+    group = parser.add_argument_group("resume and checkpoints")
+    group.add_argument("--resume", default="", metavar="PATH|auto",
+                       help="continue a run: a checkpoint, or auto = the newest whole one in --output_dir "
+                            "(starts fresh when there is none)")
+    group.add_argument("--start_epoch", type=non_negative_int, default=None, metavar="N",
+                       help="begin at epoch N (from 0) instead of where --resume ends")
+    group.add_argument("--allow_mismatch", action="store_true",
+                       help="resume although data, model, weighting or schedule differ from the checkpoint's")
+    group.add_argument("--save_every", type=positive_int, default=save_every, metavar="N",
+                       help="write checkpoint.pth every N epochs (and at the end)")
+    group.add_argument("--save_minutes", type=non_negative_float, default=30.0, metavar="MIN",
+                       help="also save in mid-epoch when this many minutes have passed since the last one; 0: never")
+    group.add_argument("--keep_checkpoints", type=positive_int, default=2, metavar="K",
+                       help="how many of the newest checkpoints stay in <output_dir>/recent; with 2 or more, "
+                            "a damaged newest one has a predecessor")  # fmt: skip
+
+
+def add_fault_args(parser: argparse.ArgumentParser) -> None:
+    """What happens when something goes wrong."""
+    group = parser.add_argument_group("faults")
+    group.add_argument("--skip_nonfinite", type=non_negative_int, default=0, metavar="N",
+                       help="skip a step whose loss or gradient is not finite, at most N times in a run; "
+                            "0: stop at the first")
+    group.add_argument("--hang_timeout", type=non_negative_float, default=30.0, metavar="S",
+                       help="with several processes: end the job when one makes no progress for S seconds "
+                            "(never less than a few times its slowest step); 0: wait for ever")  # fmt: skip
+
+
+def add_data_args(
+    parser: argparse.ArgumentParser, *, datasets: Sequence[str], default: str, num_workers: int = 4
+) -> None:
+    """Data set and loading."""
+    group = parser.add_argument_group("data")
+    group.add_argument("--dataset", choices=tuple(datasets), default=default,
+                       help="registered data set; the only switch between data sets")
+    group.add_argument("--data_path", required=True, metavar="DIR",
+                       help="root of the data, or a packed store made from it by scripts/pack_dataset.py")
+    group.add_argument("--num_workers", type=non_negative_int, default=num_workers, metavar="N",
+                       help="reading processes for each training process; 0: read in the training process")
+    pinning = group.add_mutually_exclusive_group()
+    pinning.add_argument("--pin_mem", dest="pin_mem", action="store_true", default=True,
+                         help="page-locked host memory for faster copies to the GPU (no effect on CPU)")
+    pinning.add_argument("--no_pin_mem", dest="pin_mem", action="store_false", default=argparse.SUPPRESS,
+                         help="ordinary host memory")
+    group.add_argument("--max_bad_samples", type=non_negative_int, default=100, metavar="N",
+                       help="unreadable samples are named, counted and replaced by another one; "
+                            "more than N in a run end it")  # fmt: skip
+
+
+def add_model_args(parser: argparse.ArgumentParser, *, models: Sequence[str] = MIXMIM_NAMES,
+                   default: str = "mixmim_base") -> None:  # fmt: skip
+    """Model size and input size."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", choices=tuple(models), default=default, help="model size")
+    group.add_argument("--input_size", type=positive_int, default=128, metavar="PX",
+                       help="side of the model's input in pixels, a multiple of 128; patches are resized to it")
+
+
+def add_pretrain_args(parser: argparse.ArgumentParser) -> None:
+    """Masking and target of pretraining."""
+    group = parser.add_argument_group("masked pretraining")
+    group.add_argument("--mask_ratio", type=open_fraction, default=0.5, metavar="R",
+                       help="share of the 32x32-pixel cells that show the partner: int(cells * R), e.g. 16 * 0.5 = 8")
+    group.add_argument("--norm_pix_loss", action="store_true",
+                       help="standardise each target cell over its own values")  # fmt: skip
+
+
+def add_weight_args(parser: argparse.ArgumentParser) -> None:
+    """Backscatter weighting of the loss."""
+    group = parser.add_argument_group("loss weights from backscatter, w = exp(s * (1 - x)), x = min-max of the power")
+    group.add_argument("--weight_mode", choices=WEIGHT_MODES, default="per_channel",
+                       help="none; own weights for VH and VV; their mean on both; weights of the mean power on both")
+    group.add_argument("--weight_level", choices=("token", "pixel"), default="token",
+                       help="average the weights over each 32x32 cell, or apply them pixel by pixel")
+    group.add_argument("--weight_domain", choices=("linear", "zscore"), default="linear",
+                       help="power from dB before standardisation, or 10^(z/10) of standardised values (reproduces "
+                            "the released checkpoints)")
+    group.add_argument("--weight_exp_scale", type=positive_float, default=1.0, metavar="S", help="s in the formula")
+    group.add_argument("--weight_clip", type=percentile_clip, default=0.0, metavar="P",
+                       help="clip the power to its [P, 100-P] percentiles first; 0: no clipping")
+    group.add_argument("--weight_norm", choices=("image", "dataset"), default="image",
+                       help="min and max of each image, or the data set's registered 1%% and 99%% percentiles")
+    group.add_argument("--weight_renorm", action="store_true",
+                       help="divide by the image's mean weight, which keeps the loss scale")  # fmt: skip
+
+
+def add_optim_args(
+    parser: argparse.ArgumentParser,
+    *,
+    batch_size: int,
+    epochs: int,
+    blr: float,
+    warmup_epochs: int,
+    min_lr: float = 0.0,
+    weight_decay: float = 0.05,
+) -> None:
+    """Batch, schedule, AdamW, precision."""
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--batch_size", type=positive_int, default=batch_size, metavar="N",
+                       help="samples per process (GPU) and forward pass; effective batch = "
+                            "batch_size * accum_iter * processes")
+    group.add_argument("--accum_iter", type=positive_int, default=1, metavar="N",
+                       help="forward passes per optimizer step")
+    group.add_argument("--epochs", type=positive_int, default=epochs, metavar="N",
+                       help="epochs for which the schedule is planned")
+    group.add_argument("--stop_epoch", type=positive_int, default=None, metavar="N",
+                       help="end after N epochs without changing the planned schedule")
+    group.add_argument("--lr", type=positive_float, default=None, metavar="LR",
+                       help="peak learning rate (not given: from --blr)")
+    group.add_argument("--blr", type=positive_float, default=blr, metavar="LR",
+                       help="base learning rate: lr = blr * effective batch / 256")
+    group.add_argument("--min_lr", type=non_negative_float, default=min_lr, metavar="LR",
+                       help="learning rate at the end of the cosine")
+    group.add_argument("--warmup_epochs", type=non_negative_int, default=warmup_epochs, metavar="N",
+                       help="epochs of linear warm-up from 0")
+    group.add_argument("--weight_decay", type=non_negative_float, default=weight_decay, metavar="W",
+                       help="AdamW weight decay; biases, norms and 1-D parameters have none")
+    group.add_argument("--clip_grad", type=positive_float, default=None, metavar="NORM",
+                       help="clip the gradient's L2 norm (not given: no clipping)")
+    group.add_argument("--amp", choices=AMP_MODES, default="auto",
+                       help="mixed precision: auto = bf16 on CUDA, off on CPU; fp16 uses a gradient scaler")
+    group.add_argument("--compile", action="store_true",
+                       help="torch.compile the model: faster steps after minutes of compiling")  # fmt: skip
+
+
+def add_distributed_args(parser: argparse.ArgumentParser) -> None:
+    """Processes. Nothing is needed under mpirun, torchrun or srun."""
+    group = parser.add_argument_group("processes (found by themselves under mpirun, torchrun and srun)")
+    group.add_argument("--dist_url", default="auto", metavar="URL",
+                       help="auto; env:// (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT); tcp://host:port of rank 0")
+    group.add_argument("--port", type=port_number, default=0, help="port on which rank 0 listens; 0: a free one")
+    group.add_argument("--world_size", type=positive_int, default=None, metavar="N",
+                       help="refuse to run unless there are N processes")
+    group.add_argument("--dist_on_itp", action="store_true",
+                       help="rank and size from Open MPI's environment, address from MASTER_ADDR and MASTER_PORT; "
+                            "does without mpi4py")  # fmt: skip
