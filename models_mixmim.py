@@ -327,7 +327,7 @@ class MixMIMEncoder(nn.Module):
         self.num_cells = (img_size // CELL_STRIDE) ** 2
         self.absolute_pos_embed = nn.Parameter(sincos_table(embed_dim, grid), requires_grad=False)
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
-        rates = torch.linspace(0, drop_path_rate, sum(depths)).tolist()
+        rates = [drop_path_rate * i / max(sum(depths) - 1, 1) for i in range(sum(depths))]
         self.layers = nn.ModuleList()
         for i, depth in enumerate(depths):
             first = sum(depths[:i])
