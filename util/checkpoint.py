@@ -252,6 +252,35 @@ def load_checkpoint(
     return plain
 
 
+def load_model_state(model: torch.nn.Module, checkpoint: dict[str, Any], *, path: str | os.PathLike[str]) -> None:
+    """Load a checkpoint's `model` into a module of the same kind; every key and shape must fit.
+
+    Raises:
+        CheckpointError: no weights, or keys or shapes that do not fit, named.
+    """
+    state = checkpoint.get("model")
+    if not isinstance(state, dict):
+        raise _refuse(Path(path), "it has no 'model' with weights")
+    own = model.state_dict()
+    missing = [key for key in own if key not in state]
+    extra = [key for key in state if key not in own]
+    shapes = [
+        f"{key} is {tuple(state[key].shape)}, the model needs {tuple(own[key].shape)}"
+        for key in own
+        if key in state and state[key].shape != own[key].shape
+    ]
+    problems = [
+        f"{len(found)} {what} ({', '.join(found[:3])}{', ...' if len(found) > 3 else ''})"
+        for what, found in (("missing keys", missing), ("unknown keys", extra), ("other shapes", shapes))
+        if found
+    ]
+    if problems:
+        raise _refuse(
+            Path(path), f"its weights do not fit {type(model).__name__}: {'; '.join(problems)}. Check --model, bands and --input_size"
+        )
+    model.load_state_dict(state)
+
+
 def _plain(value: Any, where: str) -> Any:
     """Copy of a nested value with Namespaces as dicts; `TypeError` names the place of anything that is not plain."""
     if value is None or isinstance(value, (bool, int, float, str, bytes)):

@@ -1,0 +1,440 @@
+"""Pretrain SAR-W-MixMAE on Sentinel-1 patches.
+
+    python main_pretrain.py --dataset demo --data_path data/demo --model mixmim_tiny --batch_size 16
+    mpirun -np 8 python main_pretrain.py --dataset benv2 --data_path /data/BigEarthNet-S1 --norm_pix_loss
+
+Published recipe (8 GPUs x 256 = 2048, lr = 1.5e-4 * 2048 / 256 = 1.2e-3): --epochs 1024 --stop_epoch 64
+--warmup_epochs 40 --norm_pix_loss; these are the defaults where they are not flags.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sarwmix import registry
+from util import args as groups
+from util.errors import EXIT_PREEMPTED, UserError, run_cli
+from util.files import make_directory, write_json
+
+if TYPE_CHECKING:
+    import torch
+
+    from engine_pretrain import EpochResult
+    from models_mixmim import MixMIM
+    from sarwmix.datasets import SarDataset
+    from sarwmix.transforms import SarTransform
+    from util.distributed import Processes
+
+TEST_RUN_STEPS = 3
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = groups.make_parser((__doc__ or "").splitlines()[0])
+    groups.add_run_args(parser, output_dir="runs/pretrain")
+    groups.add_data_args(parser, datasets=registry.names(), default="benv2")
+    data = parser.add_argument_group("data set details")
+    data.add_argument("--split", default=None, help="e.g. train or train+val (not given: all but test)")
+    data.add_argument("--statistics", default=None, metavar="NAME|JSON", help="registered preset, or a file of ours")
+    data.add_argument(
+        "--data_option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="option of the data set, e.g. unit=linear for s1_scenes; may be repeated; a wrong name lists them",
+    )
+    groups.add_model_args(parser)
+    groups.add_pretrain_args(parser)
+    groups.add_weight_args(parser)
+    groups.add_optim_args(parser, batch_size=256, epochs=1024, blr=1.5e-4, warmup_epochs=40)
+    parser.add_argument(
+        "--activation_checkpointing", action="store_true", help="recompute blocks in backward: less memory, slower"
+    )
+    groups.add_resume_args(parser, save_every=8)
+    start = parser.add_argument_group("other starts, extra checkpoints, pictures")
+    start.add_argument("--finetune", default="", metavar="CKPT", help="start from these weights, with a new schedule")
+    start.add_argument(
+        "--save_epochs", type=groups.positive_int, nargs="*", default=[64], metavar="N", help="also checkpoint_<N>.pth"
+    )
+    start.add_argument(
+        "--inference",
+        nargs="+",
+        default=[],
+        metavar="CKPT",
+        help="draw reconstructions by these checkpoints and exit; --batch_size samples each",
+    )
+    groups.add_fault_args(parser)
+    groups.add_distributed_args(parser)
+    return parser
+
+
+def main() -> int | None:
+    args = get_parser().parse_args()
+    check_args(args)
+
+    import torch
+
+    from sarwmix.weighting import WeightOptions
+    from util.distributed import setup_processes
+    from util.log import get_logger, setup_logging
+    from util.schedule import check_schedule, effective_batch, scaled_lr
+    from util.seeding import seed_everything
+
+    processes = setup_processes(
+        device=args.device,
+        dist_url=args.dist_url,
+        port=args.port,
+        world_size=args.world_size,
+        dist_on_itp=args.dist_on_itp,
+    )
+    setup_logging(args.output_dir, rank=processes.rank)
+    log = get_logger()
+    seed_everything(args.seed)
+
+    weighting = WeightOptions(
+        mode=args.weight_mode,
+        level=args.weight_level,
+        domain=args.weight_domain,
+        exp_scale=args.weight_exp_scale,
+        clip=args.weight_clip,
+        norm=args.weight_norm,
+        renorm=args.weight_renorm,
+    )
+    dataset = open_data(args)
+    transform = make_transform(dataset, args.input_size, weighting)
+    model = make_model(args, bands=len(dataset.spec.bands)).to(processes.device)
+    log.info("%s, %s", processes.describe(), describe_data(dataset))
+    if args.inference:
+        draw_reconstructions(args, model, dataset, transform, processes.device)
+        processes.close()
+        return None
+
+    effective = effective_batch(args.batch_size, args.accum_iter, processes.world_size)
+    lr = scaled_lr(args.blr, effective) if args.lr is None else args.lr
+    check_schedule(lr=lr, min_lr=args.min_lr, warmup_epochs=args.warmup_epochs, epochs=args.epochs)
+    log.info(
+        "effective batch %d = %d per process x %d accumulated x %d processes; peak lr %.3g",
+        effective,
+        args.batch_size,
+        args.accum_iter,
+        processes.world_size,
+        lr,
+    )
+    if processes.is_main:
+        write_json(Path(args.output_dir) / "args.json", groups.args_to_dict(args))
+    run = {
+        "kind": "pretrain",
+        "model_config": {"name": args.model, "img_size": args.input_size, "norm_pix_loss": args.norm_pix_loss},
+        "data": {
+            **dataset.identity(),
+            "bands": list(dataset.spec.bands),
+            "unit": dataset.spec.unit,
+            "statistics": dataset.statistics.as_dict(),
+        },
+        "weighting": {**asdict(weighting), "mask_ratio": args.mask_ratio},
+        "schedule": {"epochs": args.epochs, "warmup_epochs": args.warmup_epochs, "lr": lr, "min_lr": args.min_lr},
+    }
+    train(args, processes, dataset, transform, model, lr=lr, run=run)
+    torch.manual_seed(args.seed)
+    processes.close()
+    return None
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """What can be refused before anything heavy is imported or any process is started."""
+    if args.batch_size % 2:
+        raise UserError(
+            f"--batch_size {args.batch_size} is odd: the partner of sample i is sample B-1-i, so the middle sample "
+            "would be mixed with itself; use an even number"
+        )
+    if args.resume and args.finetune:
+        raise UserError("--resume continues a run and --finetune starts a new one from its weights; give one of them")
+    if args.stop_epoch is not None and args.stop_epoch > args.epochs:
+        raise UserError(f"--stop_epoch {args.stop_epoch} lies behind the schedule's end, --epochs {args.epochs}")
+    for path in [args.finetune, *args.inference]:
+        if path and not Path(path).is_file():
+            raise UserError(f"checkpoint {path} does not exist; give the path of a .pth file")
+
+
+def open_data(args: argparse.Namespace) -> SarDataset:
+    """The data set of the command line; pretraining uses train and validation patches together."""
+    spec = registry.get_spec(args.dataset)
+    options: dict[str, Any] = {"statistics": args.statistics, "on_error": "replace"}
+    for item in args.data_option:
+        name, sign, value = item.partition("=")
+        if not sign or not name.strip():
+            raise UserError(f"--data_option {item!r} is not NAME=VALUE")
+        options[name.strip()] = value.strip()
+    split = args.split or ("train" if spec.task == "unlabelled" else "train+val")
+    return registry.build_dataset(args.dataset, args.data_path, split, **options)
+
+
+def describe_data(dataset: SarDataset) -> str:
+    spec = dataset.spec
+    return f"{len(dataset):,} samples of {spec.name} ({dataset.split}), bands {', '.join(spec.bands)} in {spec.unit}"
+
+
+def make_transform(dataset: SarDataset, size: int, weighting: Any) -> SarTransform:
+    from sarwmix.transforms import SarTransform
+
+    statistics = dataset.statistics
+    return SarTransform(
+        size=size,
+        mean=statistics.mean,
+        std=statistics.std,
+        weighting=weighting,
+        linear_range_db=(statistics.p01, statistics.p99),
+    )
+
+
+def make_model(args: argparse.Namespace, *, bands: int) -> MixMIM:
+    from models_mixmim import MixMIM, model_config
+
+    model = MixMIM(
+        img_size=args.input_size, in_chans=bands, norm_pix_loss=args.norm_pix_loss, **model_config(args.model)
+    )
+    model.draw_mask(args.mask_ratio)  # refuses a ratio that leaves nothing to do at this input size
+    model.activation_checkpointing = args.activation_checkpointing
+    return model
+
+
+def load_weights(model: MixMIM, path: str) -> dict[str, Any]:
+    """Load a pretraining checkpoint strictly; returns the whole checkpoint."""
+    from util.checkpoint import load_checkpoint, load_model_state
+
+    checkpoint = load_checkpoint(path)
+    load_model_state(model, checkpoint, path=path)
+    return checkpoint
+
+
+def train(
+    args: argparse.Namespace,
+    processes: Processes,
+    dataset: SarDataset,
+    transform: SarTransform,
+    model: MixMIM,
+    *,
+    lr: float,
+    run: dict[str, Any],
+) -> None:
+    """Everything from loader to last checkpoint."""
+    import torch
+
+    from engine_pretrain import BadSamples, FiniteGuard, train_one_epoch
+    from sarwmix.loader import build_loader
+    from util.checkpoint import CheckpointManager, resolve_resume
+    from util.log import EpochLog, Progress, ScalarWriter, format_duration, get_logger, memory_mib
+    from util.optim import build_adamw, parameter_groups
+    from util.resume import check_same_run
+    from util.schedule import learning_rate
+    from util.seeding import rng_state
+    from util.signals import StopRequest
+
+    log, device, output_dir = get_logger(), processes.device, make_directory(args.output_dir)
+    loader = build_loader(
+        dataset,
+        batch_size=args.batch_size,
+        shuffle=True,
+        drop_last=True,
+        seed=args.seed,
+        rank=processes.rank,
+        world_size=processes.world_size,
+        num_workers=args.num_workers,
+        pin_memory=args.pin_mem and device.type == "cuda",
+    )
+    steps = min(TEST_RUN_STEPS, len(loader)) if args.test_run else len(loader)
+    optimizer = build_adamw(parameter_groups(model, weight_decay=args.weight_decay), lr=lr, betas=(0.9, 0.95))
+    amp_dtype, scaler = precision(args.amp, device)
+
+    start_epoch, start_step, bad_found = 0, 0, []
+    resume = resolve_resume(args.resume, output_dir)
+    if resume is not None:
+        checkpoint = load_weights(model, str(resume))
+        check_same_run(checkpoint, run, path=str(resume), allow_mismatch=args.allow_mismatch)
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        if scaler is not None and checkpoint.get("scaler"):
+            scaler.load_state_dict(checkpoint["scaler"])
+        start_epoch, start_step = int(checkpoint["epoch"]) + 1, int(checkpoint.get("step", 0))
+        bad_found = [tuple(item) for item in checkpoint.get("bad_samples", [])]
+        log.info("resumed %s: epoch %d, step %d", resume, start_epoch, start_step)
+    elif args.finetune:
+        load_weights(model, args.finetune)
+        log.info("started from the weights of %s", args.finetune)
+    if args.start_epoch is not None:
+        start_epoch, start_step = args.start_epoch, 0
+
+    trained: torch.nn.Module = model
+    if args.compile:
+        model.compile_blocks()
+    if processes.world_size > 1:
+        trained = torch.nn.parallel.DistributedDataParallel(
+            model,
+            device_ids=[device] if device.type == "cuda" else None,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+        )
+    manager = CheckpointManager(output_dir, keep=args.keep_checkpoints) if processes.is_main else None
+    epoch_log = EpochLog(output_dir) if processes.is_main else None
+    scalars = ScalarWriter((args.log_dir or output_dir / "tensorboard") if processes.is_main else None)
+    guard = FiniteGuard(optimizer, allowed=args.skip_nonfinite, device=device)
+    bad_samples = BadSamples(limit=args.max_bad_samples, found=bad_found)
+    stop_request = StopRequest().install()
+    end_epoch = min(args.epochs, args.stop_epoch or args.epochs)
+    if args.test_run:
+        end_epoch = min(end_epoch, start_epoch + 2)
+    last_save = time.monotonic()
+
+    def save(epoch: int, step: int, names: tuple[str, ...], *, wait: bool) -> None:
+        """``epoch`` finished, ``step`` steps of the next one done."""
+        nonlocal last_save
+        rng = dict(enumerate(processes.all_gather_objects(rng_state())))
+        last_save = time.monotonic()
+        if manager is None:
+            return
+        state = {
+            "format": "sarwmix/1",
+            **run,
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "scaler": scaler.state_dict() if scaler is not None else {},
+            "epoch": epoch,
+            "step": step,
+            "args": groups.args_to_dict(args),
+            "rng": rng,
+            "sampler": {"seed": args.seed, "epoch": epoch + 1, "position": step},
+            "best": {},
+            "bad_samples": [list(item) for item in bad_samples.found],
+            "world_size": processes.world_size,
+        }
+        manager.save(state, names=names, wait=wait)
+
+    def dump(facts: dict[str, Any]) -> str:
+        path = output_dir / f"nonfinite_rank{processes.rank}.json"
+        write_json(path, facts)
+        return str(path)
+
+    def on_step(steps_done: int) -> bool:
+        """Agree on a stop or a timed save; True ends the epoch."""
+        due = args.save_minutes > 0 and time.monotonic() - last_save > 60 * args.save_minutes
+        stop, due_now = processes.maximum([int(stop_request.requested), int(due and processes.is_main)])
+        if due_now and not stop and steps_done < steps:
+            save(epoch - 1, steps_done, (), wait=False)
+        return bool(stop)
+
+    log.info("training epochs %d to %d of %d, %d steps each", start_epoch, end_epoch - 1, args.epochs, steps)
+    began = time.monotonic()
+    for epoch in range(start_epoch, end_epoch):
+        loader.set_epoch(epoch)
+        progress = Progress(steps, title=f"Epoch {epoch + 1}/{end_epoch}", start=start_step, enabled=processes.is_main)
+        result: EpochResult = train_one_epoch(
+            trained,
+            loader.iter_from(start_step),
+            optimizer,
+            transform=transform,
+            device=device,
+            epoch=epoch,
+            steps=steps,
+            start_step=start_step,
+            lr_at=lambda at: learning_rate(
+                at, lr=lr, min_lr=args.min_lr, warmup_epochs=args.warmup_epochs, epochs=args.epochs
+            ),
+            seed=args.seed,
+            rank=processes.rank,
+            world_size=processes.world_size,
+            accum_iter=args.accum_iter,
+            mask_ratio=args.mask_ratio,
+            clip_grad=args.clip_grad,
+            amp_dtype=amp_dtype,
+            scaler=scaler,
+            guard=guard,
+            bad_samples=bad_samples,
+            all_gather=processes.all_gather_objects,
+            all_reduce_mean=processes.all_reduce_mean,
+            dump=dump,
+            progress=progress,
+            on_step=on_step,
+        )
+        start_step = 0
+        if not result.finished:
+            save(epoch - 1, result.steps_done, ("checkpoint.pth",), wait=True)
+            log.info("stopped on request after step %d of epoch %d; --resume auto continues", result.steps_done, epoch)
+            loader.close()
+            processes.close()
+            raise SystemExit(EXIT_PREEMPTED)
+        done = epoch + 1
+        names = ["checkpoint.pth"] if done % args.save_every == 0 or done == end_epoch else []
+        names += [f"checkpoint_{done}.pth"] if done in args.save_epochs else []
+        if names:
+            save(epoch, 0, tuple(names), wait=done == end_epoch)
+        record = {"epoch": epoch, **result.stats, "memory_mib": max(memory_mib())}
+        if epoch_log is not None:
+            epoch_log.write(record)
+        scalars.add(1000 * epoch, {"train_loss": record["train_loss"], "lr": record["train_lr"]})
+        left = (time.monotonic() - began) / (done - start_epoch) * (end_epoch - done)
+        log.info(
+            "Epoch %d/%d  loss %.4f  lr %.3g  %.1f images/s  ETA %s",
+            done,
+            end_epoch,
+            record["train_loss"],
+            record["train_lr"],
+            record["images_per_s"],
+            format_duration(left),
+        )
+    if manager is not None:
+        manager.close()
+    scalars.close()
+    loader.close()
+    log.info("Training time %s; results in %s", datetime.timedelta(seconds=int(time.monotonic() - began)), output_dir)
+
+
+def precision(amp: str, device: torch.device) -> tuple[torch.dtype | None, torch.amp.GradScaler | None]:
+    """Autocast type and gradient scaler: auto is bf16 on CUDA and full precision on the CPU."""
+    import torch
+
+    if amp == "auto":
+        amp = "bf16" if device.type == "cuda" else "off"
+    if amp == "fp16":
+        return torch.float16, torch.amp.GradScaler(device.type)
+    return (torch.bfloat16 if amp == "bf16" else None), None
+
+
+def draw_reconstructions(
+    args: argparse.Namespace, model: MixMIM, dataset: SarDataset, transform: SarTransform, device: torch.device
+) -> None:
+    """Pictures of the same batch and mask for each checkpoint."""
+    import torch
+    from sarwmix.pictures import reconstruction_panel
+
+    from engine_pretrain import reconstruct
+    from util.log import get_logger
+    from util.seeding import step_generator
+
+    count = min(args.batch_size, len(dataset) - len(dataset) % 2)
+    chosen = torch.randperm(len(dataset), generator=step_generator(args.seed, 0, 0, 0, "inference"))[:count]
+    batch = dataset.get_batch(chosen.numpy())
+    mask = model.draw_mask(args.mask_ratio, step_generator(args.seed, 0, 0, 0, "mask"))
+    for path in args.inference:
+        load_weights(model, path)
+        result = reconstruct(model, batch, transform=transform, mask=mask)
+        picture = Path(args.output_dir) / "reconstructions" / f"{Path(path).parent.name}_{Path(path).stem}.png"
+        make_directory(picture.parent)
+        reconstruction_panel(
+            picture,
+            names=result.names,
+            bands=dataset.spec.bands,
+            original_db=result.original,
+            mixed_db=result.mixed,
+            mask=result.mask,
+            reconstruction_db=result.reconstruction,
+            weights=result.weights,
+            title=f"{args.model}, {Path(path).name}: weighted loss {result.loss:.4f} on this batch",
+        )
+        get_logger().info("%s: loss %.4f, %d samples drawn in %s", path, result.loss, count, picture)
+
+
+if __name__ == "__main__":
+    run_cli(main)
