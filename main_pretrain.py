@@ -222,11 +222,10 @@ def train(
     run: dict[str, Any],
 ) -> None:
     """Everything from loader to last checkpoint."""
-    import torch
-
     from engine_pretrain import BadSamples, FiniteGuard, train_one_epoch
     from sarwmix.loader import build_loader
     from util.checkpoint import CheckpointManager, resolve_resume
+    from util.distributed import data_parallel
     from util.log import EpochLog, Progress, ScalarWriter, format_duration, get_logger, memory_mib
     from util.optim import build_adamw, parameter_groups
     from util.resume import check_same_run
@@ -267,16 +266,9 @@ def train(
     if args.start_epoch is not None:
         start_epoch, start_step = args.start_epoch, 0
 
-    trained: torch.nn.Module = model
     if args.compile:
         model.compile_blocks()
-    if processes.world_size > 1:
-        trained = torch.nn.parallel.DistributedDataParallel(
-            model,
-            device_ids=[device] if device.type == "cuda" else None,
-            broadcast_buffers=False,
-            gradient_as_bucket_view=True,
-        )
+    trained = data_parallel(model, processes)
     manager = CheckpointManager(output_dir, keep=args.keep_checkpoints) if processes.is_main else None
     epoch_log = EpochLog(output_dir) if processes.is_main else None
     scalars = ScalarWriter((args.log_dir or output_dir / "tensorboard") if processes.is_main else None)

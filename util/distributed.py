@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import inspect
 import os
 import re
 import socket
@@ -147,6 +148,22 @@ class Processes:
             self.barrier()
             dist.destroy_process_group()
         set_failure_hook(None)
+
+
+def data_parallel(model: torch.nn.Module, processes: Processes) -> torch.nn.Module:
+    """Wrap a model for several processes; alone it stays as it is.
+
+    Buffers are constants (index tables), so they are not broadcast before each forward pass; gradients live in the
+    communication buckets, which saves one copy of all of them.
+    """
+    if processes.world_size == 1:
+        return model
+    parallel = torch.nn.parallel.DistributedDataParallel
+    # torch 2.15 renames the option and deprecates the old name.
+    renamed = "forward_sync_buffers" in inspect.signature(parallel).parameters
+    options: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+    devices = [processes.device] if processes.device.type == "cuda" else None
+    return parallel(model, device_ids=devices, gradient_as_bucket_view=True, **options)
 
 
 class FlagExchange:
@@ -466,12 +483,12 @@ def setup_processes(
     if start.world_size > 1:
         processes.backend = "cpu:gloo,cuda:nccl" if processes.device.type == "cuda" else "gloo"
         store = _rendezvous(start, dist_url, port)
-        limits = {"timeout": datetime.timedelta(seconds=timeout)}
+        limit = datetime.timedelta(seconds=timeout)
         if store is None:
-            dist.init_process_group(processes.backend, init_method="env://", **limits)
+            dist.init_process_group(processes.backend, init_method="env://", timeout=limit)
         else:
             dist.init_process_group(
-                processes.backend, store=store, rank=start.rank, world_size=start.world_size, **limits
+                processes.backend, store=store, rank=start.rank, world_size=start.world_size, timeout=limit
             )
     return processes
 

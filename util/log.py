@@ -111,7 +111,8 @@ class Progress:
         self._start = start
         self._enabled = enabled
         self._stream = stream if stream is not None else sys.stdout
-        self._terminal = self._stream.isatty()
+        # mpirun gives its processes a pseudo-terminal wherever its own output goes: plain lines there.
+        self._terminal = self._stream.isatty() and "OMPI_COMM_WORLD_RANK" not in os.environ
         self._interval = 0.2 if self._terminal else interval
         self._began = time.monotonic()
         self._shown = -float("inf")
