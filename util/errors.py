@@ -79,6 +79,12 @@ def run_cli(main: Callable[[], int | None]) -> None:
         code = main() or EXIT_OK
     except UserError as error:
         _fail(f"error: {error}", error.exit_code)
+    except SystemExit as leaving:
+        # Fine for a lone process (argparse leaves so). One of several must not slip away: the others would wait for it.
+        if _failure_hook is None:
+            raise
+        code = leaving.code if isinstance(leaving.code, int) and leaving.code else EXIT_LOST
+        _fail(f"error: this process left in the middle of the run (sys.exit({leaving.code!r}))", code)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
     except Exception:  # noqa: BLE001 - printed in full, then handed to the failure hook

@@ -1,0 +1,80 @@
+"""run_cli: exit codes, messages, the failure hook."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from util import errors
+
+
+@pytest.fixture(autouse=True)
+def _no_hook():
+    yield
+    errors.set_failure_hook(None)
+
+
+def _outcome(main):
+    with pytest.raises(SystemExit) as caught:
+        errors.run_cli(main)
+    return caught.value.code
+
+
+def test_success_and_returned_code():
+    assert _outcome(lambda: None) == 0
+    assert _outcome(lambda: errors.EXIT_PREEMPTED) == 75
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (errors.UserError("--x 3 is odd; use 2"), 2),
+        (errors.NonFiniteError("loss nan"), 3),
+        (errors.LostProcessError("rank 1"), 4),
+    ],
+)
+def test_user_errors_print_one_line(capsys, error, code):
+    def main():
+        raise error
+
+    assert _outcome(main) == code
+    assert capsys.readouterr().err == f"error: {error}\n"
+
+
+def test_programming_error_keeps_traceback(capsys):
+    assert _outcome(lambda: {}["missing"]) == 1
+    err = capsys.readouterr().err
+    assert "Traceback" in err
+    assert "KeyError: 'missing'" in err
+
+
+def test_interrupt(capsys):
+    def main():
+        raise KeyboardInterrupt
+
+    assert _outcome(main) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_hook_ends_the_others():
+    calls = []
+    errors.set_failure_hook(lambda message, code: calls.append((message, code)))
+
+    def main():
+        raise errors.UserError("no")
+
+    _outcome(main)
+    assert calls == [("error: no", 2)]
+
+
+@pytest.mark.parametrize(("code", "expected"), [(0, 4), (None, 4), (5, 5)])
+def test_sys_exit_of_one_of_several_is_a_failure(code, expected):
+    calls = []
+    errors.set_failure_hook(lambda message, number: calls.append(number))
+    _outcome(lambda: sys.exit(code))
+    assert calls == [expected]
+
+
+def test_sys_exit_of_a_lone_process_passes():
+    assert _outcome(lambda: sys.exit(7)) == 7
