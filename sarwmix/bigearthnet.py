@@ -20,7 +20,9 @@ import numpy as np
 from sarwmix.datasets import NameList, SarDataset, UnreadableSample, finish_image
 from sarwmix.geotiff import GeoTiffError, PatchReader
 from sarwmix.labels import CLASSES_19, class_codes, parse_label_list
+from sarwmix.lmdb_source import LmdbPatches, is_lmdb
 from sarwmix.registry import DatasetSpec, Statistics, parse_split
+from sarwmix.zarr_source import ZarrPatches, is_zarr
 from util.errors import UserError
 
 DATASETS_DIR = Path(__file__).resolve().parent.parent / "datasets"
@@ -461,8 +463,12 @@ def open_source(data_path: Path, bands: Sequence[str], size: int, example: str) 
     Raises:
         UserError: ``data_path`` holds none of them.
     """
+    if is_lmdb(data_path):
+        return LmdbPatches(data_path, bands, size)
     if not data_path.is_dir():
-        raise UserError(f"data path {data_path} is not a folder; expected a GeoTIFF tree or a store")
+        raise UserError(f"data path {data_path} is neither a folder (GeoTIFF tree, Zarr, packed store) nor an LMDB")
+    if is_zarr(data_path):
+        return ZarrPatches(data_path, bands, size)
     for root in (data_path, data_path / "BigEarthNet-S1"):
         nested = _is_nested(root)
         if nested is not None:
@@ -556,6 +562,20 @@ class BigEarthNet(SarDataset):
         return labels
 
 
+def parse_switch(name: str, value: bool | str) -> bool:
+    """An on/off option that may come as text from a command line.
+
+    Raises:
+        UserError: The text is neither yes nor no.
+    """
+    text = str(value).strip().lower()
+    if text in ("1", "true", "yes", "on"):
+        return True
+    if text in ("0", "false", "no", "off"):
+        return False
+    raise UserError(f"option {name} must be true or false, not {value!r}")
+
+
 def build_benv2(
     spec: DatasetSpec,
     data_path: Path,
@@ -565,7 +585,7 @@ def build_benv2(
     on_error: str = "raise",
     metadata: str | Path | Sequence[str | Path] | None = None,
     id_col: int | str | None = None,
-    exclude_snow_cloud: bool = True,
+    exclude_snow_cloud: bool | str = True,
     check: str = "sample",
 ) -> SarDataset:
     """Open BigEarthNet v2 (also the demo data, which have its layout).
@@ -583,7 +603,16 @@ def build_benv2(
         check: Whether the listed patches exist is looked up for a ``"sample"`` of them, for ``"all"``, or ``"none"``.
     """
     return _build(
-        "benv2", spec, data_path, split, statistics, on_error, metadata, id_col, exclude_snow_cloud, check
+        "benv2",
+        spec,
+        data_path,
+        split,
+        statistics,
+        on_error,
+        metadata,
+        id_col,
+        parse_switch("exclude_snow_cloud", exclude_snow_cloud),
+        check,
     )
 
 

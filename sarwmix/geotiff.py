@@ -12,7 +12,9 @@ import os
 import struct
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -140,6 +142,10 @@ class PatchReader:
         self._head = bytearray(HEADER_BYTES)
         self._head_view = memoryview(self._head)
         self._pixel_bytes = 4 * height * width
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Buffers cannot be pickled and hold nothing worth keeping: a spawned process starts with fresh ones.
+        return partial(PatchReader, plain=self.plain), (self.height, self.width)
 
     def read_into(self, path: str, out: np.ndarray) -> None:
         """Fill ``out`` with the file's pixels; no-data becomes NaN, other values (NaN and inf too) stay as stored.

@@ -20,7 +20,7 @@ import difflib
 import importlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -304,6 +304,23 @@ def is_packed(path: str | Path) -> bool:
     return isinstance(content, dict) and str(content.get("format", "")).startswith("sarwmix-packed/")
 
 
+def parse_options(items: Sequence[str]) -> dict[str, str]:
+    """Turn the ``NAME=VALUE`` texts of ``--data_option`` into options for :func:`build_dataset`.
+
+    Raises:
+        UserError: A text has no name or no ``=``, or a name appears twice.
+    """
+    options: dict[str, str] = {}
+    for item in items:
+        name, sign, value = (part.strip() for part in item.partition("="))
+        if not sign or not name:
+            raise UserError(f"--data_option {item!r} is not NAME=VALUE, for example unit=linear")
+        if name in options:
+            raise UserError(f"--data_option {name} is given twice: {options[name]!r} and {value!r}")
+        options[name] = value
+    return options
+
+
 def _hint(word: str, known: Any) -> str:
     close = difflib.get_close_matches(word, list(known), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
@@ -322,6 +339,13 @@ BENV1_STATISTICS = Statistics.from_normal(
     (3.1672, 2.9644),
     origin="SAR-W-MixMAE, BigEarthNet v1, as the released weights need it; "
     "the deviations look like within-image deviations",
+)
+DEMO_STATISTICS = Statistics(
+    (-17.5727, -11.6917),
+    (3.6814, 3.8585),
+    (-26.5555, -22.4032),
+    (-9.0093, -2.6230),
+    "computed over all pixels of the 624 train and validation patches of the default demo data (768 patches, seed 0)",
 )
 SPLITS = ("train", "val", "test")
 
@@ -360,8 +384,8 @@ register(
         name="demo",
         task="multilabel",
         bands=BANDS,
-        statistics={"benv2": BENV2_STATISTICS},
-        default_statistics="benv2",
+        statistics={"demo": DEMO_STATISTICS, "benv2": BENV2_STATISTICS},
+        default_statistics="demo",
         classes=CLASSES_19,
         splits=SPLITS,
         size=120,
@@ -382,7 +406,7 @@ register(
         size=120,
         builder="sarwmix.scenes:build",
         description="any folder of Sentinel-1 GeoTIFFs, cut into tiles on the fly",
-        options=(),
+        options=("unit", "tile", "stride", "band_order", "min_valid", "holdout", "seed"),
     )
 )
 register(

@@ -1,0 +1,212 @@
+"""BigEarthNet patches in an LMDB: key ``s1_name``, value a safetensors record with one tensor (H, W) for each band.
+
+This is how reBEN's tools store the data. Records are found by name, never by position, and hold the values unchanged.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sarwmix.datasets import UnreadableSample
+from util.errors import UserError
+
+if TYPE_CHECKING:
+    import lmdb
+
+_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I32": "<i4", "I16": "<i2", "U16": "<u2", "U8": "|u1"}
+_COMMIT_EVERY = 256  # records of one transaction: what an interruption can lose
+_FIRST_MAP_SIZE = 1 << 30
+
+
+def is_lmdb(path: str | Path) -> bool:
+    """Whether ``path`` is an LMDB: a folder with ``data.mdb``, or such a file itself."""
+    place = Path(path)
+    return (place / "data.mdb").is_file() or (place.is_file() and place.suffix in (".mdb", ".lmdb"))
+
+
+def parse_header(text: bytes, size: int) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
+    """Tensors of a safetensors header: name -> (numpy dtype, shape, first byte, end) within the data part.
+
+    Args:
+        text: The JSON header.
+        size: Bytes of the data part.
+
+    Raises:
+        ValueError: The header is damaged or names bytes that are not there.
+    """
+    content = json.loads(text)
+    if not isinstance(content, dict):
+        raise ValueError("header is no JSON object")
+    tensors = {}
+    for name, entry in content.items():
+        if name == "__metadata__":
+            continue
+        start, end = entry["data_offsets"]
+        shape = tuple(int(n) for n in entry["shape"])
+        if entry["dtype"] not in _DTYPES:
+            raise ValueError(f"tensor {name!r} has type {entry['dtype']}, expected one of {', '.join(_DTYPES)}")
+        dtype = _DTYPES[entry["dtype"]]
+        if not 0 <= start <= end <= size or end - start != int(np.prod(shape)) * np.dtype(dtype).itemsize:
+            raise ValueError(f"bytes {start} to {end} of tensor {name!r} do not fit a record of {size}")
+        tensors[name] = (dtype, shape, start, end)
+    return tensors
+
+
+# Open environments by path, with the process that opened them: several splits share one, because LMDB refuses to open
+# a file twice in a process, and none may be used across a fork, so that a child closes what it inherited.
+_OPEN: dict[str, tuple[int, lmdb.Environment]] = {}
+
+
+def _open(path: Path) -> lmdb.Environment:
+    import lmdb
+
+    key = os.path.realpath(path)
+    process, environment = _OPEN.get(key, (0, None))
+    if environment is not None:
+        if process == os.getpid():
+            return environment
+        environment.close()
+        del _OPEN[key]
+    try:
+        environment = lmdb.open(
+            str(path), subdir=path.is_dir(), readonly=True, lock=False, readahead=False, meminit=False
+        )
+    except lmdb.Error as error:
+        raise UserError(f"LMDB {path} cannot be opened: {error}") from error
+    _OPEN[key] = (os.getpid(), environment)
+    return environment
+
+
+class LmdbPatches:
+    """Reads patches from an LMDB of safetensors.
+
+    Args:
+        path: Folder (or file) of the LMDB.
+        bands: Band names in the order of the channels; keys inside a record.
+        size: Height and width of a patch.
+    """
+
+    def __init__(self, path: Path, bands: Sequence[str], size: int) -> None:
+        self.path = Path(path)
+        self.bands = tuple(bands)
+        self.size = size
+        self._reading: lmdb.Transaction | None = None
+        self._process = 0
+        # Records of one data set have the same header: it is parsed once and compared afterwards.
+        self._header = b""
+        self._places: list[tuple[str, int, int]] = []
+        self._transaction()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_reading": None}
+
+    def _transaction(self) -> lmdb.Transaction:
+        if self._reading is None or self._process != os.getpid():
+            self._reading = _open(self.path).begin(buffers=True)
+            self._process = os.getpid()
+        return self._reading
+
+    def read_into(self, name: str, out: np.ndarray) -> None:
+        place = f"{self.path}[{name}]"
+        record = self._transaction().get(name.encode())
+        if record is None:
+            raise UnreadableSample(name, place, "is not in the LMDB")
+        if len(record) < 8 or 8 + (length := int.from_bytes(record[:8], "little")) > len(record):
+            raise UnreadableSample(name, place, f"record of {len(record)} bytes is truncated")
+        header = record[8 : 8 + length]
+        if header != self._header:
+            self._learn(bytes(header), len(record) - 8 - length, name, place)
+        data = record[8 + length :]
+        for channel, (dtype, start, end) in enumerate(self._places):
+            if end > len(data):
+                raise UnreadableSample(name, place, f"record of {len(record)} bytes is truncated")
+            out[channel] = np.frombuffer(data[start:end], dtype=dtype).reshape(self.size, self.size)
+
+    def _learn(self, header: bytes, size: int, name: str, place: str) -> None:
+        self._header = b""
+        try:
+            tensors = parse_header(header, size)
+        except (ValueError, KeyError, TypeError) as error:
+            raise UnreadableSample(name, place, f"is no safetensors record: {error}") from error
+        places = []
+        for band in self.bands:
+            if band not in tensors:
+                raise UnreadableSample(name, place, f"has no tensor {band!r}; it has: {', '.join(tensors)}")
+            dtype, shape, start, end = tensors[band]
+            if shape != (self.size, self.size):
+                raise UnreadableSample(
+                    name, place, f"tensor {band!r} has shape {shape}, expected ({self.size}, {self.size})"
+                )
+            places.append((dtype, start, end))
+        self._header, self._places = header, places
+
+    def missing(self, name: str) -> str | None:
+        return None if self._transaction().get(name.encode()) is not None else f"{self.path}[{name}]"
+
+    def labels(self, name: str) -> list[str] | None:
+        return None  # reBEN's records hold pixels only; labels come from the metadata
+
+
+def write_lmdb(
+    path: str | Path,
+    names: Iterable[str],
+    read: Callable[[str], np.ndarray],
+    *,
+    bands: Sequence[str] = ("VH", "VV"),
+    progress: Callable[[int], None] | None = None,
+) -> int:
+    """Write patches into an LMDB; names that are there already are kept and not read again, so it can be resumed.
+
+    Args:
+        path: Folder of the LMDB; made when missing. The data file grows as needed.
+        names: The patches, by name.
+        read: Reads one patch, float32 (C, H, W) in dB; called for missing names only.
+        bands: Band names in the order of the channels.
+        progress: Called with the number of names handled so far, after each commit.
+
+    Returns:
+        The number of patches written.
+    """
+    import lmdb
+    from safetensors.numpy import save
+
+    Path(path).mkdir(parents=True, exist_ok=True)
+    environment = lmdb.open(str(path), map_size=_FIRST_MAP_SIZE, meminit=False)
+    written = handled = 0
+    pending: dict[bytes, bytes] = {}
+
+    def commit() -> None:
+        while pending:
+            try:
+                with environment.begin(write=True) as transaction:
+                    for key, value in pending.items():
+                        transaction.put(key, value)
+                pending.clear()
+            except lmdb.MapFullError:
+                environment.set_mapsize(2 * environment.info()["map_size"])
+        if progress is not None:
+            progress(handled)
+
+    try:
+        for name in names:
+            with environment.begin() as transaction:
+                known = transaction.get(name.encode()) is not None
+            if not known:
+                image = read(name)
+                tensors = {band: np.ascontiguousarray(image[i], np.float32) for i, band in enumerate(bands)}
+                pending[name.encode()] = save(tensors)
+                written += 1
+            handled += 1
+            if len(pending) >= _COMMIT_EVERY:
+                commit()
+        commit()
+        environment.sync(True)
+    finally:
+        environment.close()
+    return written
