@@ -275,9 +275,8 @@ def load_model_state(model: torch.nn.Module, checkpoint: dict[str, Any], *, path
         if found
     ]
     if problems:
-        raise _refuse(
-            Path(path), f"its weights do not fit {type(model).__name__}: {'; '.join(problems)}. Check --model, bands and --input_size"
-        )
+        what = f"its weights do not fit {type(model).__name__}: {'; '.join(problems)}"
+        raise _refuse(Path(path), f"{what}; check --model, bands and --input_size")
     model.load_state_dict(state)
 
 
