@@ -9,6 +9,8 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from util.errors import UserError
+
 MIXMIM_NAMES = ("mixmim_tiny", "mixmim_base", "mixmim_large", "mixmim_huge")
 AMP_MODES = ("auto", "bf16", "fp16", "off")
 WEIGHT_MODES = ("none", "per_channel", "shared_avg", "shared_intensity")
@@ -196,6 +198,86 @@ def add_optim_args(
                        help="mixed precision: auto = bf16 on CUDA, off on CPU; fp16 uses a gradient scaler")
     group.add_argument("--compile", action="store_true",
                        help="torch.compile the model: faster steps after minutes of compiling")  # fmt: skip
+
+
+def add_data_detail_args(parser: argparse.ArgumentParser) -> None:
+    """Statistics and options of the chosen data set."""
+    group = parser.add_argument_group("data set details")
+    group.add_argument("--statistics", default=None, metavar="NAME|JSON", help="registered preset, or a file of ours")
+    group.add_argument("--data_option", action="append", default=[], metavar="NAME=VALUE",
+                       help="option of the data set, e.g. metadata=lists.csv; may be repeated; a wrong name lists "
+                            "them")  # fmt: skip
+
+
+def parse_data_options(items: Sequence[str]) -> dict[str, str]:
+    """`--data_option NAME=VALUE ...` as a dict.
+
+    Raises:
+        UserError: an item has another form.
+    """
+    options = {}
+    for item in items:
+        name, sign, value = item.partition("=")
+        if not sign or not name.strip():
+            raise UserError(f"--data_option {item!r} is not NAME=VALUE")
+        options[name.strip()] = value.strip()
+    return options
+
+
+def add_pair_args(parser: argparse.ArgumentParser) -> None:
+    """Options of tasks with two images a sample (SEN12-FLOOD)."""
+    group = parser.add_argument_group("pairs of images")
+    group.add_argument("--patch_op", choices=("avg", "max"), default=None,
+                       help="how the tiles of a pair become one vector (not given: avg)")
+    group.add_argument("--legacy_tiling", action="store_true",
+                       help="cut tiles as the published code does, for its released checkpoint")
+    group.add_argument("--val_frac", type=open_fraction, default=None, metavar="F",
+                       help="hold out this share of the training sequences to select the best epoch; "
+                            "not given: select on test, as published")  # fmt: skip
+
+
+def add_protocol_args(parser: argparse.ArgumentParser) -> None:
+    """What of the encoder is trained, where it starts, and what is evaluated."""
+    group = parser.add_argument_group("protocol")
+    group.add_argument("--protocol", choices=("finetune", "linear", "frozen", "knn"), default="finetune",
+                       help="finetune: all weights; linear: frozen encoder, BatchNorm + linear layer by SGD; frozen: "
+                            "frozen encoder, the fine-tuning head by AdamW; knn: 5 neighbours by cosine, no training")
+    group.add_argument("--finetune", default="", metavar="CKPT",
+                       help="pretrained checkpoint, ours or a released one (not given: random initialisation)")
+    group.add_argument("--new_head", action="store_true",
+                       help="leave the head of the --finetune checkpoint out, e.g. for other classes")
+    group.add_argument("--eval", action="store_true", help="evaluate --resume CKPT on val and test, and exit")
+    group.add_argument("--probe_solver", choices=("sgd", "lbfgs"), default="sgd",
+                       help="of --protocol linear; lbfgs: scikit-learn, C chosen on validation")
+    group.add_argument("--feature_cache", default=None, metavar="DIR",
+                       help="folder for features of frozen encoders (not given: <output_dir>/features)")
+    group.add_argument("--train_frac", type=train_fraction, default=1.0, metavar="F",
+                       help="train on this share of the labels: stratified on the label sets, chosen by --seed")
+    group.add_argument("--bootstrap", type=non_negative_int, default=0, metavar="N",
+                       help="95%% intervals of the test metrics from N resamples of the split")  # fmt: skip
+
+
+def add_finetune_args(parser: argparse.ArgumentParser, *, layer_decay: float, drop_path: float) -> None:
+    """Regularisation and augmentation of fine-tuning; flips are always on."""
+    group = parser.add_argument_group("regularisation of --protocol finetune")
+    group.add_argument("--layer_decay", type=positive_float, default=layer_decay, metavar="F",
+                       help="learning rate of each layer relative to the next one")
+    group.add_argument("--drop_path", type=half_open_fraction, default=drop_path, metavar="R",
+                       help="stochastic depth of the last block, growing from 0")
+    group.add_argument("--smoothing", type=half_open_fraction, default=0.0, metavar="S",
+                       help="label smoothing; yes/no labels y become y (1 - S) + S / 2")
+    group.add_argument("--reprob", type=closed_fraction, default=0.0, metavar="P",
+                       help="random erasing: probability that a sample loses a rectangle")
+    group.add_argument("--mixup", type=non_negative_float, default=0.0, metavar="A",
+                       help="mixup with lambda from Beta(A, A); 0: off")
+    group.add_argument("--cutmix", type=non_negative_float, default=0.0, metavar="A",
+                       help="CutMix with area from Beta(A, A); 0: off")
+    group.add_argument("--mixup_prob", type=closed_fraction, default=1.0, metavar="P",
+                       help="probability of mixing at all")
+    group.add_argument("--mixup_switch_prob", type=closed_fraction, default=0.5, metavar="P",
+                       help="probability of CutMix when both are on")
+    group.add_argument("--mixup_mode", choices=("batch", "elem"), default="batch",
+                       help="draw the mixing once for a batch, or for each sample")  # fmt: skip
 
 
 def add_distributed_args(parser: argparse.ArgumentParser) -> None:

@@ -106,6 +106,11 @@ def build_adamw(
     return optimizer
 
 
+def build_sgd(groups: list[dict[str, Any]], *, lr: float, momentum: float = 0.9) -> torch.optim.SGD:
+    """SGD with momentum over `groups`, fused, for linear probes."""
+    return torch.optim.SGD(groups, lr=lr, momentum=momentum, fused=True)
+
+
 @torch.no_grad()
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     """L2 norm over all gradients as a scalar tensor on their device (no host synchronisation)."""
