@@ -1,0 +1,587 @@
+"""Any folder of Sentinel-1 GeoTIFFs as a data set without labels, cut into tiles while it is read.
+
+A scene is one file with the bands VV and VH, or two files of one band each that differ only by VV / VH in their name.
+Bands are found by name: in the file name, in the band descriptions, or by a declared order. The unit is declared (dB or
+linear power) and the values are checked against it. See docs/data_s1_scenes.md.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sarwmix.datasets import SarDataset, UnreadableSample, finish_image
+from sarwmix.registry import parse_split
+from util.errors import UserError
+from util.log import get_logger
+
+if TYPE_CHECKING:
+    from sarwmix.registry import DatasetSpec, Statistics
+
+SUFFIXES = (".tif", ".tiff")
+UNITS = ("dB", "linear")
+OPEN_FILES = 16
+"""Files that a reading thread keeps open."""
+_NAMED = 5
+"""Items that a message lists before it says how many more there are."""
+
+
+@dataclass(frozen=True)
+class Band:
+    """Where one band of a scene lies: file and band number from 1 on."""
+
+    path: str
+    number: int
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One acquisition on one grid.
+
+    Attributes:
+        name: Unique among the scenes of a folder.
+        bands: In the order of the data set's bands (VH, VV).
+        height: Pixels.
+        width: Pixels.
+        crs: WKT, or "" when the file has none.
+        transform: Affine coefficients (a, b, c, d, e, f): x = a * column + b * row + c, y = d * column + e * row + f.
+    """
+
+    name: str
+    bands: tuple[Band, ...]
+    height: int
+    width: int
+    crs: str
+    transform: tuple[float, ...]
+
+
+@dataclass
+class Survey:
+    """What the survey of a scene's pixels found.
+
+    Attributes:
+        valid: Valid pixels of each tile, (rows, columns) of tiles.
+        pixels: Some valid values of each band, (C, n), as stored.
+    """
+
+    valid: NDArray[np.int64]
+    pixels: NDArray[np.float32]
+
+
+@dataclass
+class Skipped:
+    """What the folder holds and the data set leaves out."""
+
+    files: list[str] = field(default_factory=list)  # "path: reason"
+    scenes: list[str] = field(default_factory=list)  # "name: reason"
+    tiles: int = 0
+
+
+def _listing(items: Sequence[str]) -> str:
+    more = f" and {len(items) - _NAMED} more" if len(items) > _NAMED else ""
+    return "; ".join(items[:_NAMED]) + more
+
+
+def _polarisations(text: str, bands: Sequence[str]) -> list[str]:
+    """Bands named in a text as words of their own: `S1_VV.tif` and `Sigma0_VV_db` name VV, `SAVVY.tif` does not."""
+    words = {word.upper() for word in re.split(r"[^A-Za-z0-9]+", text)}
+    return [band for band in bands if band in words]
+
+
+def find_files(root: Path) -> list[Path]:
+    """GeoTIFFs below a folder (or the one file), sorted, without hidden ones."""
+    if root.is_file():
+        return [root]
+    found = []
+    for folder, folders, files in os.walk(root):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [Path(folder) / name for name in files if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
+    return sorted(found)
+
+
+@dataclass(frozen=True)
+class _Header:
+    path: Path
+    count: int
+    descriptions: tuple[str, ...]
+    dtype: str
+    height: int
+    width: int
+    crs: str
+    transform: tuple[float, ...]
+
+    def grid(self) -> tuple[Any, ...]:
+        return self.height, self.width, self.crs, tuple(round(value, 9) for value in self.transform)
+
+    def shown(self) -> str:
+        a, _, x, _, e, y = self.transform
+        reference = f", {self.crs[:40]}..." if self.crs else ", no coordinate system"
+        return f"{self.height}x{self.width} pixels of {a:.6g} x {-e:.6g} from {x:.9g}, {y:.9g}{reference}"
+
+
+def _read_header(path: Path) -> _Header | str:
+    """The header, or why there is none."""
+    import rasterio
+    from rasterio.errors import RasterioError
+
+    try:
+        with rasterio.open(path) as source:
+            return _Header(path, source.count, tuple(text or "" for text in source.descriptions), source.dtypes[0],
+                           source.height, source.width, source.crs.to_wkt() if source.crs else "",
+                           tuple(source.transform)[:6])
+    except RasterioError as error:
+        return f"cannot be opened (truncated or no GeoTIFF?): {error}"
+
+
+def _parse_band_order(text: str | None, bands: Sequence[str]) -> tuple[str, ...] | None:
+    if text is None:
+        return None
+    order = tuple(part.strip().upper() for part in text.split(","))
+    if any(order.count(band) != 1 for band in bands):
+        raise UserError(f"band_order={text!r}: expected the names of all bands of a file in their order, with "
+                        f"{' and '.join(bands)} once each, for example band_order=VV,VH")
+    return order
+
+
+def _whole_bands(header: _Header, order: tuple[str, ...] | None, bands: Sequence[str]) -> list[int] | str:
+    """Band numbers of a multi-band file, or why it is not a scene.
+
+    Raises:
+        UserError: The declared order contradicts the file.
+    """
+    named = [_polarisations(text, bands) for text in header.descriptions]
+    described = [[number for number, found in enumerate(named, start=1) if found == [band]] for band in bands]
+    usable = all(len(numbers) == 1 for numbers in described)
+    if order is not None:
+        if len(order) != header.count:
+            return f"has {header.count} bands, band_order names {len(order)}"
+        numbers = [order.index(band) + 1 for band in bands]
+        if usable and numbers != [found[0] for found in described]:
+            raise UserError(f"{header.path}: band_order={','.join(order)} contradicts the file's band descriptions "
+                            f"{', '.join(header.descriptions)}; correct band_order or leave it out")
+        return numbers
+    if usable:
+        return [found[0] for found in described]
+    given = ", ".join(text or "none" for text in header.descriptions)
+    return f"has {header.count} bands and no descriptions that name {' and '.join(bands)} once each (found: {given})"
+
+
+def find_scenes(root: Path, bands: Sequence[str], order: tuple[str, ...] | None) -> tuple[list[Scene], list[str]]:
+    """Find the scenes of a folder.
+
+    Args:
+        root: Folder, searched with all folders below it, or one file.
+        bands: Wanted bands.
+        order: Declared names of the bands of multi-band files.
+
+    Returns:
+        The scenes sorted by name, and "path: reason" of the files that belong to none.
+
+    Raises:
+        UserError: No scene, a band without its partner, grids that differ, or a contradiction.
+    """
+    paths = find_files(root)
+    if not paths:
+        raise UserError(f"{root} holds no GeoTIFF (*.tif, *.tiff); expected Sentinel-1 scenes with "
+                        f"{' and '.join(bands)}, see docs/data_s1_scenes.md")
+    with ThreadPoolExecutor(8) as pool:
+        headers = list(pool.map(_read_header, paths))
+    ignored: list[str] = []
+    whole: list[tuple[str, _Header, list[int]]] = []
+    single: dict[tuple[Path, str], dict[str, _Header]] = {}
+    for path, header in zip(paths, headers, strict=True):
+        if isinstance(header, str):
+            ignored.append(f"{path}: {header}")
+        elif "complex" in header.dtype:
+            ignored.append(f"{path}: holds {header.dtype} values; expected detected backscatter (GRD), dB or linear")
+        elif header.count > 1:
+            numbers = _whole_bands(header, order, bands)
+            if isinstance(numbers, str):
+                ignored.append(f"{path}: {numbers}")
+            else:
+                whole.append((path.stem, header, numbers))
+        else:
+            named = _polarisations(path.stem, bands) or _polarisations(header.descriptions[0], bands)
+            if len(named) != 1:
+                holds = " and ".join(named) or f"none of {', '.join(bands)}"
+                ignored.append(f"{path}: one band, and its name holds {holds}")
+                continue
+            stem = re.sub(rf"(^|[^A-Za-z0-9])({named[0]})(?=$|[^A-Za-z0-9])", r"\1", path.stem, flags=re.IGNORECASE)
+            stem = re.sub(r"^[^A-Za-z0-9]+|[^A-Za-z0-9]+$", "", stem)
+            partners = single.setdefault((path.parent, stem), {})
+            if named[0] in partners:
+                raise UserError(f"{partners[named[0]].path} and {path} are both {named[0]} of the same scene; "
+                                "keep one of them in the folder")
+            partners[named[0]] = header
+    lone = [f"{next(iter(found.values())).path} (without {', '.join(b for b in bands if b not in found)})"
+            for found in single.values() if len(found) < len(bands)]
+    if lone:
+        broken = [f"{path}: {text}" for path, text in zip(paths, headers, strict=True) if isinstance(text, str)]
+        unread = f" Files that could not be opened: {_listing(broken)}." if broken else ""
+        raise UserError(f"{len(lone)} of the files in {root} have no partner of the other polarisation: "
+                        f"{_listing(lone)}. The model reads {' and '.join(bands)} together; add the missing files, "
+                        f"whose names differ only in the band, or move these away.{unread}")
+    scenes: list[tuple[Path, Scene]] = []
+    for (folder, stem), found in single.items():
+        first, *others = (found[band] for band in bands)
+        for other in others:
+            if other.grid() != first.grid():
+                raise UserError(f"{first.path} and {other.path} lie on different grids ({first.shown()}; "
+                                f"{other.shown()}); resample one to the other first, for example with gdalwarp")
+        name = stem or folder.name
+        scenes.append((folder / name, Scene(name, tuple(Band(str(found[band].path), 1) for band in bands), first.height,
+                                            first.width, first.crs, first.transform)))
+    for stem, header, numbers in whole:
+        scenes.append((header.path.with_suffix(""), Scene(
+            stem, tuple(Band(str(header.path), number) for number in numbers), header.height, header.width, header.crs,
+            header.transform)))
+    if not scenes:
+        raise UserError(f"{root} holds {len(paths)} GeoTIFF(s), but no scene with {' and '.join(bands)}: "
+                        f"{_listing(ignored)}. Name the bands in the file names (..._VH.tif, ..._VV.tif) or in the "
+                        "band descriptions, or declare their order, for example band_order=VV,VH.")
+    names = [scene.name for _, scene in scenes]
+    if len(set(names)) < len(names):  # the same names in several folders: put the folders before them
+        base = root if root.is_dir() else root.parent
+        scenes = [(place, Scene("__".join(place.relative_to(base).parts), *_rest(scene))) for place, scene in scenes]
+    return sorted((scene for _, scene in scenes), key=lambda scene: scene.name), ignored
+
+
+def _rest(scene: Scene) -> tuple[Any, ...]:
+    return scene.bands, scene.height, scene.width, scene.crs, scene.transform
+
+
+class SceneReader:
+    """Reads windows of scenes; keeps a few files open in each thread and each process."""
+
+    def __init__(self, unit: str) -> None:
+        self.unit = unit
+        self._local = threading.local()
+
+    def __reduce__(self) -> tuple[type[SceneReader], tuple[str]]:
+        return type(self), (self.unit,)
+
+    def _open(self, path: str) -> Any:
+        import rasterio
+
+        if getattr(self._local, "process", None) != os.getpid():
+            # An open file must not be shared with the process that this one was forked from.
+            self._local.process = os.getpid()
+            self._local.sources = OrderedDict()
+        sources: OrderedDict[str, Any] = self._local.sources
+        if path in sources:
+            sources.move_to_end(path)
+        else:
+            sources[path] = rasterio.open(path)
+            if len(sources) > OPEN_FILES:
+                sources.popitem(last=False)[1].close()
+        return sources[path]
+
+    def stored(self, scene: Scene, row: int, column: int, height: int, width: int) -> NDArray[np.float32]:
+        """A window as it is stored.
+
+        Returns:
+            (C, height, width) float32 in the unit of the file; NaN where the file has no data: its declared no-data
+            value, its mask, and where all bands are exactly 0, which is how borders without data are filled.
+
+        Raises:
+            OSError: The pixels cannot be read.
+        """
+        from rasterio.enums import MaskFlags
+        from rasterio.errors import RasterioError
+        from rasterio.windows import Window
+
+        window = Window(column, row, width, height)
+        result = np.empty((len(scene.bands), height, width), dtype=np.float32)
+        for out, band in zip(result, scene.bands, strict=True):
+            try:
+                source = self._open(band.path)
+                values = source.read(band.number, window=window)
+                flags = source.mask_flag_enums[band.number - 1]
+                mask = None if MaskFlags.all_valid in flags else source.read_masks(band.number, window=window)
+            except RasterioError as error:
+                raise OSError(f"cannot be read (truncated or damaged?): {error}") from error
+            scale, offset = source.scales[band.number - 1], source.offsets[band.number - 1]
+            out[...] = values if (scale, offset) == (1.0, 0.0) else values.astype(np.float64) * scale + offset
+            if mask is not None:
+                out[mask == 0] = np.nan
+        result[:, (result == 0).all(axis=0)] = np.nan
+        return result
+
+    def decibel(self, scene: Scene, row: int, column: int, height: int, width: int) -> NDArray[np.float32]:
+        """A window (C, height, width) in dB; NaN where there is no data, also where linear power is not positive."""
+        values = self.stored(scene, row, column, height, width)
+        if self.unit == "linear":
+            with np.errstate(divide="ignore", invalid="ignore"):
+                values = np.where(values > 0, 10.0 * np.log10(values), np.float32(np.nan)).astype(np.float32)
+        return values
+
+
+def tile_starts(length: int, tile: int, stride: int) -> NDArray[np.int64]:
+    """First pixels of the whole tiles along one axis."""
+    return np.arange(0, length - tile + 1, stride, dtype=np.int64)
+
+
+def _survey(reader: SceneReader, scene: Scene, tile: int, stride: int, *, every_pixel: bool) -> Survey:
+    """Count the valid pixels of each tile and draw values for the check of the unit.
+
+    Raises:
+        OSError: The pixels cannot be read.
+    """
+    rows, columns = tile_starts(scene.height, tile, stride), tile_starts(scene.width, tile, stride)
+    if not every_pixel:
+        middle = reader.stored(scene, (scene.height - tile) // 2, (scene.width - tile) // 2, tile, tile)
+        pixels = middle.reshape(len(middle), -1)
+        return Survey(np.full((len(rows), len(columns)), tile * tile), pixels[:, np.isfinite(pixels).all(axis=0)])
+    valid = np.zeros((len(rows), len(columns)), dtype=np.int64)
+    drawn = []
+    for number, row in enumerate(rows):
+        strip = reader.stored(scene, int(row), 0, tile, scene.width)
+        good = np.asarray(np.isfinite(strip).all(axis=0))
+        total = np.concatenate([[0], np.cumsum(good.sum(axis=0))])
+        valid[number] = total[columns + tile] - total[columns]
+        # Every 7th pixel: enough for a check, and no multiple of a block or a field pattern.
+        thin, thin_good = strip[:, ::7, ::7], np.asarray(good[::7, ::7])
+        drawn.append(thin[:, thin_good])
+    return Survey(valid, np.concatenate(drawn, axis=1))
+
+
+def check_unit(pixels: NDArray[np.float32], unit: str, where: str) -> str | None:
+    """Compare values with the declared unit.
+
+    Sentinel-1 backscatter in dB is negative nearly everywhere, linear power never is; a median outside -45 to +5 dB is
+    no calibrated backscatter.
+
+    Args:
+        pixels: Valid values (2, n) of VH and VV, as stored.
+        unit: Declared unit.
+        where: What the message calls the data.
+
+    Returns:
+        A warning, or None.
+
+    Raises:
+        UserError: The values contradict the declaration.
+    """
+    if pixels.shape[1] == 0:
+        return None
+    negative = float((pixels < 0).mean())
+    medians = np.median(pixels, axis=1)
+    shown = f"median {medians[0]:.4g} (VH) and {medians[1]:.4g} (VV), {100 * negative:.1f} % negative"
+    if unit == "dB" and negative < 0.05:
+        raise UserError(f"{where}: the unit is declared as dB, but the values look like linear power ({shown}); "
+                        "give unit=linear")
+    if unit == "linear" and negative > 0.05:
+        raise UserError(f"{where}: the unit is declared as linear, but power cannot be negative, and the values look "
+                        f"like dB ({shown}); give unit=dB")
+    with np.errstate(divide="ignore", invalid="ignore"):
+        level = 10 * np.log10(medians) if unit == "linear" else medians
+    if not ((level > -45) & (level < 5)).all():
+        return (f"{where}: {shown} is outside -45 to +5 dB; calibrated backscatter (sigma nought or gamma nought) is "
+                "expected, digital numbers or amplitudes are not")
+    if level[0] > level[1] + 1:
+        return f"{where}: VH is brighter than VV ({shown}); the bands may be swapped"
+    return None
+
+
+class SceneTiles(SarDataset):
+    """Tiles of Sentinel-1 scenes, (2, tile, tile) in dB, without labels.
+
+    Attributes:
+        scenes: The scenes of the split.
+        windows: int32 (N, 3): scene, first row and first column of each tile.
+        skipped: What was left out, over all splits.
+    """
+
+    def __init__(
+        self,
+        spec: DatasetSpec,
+        split: str,
+        statistics: Statistics,
+        *,
+        scenes: Sequence[Scene],
+        windows: NDArray[np.int32],
+        tile: int,
+        reader: SceneReader,
+        skipped: Skipped,
+        on_error: str,
+        source: str | Path,
+    ) -> None:
+        names = [f"{scenes[scene].name}_r{row}_c{column}" for scene, row, column in windows.tolist()]
+        super().__init__(spec, split, statistics, names, None, on_error=on_error, source=source)
+        self.scenes = list(scenes)
+        self.windows = windows
+        self.tile = tile
+        self.reader = reader
+        self.skipped = skipped
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return len(self.spec.bands), self.tile, self.tile
+
+    def read_into(self, index: int, out: np.ndarray) -> None:
+        number, row, column = (int(value) for value in self.windows[index])
+        scene = self.scenes[number]
+        path = scene.bands[0].path
+        try:
+            out[...] = self.reader.decibel(scene, row, column, self.tile, self.tile)
+        except OSError as error:
+            raise UnreadableSample(self.names[index], path, str(error)) from error
+        finish_image(out, self.names[index], path)
+
+    def place(self, index: int) -> dict[str, Any]:
+        """Where a tile lies.
+
+        Returns:
+            scene (name), paths (of each band), row and column (first pixel), crs (WKT or ""), transform (six affine
+            coefficients of the tile's own grid), x and y (coordinates of its centre in the crs).
+        """
+        number, row, column = (int(value) for value in self.windows[index])
+        scene = self.scenes[number]
+        a, b, c, d, e, f = scene.transform
+        middle = self.tile / 2
+        return {
+            "scene": scene.name,
+            "paths": [band.path for band in scene.bands],
+            "row": row,
+            "column": column,
+            "crs": scene.crs,
+            "transform": (a, b, a * column + b * row + c, d, e, d * column + e * row + f),
+            "x": a * (column + middle) + b * (row + middle) + c,
+            "y": d * (column + middle) + e * (row + middle) + f,
+        }
+
+
+def _number(name: str, value: Any, *, kind: type, low: float, high: float, expected: str) -> Any:
+    """An option as a number; on the command line options are texts."""
+    try:
+        number = kind(value)
+    except (TypeError, ValueError):
+        number = None
+    if number is None or not low <= number <= high:
+        raise UserError(f"{name}={value}: expected {expected}")
+    return number
+
+
+def _assign(count: int, holdout: float, seed: int, wanted: Iterable[str]) -> NDArray[np.int64]:
+    """Numbers of the scenes that belong to the wanted splits: one half of the held-out scenes each for val and test."""
+    if holdout == 0:
+        return np.arange(count)
+    held = max(2, round(count * holdout))
+    order = np.random.default_rng(seed).permutation(count)
+    parts = {"val": order[: held // 2], "test": order[held // 2 : held], "train": order[held:]}
+    return np.sort(np.concatenate([parts[name] for name in wanted]))
+
+
+def build(
+    spec: DatasetSpec,
+    data_path: Path,
+    split: str,
+    *,
+    statistics: Statistics,
+    on_error: str,
+    unit: str = "dB",
+    tile: int | str = 120,
+    stride: int | str | None = None,
+    band_order: str | None = None,
+    min_valid: float | str = 0.5,
+    holdout: float | str = 0.0,
+    seed: int | str = 0,
+) -> SceneTiles:
+    """Open a folder of Sentinel-1 scenes for the registry.
+
+    Args:
+        spec: The registry's entry `s1_scenes`.
+        data_path: Folder with the scenes, also in folders below it, or one file.
+        split: "train"; with `holdout` also "val" and "test", or several joined by "+".
+        statistics: Statistics in use.
+        on_error: "raise" or "replace".
+        unit: Unit of the values in the files: "dB" or "linear" (power).
+        tile: Side of a tile, pixels.
+        stride: Distance of neighbouring tiles, pixels; the tile's side by default.
+        band_order: Names of all bands of multi-band files in their order, such as "VV,VH"; by default their band
+            descriptions tell.
+        min_valid: Least share of valid pixels that a tile must have; others are left out and counted. 0 takes all
+            tiles without reading the scenes first.
+        holdout: Share of the scenes that is kept for val and test, half each; 0: all scenes are train.
+        seed: Seed of the choice of held-out scenes.
+
+    Raises:
+        UserError: No usable scene, values that contradict the unit, or an option out of range.
+    """
+    if unit not in UNITS:
+        raise UserError(f"unit={unit}: expected {' or '.join(UNITS)}")
+    size = _number("tile", tile, kind=int, low=16, high=4096, expected="a number of pixels from 16 to 4096")
+    step = size if stride is None else _number("stride", stride, kind=int, low=1, high=4096,
+                                               expected="a number of pixels from 1 to 4096")
+    least = _number("min_valid", min_valid, kind=float, low=0, high=1, expected="a share from 0 to 1")
+    held = _number("holdout", holdout, kind=float, low=0, high=0.9, expected="a share from 0 to 0.9")
+    draw = _number("seed", seed, kind=int, low=0, high=2**63, expected="a number of 0 or more")
+    wanted = parse_split(spec, split)
+    if held == 0 and wanted != ("train",):
+        raise UserError(f"split {split!r}: without holdout all scenes of {data_path} are in split 'train'; ask for "
+                        "that, or give for example holdout=0.2 to keep 10 % of the scenes each for val and test")
+
+    scenes, ignored = find_scenes(data_path, spec.bands, _parse_band_order(band_order, spec.bands))
+    skipped = Skipped(files=ignored)
+    reader = SceneReader(unit)
+
+    def survey(scene: Scene) -> Survey | str:
+        if scene.height < size or scene.width < size:
+            return f"{scene.height}x{scene.width} pixels are less than one tile of {size}"
+        try:
+            return _survey(reader, scene, size, step, every_pixel=least > 0)
+        except OSError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(8) as pool:
+        surveys = list(pool.map(survey, scenes))
+    usable: list[Scene] = []
+    tiles: list[NDArray[np.int32]] = []
+    warnings: list[str] = []
+    for scene, found in zip(scenes, surveys, strict=True):
+        if isinstance(found, str):
+            skipped.scenes.append(f"{scene.name}: {found}")
+            continue
+        warning = check_unit(found.pixels, unit, scene.bands[0].path)
+        if warning is not None:
+            warnings.append(warning)
+        keep = found.valid >= max(1, int(np.ceil(least * size * size)))
+        skipped.tiles += int((~keep).sum())
+        if not keep.any():
+            most = int(found.valid.max())
+            reason = "no valid pixel (all no-data)" if most == 0 else f"no tile has {100 * least:g} % valid pixels"
+            skipped.scenes.append(f"{scene.name}: {reason}")
+            continue
+        rows, columns = np.nonzero(keep)
+        tiles.append(np.stack([np.full(rows.size, len(usable)), rows * step, columns * step], axis=1).astype(np.int32))
+        usable.append(scene)
+    log = get_logger()
+    for kind, items in (("file(s) that belong to no scene", skipped.files), ("scene(s)", skipped.scenes)):
+        if items:
+            log.warning("%s: %d %s left out: %s", data_path, len(items), kind, _listing(items))
+    for warning in warnings[:_NAMED]:
+        log.warning("%s", warning)
+    if not usable:
+        raise UserError(f"{data_path} holds {len(scenes)} scene(s), none of them usable: {_listing(skipped.scenes)}")
+    if held > 0 and len(usable) < 3:
+        raise UserError(f"holdout={held:g}: {data_path} has {len(usable)} usable scene(s); at least 3 are needed to "
+                        "hold scenes out for val and test")
+    chosen = _assign(len(usable), held, draw, wanted)
+    parts = [tiles[number] for number in chosen]
+    for position, part in enumerate(parts):
+        part[:, 0] = position
+    windows = np.concatenate(parts) if parts else np.zeros((0, 3), np.int32)
+    log.info("%s: %d tiles of %dx%d from %d of %d scenes (%s); %d tiles with less than %g %% valid pixels left out",
+             data_path, len(windows), size, size, len(chosen), len(scenes), split, skipped.tiles, 100 * least)
+    return SceneTiles(spec, split, statistics, scenes=[usable[number] for number in chosen], windows=windows, tile=size,
+                      reader=reader, skipped=skipped, on_error=on_error, source=data_path)
