@@ -5,14 +5,17 @@ Shape legend: B batch, K classes, D = 8 * embed_dim features, L final tokens (16
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from models_mixmim import MODELS, MixMIMEncoder
+from util.checkpoint import load_checkpoint
 from util.errors import UserError
+from util.log import get_logger
 from util.optim import stage_depths
 from util.pos_embed import resize_position_table, resize_relative_bias
 
@@ -50,6 +53,7 @@ class MixMIMClassifier(MixMIMEncoder):
             window_size=window_size,
             drop_path_rate=drop_path_rate,
         )
+        self.num_classes = num_classes
         self.head: nn.Module = make_head(self.num_features, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -83,6 +87,12 @@ class LinearProbe(nn.Module):
         return self.linear(self.norm(features))
 
 
+def use_probe(model: MixMIMClassifier) -> None:
+    """Replace the model's head by a fresh linear probe on the same features."""
+    device = next(model.parameters()).device
+    model.head = LinearProbe(model.num_features, model.num_classes).to(device)
+
+
 @dataclass(frozen=True)
 class LoadedWeights:
     """What `load_pretrained` did, for the log.
@@ -99,7 +109,7 @@ class LoadedWeights:
 
 
 def load_pretrained(
-    model: MixMIMEncoder, state: Mapping[str, Tensor], *, source: str, new_head: bool = False
+    model: MixMIMClassifier, state: Mapping[str, Tensor], *, source: str, new_head: bool = False
 ) -> LoadedWeights:
     """Load the encoder (and a fitting head, if there is one) from a checkpoint's weights.
 
@@ -140,17 +150,92 @@ def load_pretrained(
     return LoadedWeights(tuple(dropped), tuple(resized), fresh)
 
 
-def load_classifier(model: MixMIMEncoder, state: Mapping[str, Tensor], *, source: str) -> None:
-    """Load all weights of a fine-tuned model, as `--eval` and `--resume` need them: every key and shape must fit.
+def load_trained(
+    model: MixMIMClassifier,
+    checkpoint: Mapping[str, Any],
+    *,
+    source: str,
+    protocol: str | None = None,
+    classes: Sequence[str] | None = None,
+) -> None:
+    """Load all weights of a fine-tuned checkpoint, as `--eval` and `--resume` need them: every key and shape must fit.
+
+    Args:
+        model: gets the weights; its head becomes a linear probe where the checkpoint has one.
+        checkpoint: ours or a released one (whose weights alone are there).
+        source: what messages call it.
+        protocol: refuse a checkpoint of another protocol.
+        classes: refuse a checkpoint of other class names, or in another order.
 
     Raises:
-        UserError: another model, other bands or another number of classes; the message names what differs.
+        UserError: another protocol, model, number of bands or classes; the message names what differs.
     """
+    trained_by = checkpoint.get("protocol", "finetune")
+    if protocol is not None and trained_by != protocol:
+        raise UserError(f"{source} was trained with --protocol {trained_by}, not {protocol}; give the same option")
+    state = checkpoint.get("model", {})
     _check_architecture(model, state, source)
+    known = checkpoint.get("classes")
+    if known is not None and classes is not None and len(known) == len(classes) and list(known) != list(classes):
+        raise UserError(f"{source} knows the classes {', '.join(known)}; the data set has {', '.join(classes)}")
+    if "head.linear.weight" in state and not isinstance(model.head, LinearProbe):
+        use_probe(model)
     _load_strictly(model, state, source)
 
 
-def _check_architecture(model: MixMIMEncoder, state: Mapping[str, Tensor], source: str) -> None:
+def load_start(
+    model: MixMIMClassifier,
+    path: str,
+    *,
+    bands: Sequence[str],
+    statistics: Mapping[str, Any],
+    new_head: bool = False,
+) -> None:
+    """Start from a pretrained checkpoint, or say that training is from random weights.
+
+    Args:
+        model: gets the encoder's weights.
+        path: checkpoint; empty: random initialisation.
+        bands: names of the data set's bands, in order.
+        statistics: mean and std in use; other ones than in pretraining are warned about.
+        new_head: see `load_pretrained`.
+
+    Raises:
+        UserError: the checkpoint is of other bands, or does not fit.
+    """
+    log = get_logger()
+    if not path:
+        log.info("no --finetune: training from random initialisation")
+        return
+    checkpoint = load_checkpoint(path)
+    data = checkpoint.get("data") or {}
+    known = list(data.get("bands", bands))
+    if known != list(bands):
+        raise UserError(
+            f"{path} was trained on bands {', '.join(known)}, the data set delivers {', '.join(bands)}; "
+            "they must be the same and in the same order"
+        )
+    before = data.get("statistics") or {}
+    if any(list(before.get(key, statistics[key])) != list(statistics[key]) for key in ("mean", "std")):
+        log.warning(
+            "%s was trained with mean %s, std %s; this run standardises with %s, %s (see --statistics)",
+            path,
+            before.get("mean"),
+            before.get("std"),
+            list(statistics["mean"]),
+            list(statistics["std"]),
+        )
+    done = load_pretrained(model, checkpoint.get("model", {}), source=path, new_head=new_head)
+    log.info(
+        "weights of %s: %d entries left out (decoder, mask token), resized: %s, fresh: %s",
+        path,
+        len(done.dropped),
+        ", ".join(done.resized) or "none",
+        ", ".join(done.fresh) or "none",
+    )
+
+
+def _check_architecture(model: MixMIMClassifier, state: Mapping[str, Tensor], source: str) -> None:
     """Compare width, bands and depths first: one clear sentence instead of hundreds of shapes."""
     weight = state.get("patch_embed.proj.weight")
     if weight is None or weight.ndim != 4:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
+from sarwmix.datasets import SarDataset
 from util.errors import UserError
+from util.files import atomic_write
+from util.log import get_logger
 
 
 def label_rows(labels: np.ndarray) -> np.ndarray:
@@ -39,7 +43,7 @@ def choose_fraction(labels: np.ndarray, fraction: float, *, seed: int) -> np.nda
     rng = np.random.default_rng([seed, 0x5EED])
     shuffled = rng.permutation(count)
     _, number = np.unique(label_rows(labels)[shuffled], axis=0, return_inverse=True)
-    # Sets in random order: neighbouring sets in sorted order alternate in one label, and equal steps would beat with it.
+    # Sets in random order: sorted neighbours alternate in one label, and equal steps would beat with that.
     number = rng.permutation(int(number.max()) + 1)[number.ravel()]
     by_set = shuffled[np.argsort(number, kind="stable")]  # stable: the random order inside a set stays
     picks = np.floor((np.arange(wanted) + rng.random()) * count / wanted).astype(np.int64)
@@ -49,8 +53,32 @@ def choose_fraction(labels: np.ndarray, fraction: float, *, seed: int) -> np.nda
 def vanished_classes(labels: np.ndarray, chosen: np.ndarray, classes: Sequence[str]) -> tuple[str, ...]:
     """Classes with samples in the split but none among the chosen ones."""
     if labels.ndim == 2:
-        before, after = labels.any(axis=0), labels[chosen].any(axis=0)
+        before, after = labels.sum(axis=0) > 0, labels[chosen].sum(axis=0) > 0
     else:
         before = np.bincount(labels, minlength=len(classes)) > 0
         after = np.bincount(labels[chosen], minlength=len(classes)) > 0
     return tuple(name for name, had, has in zip(classes, before, after, strict=True) if had and not has)
+
+
+def take_fraction(dataset: SarDataset, fraction: float, *, seed: int, ids_file: Path) -> SarDataset:
+    """The chosen part of a training split; its sample names are written to a file, lost classes are warned about.
+
+    Args:
+        dataset: labelled split.
+        fraction: in (0, 1].
+        seed: decides the choice.
+        ids_file: gets one name a line. Every process may write it: the content is the same.
+
+    Raises:
+        UserError: no labels.
+    """
+    if dataset.labels is None:
+        raise UserError(f"--train_frac needs labels; split {dataset.split} of {dataset.spec.name} has none")
+    chosen = choose_fraction(dataset.labels, fraction, seed=seed)
+    lost = vanished_classes(dataset.labels, chosen, dataset.spec.classes)
+    if lost:
+        get_logger().warning("--train_frac %g leaves no training sample of: %s", fraction, "; ".join(lost))
+    part = dataset.subset(chosen)
+    with atomic_write(ids_file, "w") as stream:
+        stream.write("".join(f"{name}\n" for name in part.names))
+    return part

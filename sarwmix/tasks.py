@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from models_mixmim import MixMIMEncoder
+from models_mixmim_ft import MixMIMClassifier
 from sarwmix.metrics import Report, align_table, metric_table, multilabel_report
 from sarwmix.mixup import smooth_labels
 from sarwmix.selection import Rule, multilabel_rules
@@ -61,6 +61,8 @@ class Task(ABC):
     primary: ClassVar[str]
     # whether mixup and CutMix make sense
     mixable: ClassVar[bool] = True
+    # whether a sample has exactly one class (softmax), or each label is a yes/no question of its own (sigmoid)
+    exclusive: ClassVar[bool] = False
 
     def __init__(self, classes: Sequence[str]) -> None:
         if not classes:
@@ -80,7 +82,7 @@ class Task(ABC):
     @abstractmethod
     def build_model(
         self, encoder: Mapping[str, Any], *, input_size: int, in_chans: int, drop_path_rate: float
-    ) -> MixMIMEncoder:
+    ) -> MixMIMClassifier:
         """The model with a fresh head.
 
         Args:
@@ -152,28 +154,28 @@ class Task(ABC):
         transform: SarTransform | None,
         *,
         device: torch.device,
-    ) -> Iterator[tuple[Tensor, Sequence[str], dict[str, Tensor]]]:
+    ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         """Run the model over this process's share of a split.
 
         A task whose samples share images overrides this, to encode each image once.
 
         Args:
-            model: returns logits (B, K) from the inputs; in eval mode, under no_grad and autocast.
+            model: returns logits (B, K) from the inputs; in eval mode, without gradients, with autocast inside.
             batches: of the loader.
             transform: device transform; None for cached features.
             device: where the model lives.
 
         Yields:
-            (sample numbers (B,), names, outputs) of each batch.
+            (sample numbers (B,), outputs) of each batch.
         """
         for batch in batches:
             prepared = self.prepare(batch, transform, device=device)
             logits = model(*prepared.inputs).float()
-            yield batch["index"], batch["name"], self.outputs(logits, prepared.target)
+            yield batch["index"], self.outputs(logits, prepared.target)
 
     @abstractmethod
     def report(self, gathered: Mapping[str, np.ndarray], *, bootstrap: int = 0, seed: int = 0) -> Report:
-        """Metrics of a split from the outputs of all its samples in order, (N, ...). Scalars include `loss`."""
+        """Metrics of a split from the outputs of all its samples in order, (N, ...); `loss` where there is one."""
 
     @abstractmethod
     def rules(self) -> tuple[Rule, ...]:
@@ -183,9 +185,20 @@ class Task(ABC):
     def format_report(self, report: Report) -> str:
         """The result table as text."""
 
+    def summary(self, best: Mapping[str, Any], report: Report, samples: int) -> str:
+        """The run's last lines, before the training time.
+
+        Args:
+            best: `epoch` and `score` of the first rule's best epoch.
+            report: its result on the test split.
+            samples: number of test samples.
+        """
+        return f"Best Results Summary: Epoch {best['epoch']}\n{self.format_report(report)}"
+
     def format_epoch(self, report: Report) -> str:
         """One line for the progress output."""
-        return f"{self.primary} {report.scalars[self.primary]:.4f}, loss {report.scalars['loss']:.4f}"
+        text = f"{self.primary} {report.scalars[self.primary]:.4f}"
+        return f"{text}, loss {report.scalars['loss']:.4f}" if "loss" in report.scalars else text
 
     def write_pictures(
         self, folder: Path, split: str, gathered: Mapping[str, np.ndarray], names: Sequence[str], report: Report
@@ -202,9 +215,7 @@ class MultilabelTask(Task):
 
     def build_model(
         self, encoder: Mapping[str, Any], *, input_size: int, in_chans: int, drop_path_rate: float
-    ) -> MixMIMEncoder:
-        from models_mixmim_ft import MixMIMClassifier
-
+    ) -> MixMIMClassifier:
         return MixMIMClassifier(
             num_classes=self.num_outputs,
             drop_path_rate=drop_path_rate,
@@ -243,7 +254,8 @@ class MultilabelTask(Task):
 
     def report(self, gathered: Mapping[str, np.ndarray], *, bootstrap: int = 0, seed: int = 0) -> Report:
         report = multilabel_report(gathered["scores"], gathered["target"], self.classes, bootstrap=bootstrap, seed=seed)
-        report.scalars["loss"] = float(np.mean(gathered["loss"], dtype=np.float64))
+        if "loss" in gathered:  # k-NN has scores only
+            report.scalars["loss"] = float(np.mean(gathered["loss"], dtype=np.float64))
         return report
 
     def rules(self) -> tuple[Rule, ...]:

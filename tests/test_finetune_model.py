@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import json
-import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from models_mixmim import MixMIM
-from models_mixmim_ft import LinearProbe, MixMIMClassifier, load_classifier, load_pretrained
+from models_mixmim_ft import LinearProbe, MixMIMClassifier, load_pretrained, load_trained
+from tests.conftest import PARITY, parity_weights
 from util.errors import UserError
 from util.optim import parameter_groups
-
-PARITY = Path(__file__).resolve().parents[2] / "shared" / "parity"
-needs_parity = pytest.mark.skipif(not PARITY.is_dir(), reason="parity vectors (../shared/parity) are not here")
 
 SMALL = {
     "img_size": 64,
@@ -28,43 +24,26 @@ SMALL = {
 }
 
 
-def parity_weights(model: torch.nn.Module, salt: int) -> dict[str, torch.Tensor]:
-    """State dict by the recipe of parity/README.md."""
-    state = {}
-    for key, value in model.state_dict().items():
-        if "relative_position_index" in key or "pos_embed" in key:
-            state[key] = value.clone()
-            continue
-        rng = np.random.default_rng(zlib.crc32(key.encode()) + salt)
-        drawn = rng.standard_normal(tuple(value.shape)).astype(np.float32) * np.float32(0.05)
-        if "norm" in key and key.endswith("weight"):
-            drawn = drawn + np.float32(1)
-        state[key] = torch.from_numpy(np.asarray(drawn, dtype=np.float32))
-    return state
-
-
 def config_of(raw: np.ndarray) -> dict:
     return {key: tuple(v) if isinstance(v, list) else v for key, v in json.loads(str(raw)).items()}
 
 
-@needs_parity
 def test_features_and_logits_equal_the_published_ones() -> None:
     vectors = np.load(PARITY / "finetune_small.npz")
     model = MixMIMClassifier(**config_of(vectors["config"])).eval()
-    model.load_state_dict(parity_weights(model, int(vectors["salt"])))
+    parity_weights(model, int(vectors["salt"]))
     with torch.no_grad():
         images = torch.from_numpy(vectors["x"])
         np.testing.assert_allclose(model.forward_features(images).numpy(), vectors["features"], atol=1e-5)
         np.testing.assert_allclose(model(images).numpy(), vectors["logits"], atol=1e-5)
 
 
-@needs_parity
 def test_loading_into_a_larger_input_and_window_resizes_the_tables() -> None:
     vectors = np.load(PARITY / "interpolate.npz")
     source = MixMIMClassifier(**config_of(vectors["src_config"]))
-    source.load_state_dict(parity_weights(source, int(vectors["src_salt"])))
+    parity_weights(source, int(vectors["src_salt"]))
     model = MixMIMClassifier(**config_of(vectors["dst_config"])).eval()
-    model.load_state_dict(parity_weights(model, int(vectors["dst_salt"])))
+    parity_weights(model, int(vectors["dst_salt"]))
     done = load_pretrained(model, source.state_dict(), source="the 64 px model")
     assert "absolute_pos_embed" in done.resized
     assert "layers.0.blocks.0.attn.relative_position_bias_table" in done.resized
@@ -72,7 +51,6 @@ def test_loading_into_a_larger_input_and_window_resizes_the_tables() -> None:
         np.testing.assert_allclose(model(torch.from_numpy(vectors["x"])).numpy(), vectors["logits"], atol=1e-5)
 
 
-@needs_parity
 def test_layer_decay_of_the_base_model_is_the_released_one() -> None:
     expected = json.loads((PARITY / "layer_decay_base_0.7.json").read_text())
     model = MixMIMClassifier()
@@ -88,7 +66,6 @@ def test_layer_decay_of_the_base_model_is_the_released_one() -> None:
         assert scale == pytest.approx(entry["lr_scale"], rel=1e-12), name
 
 
-@needs_parity
 def test_state_dict_of_the_base_model_is_the_released_one() -> None:
     shapes = json.loads((PARITY / "state_dict_shapes.json").read_text())["finetune_mixmim_base"]
     model = MixMIMClassifier()
@@ -166,7 +143,7 @@ def test_head_of_another_class_count() -> None:
     state = MixMIMClassifier(4, **SMALL).state_dict()
     model = MixMIMClassifier(5, **SMALL)
     with pytest.raises(UserError, match=r"head for 4 classes, the data set has 5.*--new_head"):
-        load_classifier(model, state, source="x.pth")
+        load_trained(model, {"model": state}, source="x.pth")
     with pytest.raises(UserError, match="head for 4 classes"):
         load_pretrained(model, state, source="x.pth")
     done = load_pretrained(model, state, source="x.pth", new_head=True)
@@ -175,7 +152,7 @@ def test_head_of_another_class_count() -> None:
 
 def test_a_file_of_something_else_is_refused() -> None:
     with pytest.raises(UserError, match="no MixMIM encoder"):
-        load_classifier(MixMIMClassifier(5, **SMALL), {"conv1.weight": torch.zeros(1)}, source="resnet.pth")
+        load_trained(MixMIMClassifier(5, **SMALL), {"model": {"conv1.weight": torch.zeros(1)}}, source="resnet.pth")
 
 
 def test_a_typo_in_an_argument_is_a_type_error() -> None:

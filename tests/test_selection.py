@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 
 from sarwmix.selection import SIX_METRICS, Selector, most_best_results, multilabel_rules, weighted_sum_rule
+from tests.conftest import PARITY
 from util.errors import UserError
-
-PARITY = Path(__file__).resolve().parents[2] / "shared" / "parity" / "most_best_results.json"
 
 
 def metrics(*values: float) -> dict[str, float]:
     return dict(zip(SIX_METRICS, values, strict=True))
 
 
-@pytest.mark.skipif(not PARITY.is_file(), reason="parity vectors (../shared/parity) are not here")
 def test_most_best_results_agrees_with_all_published_cases() -> None:
-    content = json.loads(PARITY.read_text())
+    content = json.loads((PARITY / "most_best_results.json").read_text())
     assert [name.replace("prec_", "precision_") for name in content["metrics"]] == list(SIX_METRICS)
     assert len(content["cases"]) == 60
     for new, best, replaces in content["cases"]:

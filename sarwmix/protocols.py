@@ -1,0 +1,136 @@
+"""The workbench of a fine-tuning run: its splits, how they are read and evaluated, and frozen encoders on them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from engine_finetune import Evaluation, evaluate, extract_features
+from sarwmix.datasets import SarDataset
+from sarwmix.features import FeatureDataset, feature_key, feature_path, knn_scores, load_features, save_features
+from sarwmix.features import whole_split as all_of
+from sarwmix.loader import Loader, build_loader
+from sarwmix.tasks import Task
+from sarwmix.transforms import SarTransform
+from util.distributed import Processes
+from util.log import get_logger
+
+
+@dataclass(frozen=True)
+class Workbench:
+    """What all steps of a run share.
+
+    Attributes:
+        task: kind of label.
+        splits: data sets by split name; `FeatureDataset` once the features are cached.
+        transform: device transform; None for cached features.
+        processes: all processes of the run.
+        group: those that share batches and evaluations. With cached features each process works alone on everything,
+            so that nothing depends on their number.
+        batch_size: samples per process and forward pass.
+        amp_dtype: autocast type; None: float32.
+        seed: of the training order.
+        num_workers: reading processes of each training process.
+        pin_memory: page-locked batches.
+    """
+
+    task: Task
+    splits: Mapping[str, SarDataset]
+    transform: SarTransform | None
+    processes: Processes
+    group: Processes
+    batch_size: int
+    amp_dtype: torch.dtype | None = None
+    seed: int = 0
+    num_workers: int = 0
+    pin_memory: bool = False
+
+    @property
+    def device(self) -> torch.device:
+        """Where models live."""
+        return self.processes.device
+
+    def loader(self, split: str, *, train: bool) -> Loader:
+        """Shuffled full batches for training, or this process's share of every sample once."""
+        data, cached = self.splits[split], self.transform is None
+        batch = self.batch_size * (self.processes.world_size if cached else 1)
+        return build_loader(
+            data,
+            batch_size=batch,
+            shuffle=train,
+            drop_last=train and (not cached or len(data) >= batch),
+            seed=self.seed,
+            rank=self.group.rank,
+            world_size=self.group.world_size,
+            num_workers=0 if cached else self.num_workers,
+            pin_memory=self.pin_memory,
+        )
+
+    def evaluate(self, model: nn.Module, split: str, loader: Loader | None = None) -> Evaluation:
+        """All outputs of a split; pass a loader to keep its workers between epochs."""
+        return evaluate(
+            model,
+            loader if loader is not None else self.loader(split, train=False),
+            task=self.task,
+            transform=self.transform,
+            device=self.device,
+            split=split,
+            names=self.splits[split].names,
+            all_gather=self.group.all_gather_objects,
+            all_gather_arrays=self.group.all_gather_arrays,
+            amp_dtype=self.amp_dtype,
+        )
+
+    def with_features(self, model: nn.Module, cache: Path) -> Workbench:
+        """The same bench on the features of a frozen encoder, computed once by all processes and kept in files."""
+        cached = {name: self._features(model, name, cache) for name in self.splits}
+        return replace(self, splits=cached, transform=None, group=Processes(device=self.device))
+
+    def _features(self, model: nn.Module, split: str, cache: Path) -> FeatureDataset:
+        assert self.transform is not None
+        data = self.splits[split]
+        key = feature_key(
+            model,
+            data.identity(),
+            data.statistics.as_dict(),
+            input_size=self.transform.size,
+            precision=str(self.amp_dtype or torch.float32),
+        )
+        path = feature_path(cache, split, key)
+        features = load_features(path, len(data))
+        there = self.processes.maximum([int(features is None)]) == [0]  # all of them see it, or all compute
+        if there and features is not None:
+            get_logger().info("features of %s: %s (cached)", split, path)
+            return FeatureDataset(data, features)
+        computed = extract_features(
+            model,
+            self.loader(split, train=False),
+            task=self.task,
+            transform=self.transform,
+            device=self.device,
+            split=split,
+            names=data.names,
+            all_gather=self.processes.all_gather_objects,
+            all_gather_arrays=self.processes.all_gather_arrays,
+            amp_dtype=self.amp_dtype,
+        )
+        if self.processes.is_main:
+            save_features(path, computed)
+        get_logger().info("features of %s: computed, %d x %d, kept in %s", split, *computed.shape, path)
+        return FeatureDataset(data, computed)
+
+    def knn(self, split: str, *, k: int) -> Evaluation:
+        """k nearest neighbours among the cached training features; there is no model and no loss."""
+        train, queries = self.splits["train"], self.splits[split]
+        assert isinstance(train, FeatureDataset)
+        assert isinstance(queries, FeatureDataset)
+        cpu = torch.device("cpu")
+        labels = self.task.soft_target(self.task.target(all_of(train), cpu))
+        scores = knn_scores(train.features, labels, queries.features, k=k, device=self.device)
+        outputs: dict[str, Any] = {"scores": scores, "target": self.task.target(all_of(queries), cpu).numpy()}
+        return Evaluation(split, outputs, queries.names)

@@ -1,0 +1,156 @@
+"""What a fine-tuning run reports: a line per epoch, tables that say what was measured, metrics.json, pictures."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from engine_finetune import Evaluation
+from models_mixmim_ft import MixMIMClassifier, load_trained
+from sarwmix.metrics import Report
+from sarwmix.protocols import Workbench
+from sarwmix.selection import Selector
+from sarwmix.tasks import Task, per_class_text
+from util.checkpoint import load_checkpoint
+from util.files import make_directory, write_json
+from util.log import EpochLog, ScalarWriter, format_duration, get_logger, memory_mib
+
+
+class EpochJournal:
+    """One line a training epoch in log.txt, the same numbers in TensorBoard, and a sentence on the console."""
+
+    def __init__(self, output_dir: Path, log_dir: str | os.PathLike[str] | None, *, task: Task, is_main: bool) -> None:
+        self._task = task
+        self._log = EpochLog(output_dir) if is_main else None
+        self._scalars = ScalarWriter((log_dir or output_dir / "tensorboard") if is_main else None)
+
+    def write(self, epoch: int, stats: Mapping[str, float], report: Report, improved: Sequence[str]) -> None:
+        """
+        Args:
+            epoch: number of the epoch, from 0.
+            stats: of the training epoch.
+            report: of the split that selects.
+            improved: files of the rules whose best epoch this is.
+        """
+        split = self._task.select_on
+        record = {"epoch": epoch, **stats, "memory_mib": max(memory_mib())}
+        record |= {f"{split}_{name}": value for name, value in report.scalars.items()}
+        if self._log is not None:
+            self._log.write({**record, "best": list(improved)})
+        perf = {f"perf/{split}_{name}": value for name, value in report.scalars.items()}
+        self._scalars.add(1000 * epoch, {"train_loss": stats["train_loss"], "lr": stats["train_lr"], **perf})
+        get_logger().info(
+            "Epoch %d  loss %.4f  lr %.3g  %.1f samples/s  %s: %s%s",
+            epoch,
+            stats["train_loss"],
+            stats["train_lr"],
+            stats["images_per_s"],
+            split,
+            self._task.format_epoch(report),
+            "  (best so far)" if improved else "",
+        )
+
+    def close(self) -> None:
+        """Flush TensorBoard."""
+        self._scalars.close()
+
+
+@dataclass
+class Results:
+    """Collects the results of a run, shows and writes them. Only rank 0 calls anything but `finish`.
+
+    Attributes:
+        facts: what every result line and metrics.json name: protocol, dataset, model, statistics, seed, samples, ...
+        output_dir: the run's folder.
+        task: formats and draws.
+        bootstrap: resamples for 95 % intervals; 0: none.
+        seed: of the bootstrap.
+        entries: results by name (a checkpoint file, or the protocol), each with its epoch and its splits.
+    """
+
+    facts: dict[str, Any]
+    output_dir: Path
+    task: Task
+    bootstrap: int = 0
+    seed: int = 0
+    entries: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def line(self, split: str) -> str:
+        """Protocol, data set, split, statistics, seed and sample counts in one line."""
+        samples = ", ".join(f"{name} {count:,}" for name, count in self.facts["samples"].items())
+        return (
+            f"protocol {self.facts['protocol']}, data set {self.facts['dataset']}, split {split}, "
+            f"model {self.facts['model']}, statistics {self.facts['statistics']}, seed {self.facts['seed']}, "
+            f"samples: {samples}"
+        )
+
+    def add(self, name: str, evaluation: Evaluation, *, epoch: int | None = None) -> Report:
+        """Compute a split's metrics, with intervals where asked for, and keep them for metrics.json."""
+        report = self.task.report(evaluation.outputs, bootstrap=self.bootstrap, seed=self.seed)
+        entry = self.entries.setdefault(name, {"epoch": epoch})
+        entry[evaluation.split] = report.as_dict()
+        return report
+
+    def show(self, name: str, evaluation: Evaluation, *, epoch: int | None = None) -> Report:
+        """`add`, and the tables on the console and the pictures beside the run."""
+        report = self.add(name, evaluation, epoch=epoch)
+        log = get_logger()
+        log.info("%s: %s", name, self.line(evaluation.split))
+        if report.per_class:
+            log.info("%s", per_class_text(report))
+        log.info("%s", self.task.format_report(report))
+        folder = make_directory(self.output_dir / "pictures")
+        self.task.write_pictures(folder, evaluation.split, evaluation.outputs, evaluation.names, report)
+        return report
+
+    def write(self, filename: str = "metrics.json", **extra: Any) -> None:
+        """Write everything as JSON."""
+        write_json(self.output_dir / filename, {**self.facts, **extra, "results": self.entries})
+
+    def finish(
+        self, bench: Workbench, model: MixMIMClassifier, module: nn.Module, selector: Selector, *, seconds: float
+    ) -> None:
+        """Evaluate the best epoch of every rule on test and print the run's last lines. Called by every process.
+
+        Args:
+            bench: splits and processes.
+            model: takes the checkpoint's weights.
+            module: what is evaluated: the model, or its head on cached features.
+            selector: knows the best epochs.
+            seconds: training time of the whole run.
+        """
+        is_main, log = bench.processes.is_main, get_logger()
+        by_epoch: dict[int, Evaluation] = {}
+        reports: dict[str, Report] = {}
+        for rule in selector.rules:
+            best = selector.best[rule.filename]
+            if best["epoch"] not in by_epoch:
+                checkpoint = load_checkpoint(self.output_dir / rule.filename)
+                load_trained(model, checkpoint, source=rule.filename)
+                by_epoch[best["epoch"]] = bench.evaluate(module, "test")
+            if not is_main:
+                continue
+            evaluation = by_epoch[best["epoch"]]
+            first = rule is selector.rules[0]
+            record = self.show if first else self.add
+            reports[rule.filename] = record(rule.filename, evaluation, epoch=best["epoch"])
+            self.entries[rule.filename][self.task.select_on + "_scalars"] = best["metrics"]
+            log.info(
+                "%s: epoch %d, score %.4f on %s, %s on test",
+                rule.filename,
+                best["epoch"],
+                best["score"],
+                self.task.select_on,
+                self.task.format_epoch(reports[rule.filename]),
+            )
+        if is_main:
+            main_file = selector.rules[0].filename
+            self.write(best_epoch=selector.best[main_file]["epoch"], training_seconds=seconds)
+            samples = len(bench.splits["test"])
+            log.info("%s", self.task.summary(selector.best[main_file], reports[main_file], samples))
+            log.info("Training time %s", format_duration(seconds))
