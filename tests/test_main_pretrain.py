@@ -323,3 +323,23 @@ def test_help_is_quick_and_complete(run_script: Runner) -> None:
     assert tuple(MODELS) == MIXMIM_NAMES  # the parser's list, which must not import torch, against the size table
     for name in (*MODELS, "--weight_mode", "--stop_epoch", "--inference", "benv2", "benv1", "s1_scenes", "demo"):
         assert name in done.stdout
+
+
+@pytest.mark.slow
+def test_base_trains_within_four_gib(run_script: Runner, demo_root: Path, tmp_path: Path) -> None:
+    """mixmim_base, batch 8, 22 steps on the CPU: at most 4 GiB beyond what the imported framework takes."""
+    import subprocess
+
+    code = (
+        "import torch, main_pretrain, engine_pretrain, models_mixmim, sarwmix.loader, resource;"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
+    )
+    own = float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    run_script(
+        "main_pretrain.py", "--dataset", "demo", "--data_path", demo_root, "--output_dir", tmp_path / "run",
+        "--model", "mixmim_base", "--batch_size", 8, "--epochs", 2, "--warmup_epochs", 1, "--num_workers", 0,
+        "--norm_pix_loss", timeout=580, OMP_NUM_THREADS="2",
+    )  # fmt: skip
+    rows = read_jsonl(tmp_path / "run" / "log.txt")
+    assert all(np.isfinite(row["train_loss"]) for row in rows)
+    assert rows[-1]["memory_mib"] - own < 4096
