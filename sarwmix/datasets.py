@@ -130,6 +130,8 @@ class SarDataset(torch.utils.data.Dataset):
         UserError: No sample, names twice, or labels that do not fit.
     """
 
+    gathers = False  # whether a whole batch costs little more than the copy of its bytes, so that a thread can read it
+
     def __init__(
         self,
         spec: DatasetSpec,
@@ -313,6 +315,7 @@ class SarSubset(SarDataset):
         )
         self.parent = parent
         self.positions = positions
+        self.gathers = parent.gathers
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -14,17 +14,26 @@ Three ways to the same batches (equal bit by bit):
 
 from __future__ import annotations
 
+import queue
+import sys
+import threading
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 
-from sarwmix.datasets import SarDataset, UnreadableSample
+from sarwmix.datasets import MAX_TRIES, SarDataset, UnreadableSample
 from util.errors import UserError
+from util.log import get_logger
 
 Batch = dict[str, Any]
+CACHES = ("none", "host", "device", "auto")
 PREFETCH = 4  # batches read ahead
+DEVICE_AHEAD = 2  # batches on their way to the GPU while one is computed
+DEVICE_SHARE = 0.45  # of a GPU's memory that cache="auto" gives to the data; the rest is for model and activations
+_CACHE_ROWS = 256  # samples read at once while a cache is filled
 
 
 def epoch_order(count: int, *, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
@@ -77,16 +86,24 @@ class Plan:
             self.steps = -(-mine // batch_size)
         self._epoch = -1
         self._order = np.empty(0, dtype=np.int64)
+        self._lock = threading.Lock()  # a reader thread of an epoch that was left may still ask
 
     def indices(self, epoch: int, step: int) -> np.ndarray:
         """Sample indices of a step, int64 (at most batch_size,)."""
-        if epoch != self._epoch:
-            self._order = epoch_order(self.count, seed=self.seed, epoch=epoch, shuffle=self.shuffle)
-            self._epoch = epoch
-        if self.drop_last:
-            first = (step * self.world_size + self.rank) * self.batch_size
-            return self._order[first : first + self.batch_size]
-        return self._order[self.rank :: self.world_size][step * self.batch_size : (step + 1) * self.batch_size]
+        return self.order_of_rank(epoch)[step * self.batch_size : (step + 1) * self.batch_size]
+
+    def order_of_rank(self, epoch: int) -> np.ndarray:
+        """Sample indices of all steps of this rank, one step after the other."""
+        with self._lock:
+            if epoch != self._epoch:
+                order = epoch_order(self.count, seed=self.seed, epoch=epoch, shuffle=self.shuffle)
+                if self.drop_last:
+                    used = order[: self.steps * self.world_size * self.batch_size]
+                    order = used.reshape(self.steps, self.world_size, self.batch_size)[:, self.rank].reshape(-1)
+                else:
+                    order = order[self.rank :: self.world_size]
+                self._order, self._epoch = np.ascontiguousarray(order), epoch
+            return self._order
 
 
 class Loader:
@@ -96,12 +113,14 @@ class Loader:
         dataset: The data set.
         plan: Which samples a step takes.
         epoch: The epoch that the next iteration delivers.
+        device: Where images and labels are delivered; None: in host memory.
     """
 
-    def __init__(self, dataset: SarDataset, plan: Plan) -> None:
+    def __init__(self, dataset: SarDataset, plan: Plan, *, device: torch.device | None = None) -> None:
         self.dataset = dataset
         self.plan = plan
         self.epoch = 0
+        self.device = device
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch (from 0) whose order the next iteration follows."""
@@ -121,7 +140,8 @@ class Loader:
         """
         if not 0 <= step <= self.plan.steps:
             raise UserError(f"step {step} is not in an epoch of {self.plan.steps} steps; was the batch size changed?")
-        return self._batches(self.epoch, step)
+        batches = self._batches(self.epoch, step)
+        return batches if self.device is None else _on_device(batches, self.device)
 
     def _batches(self, epoch: int, step: int) -> Iterator[Batch]:
         for number in range(step, self.plan.steps):
@@ -129,6 +149,139 @@ class Loader:
 
     def close(self) -> None:
         """End workers and threads; the loader cannot be used afterwards."""
+
+
+def _on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """Copy images and labels to a GPU on a stream of their own, some batches ahead of the computation.
+
+    A host buffer is kept until its copy is done; the compute stream waits for the copy of its own batch only.
+    """
+    stream = torch.cuda.Stream(device)
+    ahead: deque[tuple[Batch, Batch, torch.cuda.Event]] = deque()
+    copied: deque[tuple[Batch, torch.cuda.Event]] = deque()
+
+    def start() -> bool:
+        source = next(batches, None)
+        if source is None:
+            return False
+        batch = dict(source)
+        with torch.cuda.stream(stream):
+            for key, value in source.items():
+                if isinstance(value, torch.Tensor) and key != "index":
+                    batch[key] = value.to(device, non_blocking=True)
+            done = torch.cuda.Event()
+            done.record(stream)
+        ahead.append((batch, source, done))
+        return True
+
+    while len(ahead) < DEVICE_AHEAD and start():
+        pass
+    while ahead:
+        batch, source, done = ahead.popleft()
+        copied.append((source, done))
+        while copied and copied[0][1].query():
+            copied.popleft()
+        computing = torch.cuda.current_stream(device)
+        computing.wait_event(done)
+        for value in batch.values():
+            if isinstance(value, torch.Tensor) and value.is_cuda:
+                value.record_stream(computing)
+        start()
+        del source
+        yield batch
+
+
+class BufferPool:
+    """Arrays for batches that are used again as soon as nobody refers to them.
+
+    A tensor made by ``torch.from_numpy`` keeps a reference to its array for as long as any view of its memory lives.
+    So an array whose reference count is that of the pool alone is free. A caller who keeps every batch gets a new array
+    each time; one who lets go gets the same few again and again.
+
+    Args:
+        shape: Shape of an array.
+        pin: Use page-locked memory, from which copies to a GPU do not block.
+    """
+
+    _FREE = 2  # references while the count is taken: the pool's list and the argument of getrefcount
+
+    def __init__(self, shape: tuple[int, ...], *, pin: bool) -> None:
+        self.shape = shape
+        self.pin = pin
+        self.arrays: list[np.ndarray] = []
+
+    def take(self) -> np.ndarray:
+        """A float32 array of undefined content."""
+        for position in range(len(self.arrays)):
+            if sys.getrefcount(self.arrays[position]) == self._FREE:
+                return self.arrays[position]
+        if self.pin:
+            array = torch.empty(self.shape, dtype=torch.float32, pin_memory=True).numpy()
+        else:
+            array = np.empty(self.shape, dtype=np.float32)
+        if len(self.arrays) < PREFETCH + DEVICE_AHEAD + 4:
+            self.arrays.append(array)
+        return array
+
+
+class ThreadLoader(Loader):
+    """Batches gathered by one background thread into reused buffers; for sources that need no work per sample."""
+
+    def __init__(
+        self, dataset: SarDataset, plan: Plan, *, pin_memory: bool, timeout: float, device: torch.device | None = None
+    ) -> None:
+        super().__init__(dataset, plan, device=device)
+        self._pool = BufferPool((plan.batch_size, *dataset.shape), pin=pin_memory)
+        self._timeout = timeout
+
+    def _batches(self, epoch: int, step: int) -> Iterator[Batch]:
+        ready: queue.Queue[Batch | BaseException | None] = queue.Queue(PREFETCH)
+        stopped = threading.Event()
+        reader = threading.Thread(target=self._read, args=(epoch, step, ready, stopped), name="loader", daemon=True)
+        reader.start()
+        try:
+            while True:
+                try:
+                    item = ready.get(timeout=self._timeout)
+                except queue.Empty:
+                    raise UserError(
+                        f"no batch from {self.dataset.source} within {self._timeout:g} s; the storage hangs"
+                    ) from None
+                if item is None:
+                    return
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+                del item  # the buffer is free once the caller lets go of it
+        finally:
+            stopped.set()
+
+    def _read(
+        self, epoch: int, step: int, ready: queue.Queue[Batch | BaseException | None], stopped: threading.Event
+    ) -> None:
+        try:
+            for number in range(step, self.plan.steps):
+                if not _put(ready, self._gather(self.plan.indices(epoch, number)), stopped):
+                    return
+            _put(ready, None, stopped)
+        except Exception as error:  # noqa: BLE001 - raised again by the thread that asked for the batch
+            _put(ready, error, stopped)
+
+    def _gather(self, indices: np.ndarray) -> Batch:
+        array = self._pool.take()
+        used, replaced = self.dataset.fill(indices, array[: len(indices)])
+        return self.dataset.make_batch(torch.from_numpy(array)[: len(indices)], used, replaced)
+
+
+def _put(ready: queue.Queue[Any], item: Any, stopped: threading.Event) -> bool:
+    """Hand an item over; False when nobody wants it any more."""
+    while not stopped.is_set():
+        try:
+            ready.put(item, timeout=0.1)
+            return True
+        except queue.Full:
+            continue
+    return False
 
 
 class _Schedule(torch.utils.data.Sampler[np.ndarray]):
@@ -176,9 +329,16 @@ class WorkerLoader(Loader):
     """Batches read by worker processes that live as long as the loader."""
 
     def __init__(
-        self, dataset: SarDataset, plan: Plan, *, num_workers: int, pin_memory: bool, timeout: float
+        self,
+        dataset: SarDataset,
+        plan: Plan,
+        *,
+        num_workers: int,
+        pin_memory: bool,
+        timeout: float,
+        device: torch.device | None = None,
     ) -> None:
-        super().__init__(dataset, plan)
+        super().__init__(dataset, plan, device=device)
         self._schedule = _Schedule(plan)
         self._timeout = timeout
         self._workers = torch.utils.data.DataLoader(
@@ -227,6 +387,172 @@ class WorkerLoader(Loader):
             self._workers._iterator = None
 
 
+# Caches ----------------------------------------------------------------------------------------------------------
+
+
+class MemoryDataset(SarDataset):
+    """A data set whose images have all been read into host memory."""
+
+    gathers = True
+
+    def __init__(self, parent: SarDataset, images: np.ndarray, bad: dict[int, UnreadableSample]) -> None:
+        super().__init__(
+            parent.spec,
+            parent.split,
+            parent.statistics,
+            parent.names,
+            parent.labels,
+            on_error=parent.on_error,
+            source=parent.source,
+        )
+        self._shape = parent.shape
+        self.images = images
+        self.bad = bad
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self._shape
+
+    def read_into(self, index: int, out: np.ndarray) -> None:
+        for _, error in self.read_many(np.array([index]), out[None]):
+            raise error
+
+    def read_many(self, indices: np.ndarray, out: np.ndarray) -> list[tuple[int, UnreadableSample]]:
+        np.take(self.images, indices, axis=0, out=out, mode="clip")
+        if not self.bad:
+            return []
+        return [(i, self.bad[int(index)]) for i, index in enumerate(indices) if int(index) in self.bad]
+
+
+class _RawByBatch(torch.utils.data.Dataset):
+    """Images as read, with the errors, for filling a cache."""
+
+    def __init__(self, dataset: SarDataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, indices: np.ndarray) -> tuple[torch.Tensor, list[tuple[int, UnreadableSample]]] | UserError:
+        images = np.empty((len(indices), *self.dataset.shape), dtype=np.float32)
+        try:
+            return torch.from_numpy(images), self.dataset.read_many(indices, images)
+        except UserError as error:
+            return error
+
+
+def _read_all(
+    dataset: SarDataset, target: torch.Tensor, *, num_workers: int, timeout: float
+) -> dict[int, UnreadableSample]:
+    """Fill ``target`` (N, C, H, W) with all images; returns the samples that cannot be read.
+
+    Raises:
+        UnreadableSample: One cannot be read and the data set does not replace such samples.
+    """
+    pieces = [
+        np.arange(first, min(first + _CACHE_ROWS, len(dataset)), dtype=np.int64)
+        for first in range(0, len(dataset), _CACHE_ROWS)
+    ]
+    workers = torch.utils.data.DataLoader(
+        _RawByBatch(dataset),
+        batch_size=None,
+        sampler=pieces,  # type: ignore[arg-type]  # any iterable of what the data set takes
+        num_workers=0 if dataset.gathers else num_workers,
+        collate_fn=_as_is,
+        worker_init_fn=_one_thread,
+        timeout=timeout if num_workers and not dataset.gathers else 0,
+    )
+    bad: dict[int, UnreadableSample] = {}
+    for piece, item in zip(pieces, workers, strict=True):
+        if isinstance(item, UserError):
+            raise item
+        images, errors = item
+        for position, error in errors:
+            if dataset.on_error == "raise":
+                raise error
+            bad[int(piece[position])] = error
+        target[piece[0] : piece[-1] + 1].copy_(images)
+    return bad
+
+
+class DeviceLoader(Loader):
+    """Batches gathered from images that all lie in the memory of a device (of the host, with device "cpu")."""
+
+    def __init__(
+        self, dataset: SarDataset, plan: Plan, *, device: torch.device, num_workers: int, timeout: float
+    ) -> None:
+        super().__init__(dataset, plan)
+        self.device = device
+        self.images = torch.empty((len(dataset), *dataset.shape), dtype=torch.float32, device=device)
+        self.bad = _read_all(dataset, self.images, num_workers=num_workers, timeout=timeout)
+        self.used = _replacements(len(dataset), self.bad)
+        labels = dataset.batch_labels(self.used)
+        self.labels = None if labels is None else labels.to(device)
+
+    def iter_from(self, step: int) -> Iterator[Batch]:
+        if not 0 <= step <= self.plan.steps:
+            raise UserError(f"step {step} is not in an epoch of {self.plan.steps} steps; was the batch size changed?")
+        return self._batches(self.epoch, step)
+
+    def _batches(self, epoch: int, step: int) -> Iterator[Batch]:
+        # The order of the epoch goes to the device once, so that a step needs no copy at all.
+        order = self.plan.order_of_rank(epoch)
+        sources = torch.from_numpy(self.used[order]).to(self.device)
+        places = torch.from_numpy(order).to(self.device)
+        size = self.plan.batch_size
+        for number in range(step, self.plan.steps):
+            piece = slice(number * size, (number + 1) * size)
+            batch: Batch = {"image": self.images.index_select(0, sources[piece])}
+            if self.labels is not None:
+                batch["label"] = self.labels.index_select(0, places[piece])
+            indices = order[piece]
+            used = self.used[indices]
+            batch["name"] = [self.dataset.names[int(i)] for i in used]
+            batch["index"] = torch.from_numpy(used)
+            batch["replaced"] = []
+            if self.bad:
+                lost = [self.bad[int(i)] for i in indices if int(i) in self.bad]
+                batch["replaced"] = [(error.name, f"{error.path}: {error.reason}") for error in lost]
+            yield batch
+
+
+def _replacements(count: int, bad: dict[int, UnreadableSample]) -> np.ndarray:
+    """Which sample is delivered for each index: itself, or the next readable one, as SarDataset.fill decides."""
+    used = np.arange(count, dtype=np.int64)
+    for index, error in bad.items():
+        for step in range(1, min(MAX_TRIES, count - 1) + 1):
+            if (index + step) % count not in bad:
+                used[index] = (index + step) % count
+                break
+        else:
+            raise UnreadableSample(
+                error.name, error.path, f"{error.reason}; the next {MAX_TRIES} samples cannot be used either"
+            )
+    return used
+
+
+def choose_cache(cache: str, dataset: SarDataset, device: torch.device | None) -> str:
+    """Resolve ``"auto"``: the device when it is a GPU and the images take at most 45 % of its memory, else none.
+
+    Raises:
+        UserError: ``cache`` is no known choice, needs a device, or does not suit the data set.
+    """
+    if cache not in CACHES:
+        raise UserError(f"cache must be one of {', '.join(CACHES)}, not {cache!r}")
+    if cache == "device" and device is None:
+        raise UserError("cache=device needs a device")
+    plain = isinstance(dataset, SarDataset) and type(dataset).get_batch is SarDataset.get_batch
+    if cache in ("host", "device") and not plain:
+        raise UserError(f"cache={cache} does not suit {type(dataset).__name__}: its batches are made in its own way")
+    if cache != "auto":
+        return cache
+    if device is None or device.type != "cuda" or not plain:
+        return "none"
+    size = 4 * len(dataset) * int(np.prod(dataset.shape))
+    free, total = torch.cuda.mem_get_info(device)
+    return "device" if size <= min(DEVICE_SHARE * total, 0.9 * free) else "none"
+
+
 def build_loader(
     dataset: SarDataset,
     *,
@@ -239,6 +565,8 @@ def build_loader(
     num_workers: int = 0,
     pin_memory: bool = False,
     timeout: float = 600.0,
+    device: torch.device | str | None = None,
+    cache: str = "none",
 ) -> Loader:
     """Make the loader that suits a data set.
 
@@ -250,9 +578,12 @@ def build_loader(
         seed: Seed of the order.
         rank: This process.
         world_size: Number of processes.
-        num_workers: Worker processes for file sources; 0 reads in this process.
-        pin_memory: Deliver page-locked tensors, for copies to a GPU that do not block.
-        timeout: Seconds to wait for a worker's batch before giving up.
+        num_workers: Worker processes for file sources; 0 reads in this process. Packed stores and caches need none.
+        pin_memory: Read into page-locked memory, for copies to a GPU that do not block.
+        timeout: Seconds to wait for a batch before giving up.
+        device: A GPU to which images and labels are copied ahead of time; None or a CPU: they stay in host memory.
+        cache: ``"host"``: read all images into this process's memory first; ``"device"``: into the memory of
+            ``device``; ``"auto"``: on the device if they take at most 45 % of a GPU's memory; ``"none"``.
 
     Returns:
         A loader: ``set_epoch(epoch)``, ``len()`` in steps, iteration over batch dicts, ``iter_from(step)``.
@@ -271,9 +602,22 @@ def build_loader(
     )
     if num_workers < 0:
         raise UserError(f"number of loader workers must be 0 or more, not {num_workers}")
+    place = None if device is None else torch.device(device)
+    choice = choose_cache(cache, dataset, place)
+    size = 4 * len(dataset) * int(np.prod(dataset.shape)) / 1e9
+    if choice == "device":
+        assert place is not None
+        get_logger().info("reading %d samples (%.2f GB) into the memory of %s", len(dataset), size, place)
+        return DeviceLoader(dataset, plan, device=place, num_workers=num_workers, timeout=timeout)
+    if choice == "host":
+        get_logger().info("reading %d samples (%.2f GB) into memory", len(dataset), size)
+        images = np.empty((len(dataset), *dataset.shape), dtype=np.float32)
+        bad = _read_all(dataset, torch.from_numpy(images), num_workers=num_workers, timeout=timeout)
+        dataset = MemoryDataset(dataset, images, bad)
+    gpu = place if place is not None and place.type == "cuda" else None
+    pin = pin_memory and torch.cuda.is_available()
+    if dataset.gathers:
+        return ThreadLoader(dataset, plan, pin_memory=pin, timeout=timeout, device=gpu)
     if num_workers == 0:
-        return Loader(dataset, plan)
-    return WorkerLoader(dataset, plan, num_workers=num_workers, pin_memory=pin_memory, timeout=timeout)
-
-
-__all__ = ["Batch", "Loader", "Plan", "UnreadableSample", "build_loader", "epoch_order"]
+        return Loader(dataset, plan, device=gpu)
+    return WorkerLoader(dataset, plan, num_workers=num_workers, pin_memory=pin, timeout=timeout, device=gpu)

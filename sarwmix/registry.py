@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 BANDS = ("VH", "VV")
 TASKS = ("multilabel", "multiclass", "pair", "segmentation", "unlabelled")
 COMMON_OPTIONS = ("statistics", "on_error")
+PACKED_OPTIONS = ("check",)
 ON_ERROR = ("raise", "replace")
 NORMAL_1_PERCENT = 2.3263  # the 1 % quantile of a normal distribution lies this many deviations below its mean
 
@@ -286,7 +287,15 @@ def build_dataset(name: str, data_path: str | Path, split: str, **options: Any) 
     root = Path(data_path).expanduser()
     if not root.exists():
         raise UserError(f"data path {root} of data set {name!r} does not exist; give an existing folder or store")
-    builder = "sarwmix.packed:build" if is_packed(root) else spec.builder
+    builder = spec.builder
+    if is_packed(root):
+        builder = "sarwmix.packed:build"
+        for key in given:
+            if key not in PACKED_OPTIONS:
+                raise UserError(
+                    f"option {key!r} has no effect on the packed store {root}: it decides what is packed; "
+                    "give it to scripts/pack_dataset.py"
+                )
     module_name, function_name = builder.split(":")
     build = getattr(importlib.import_module(module_name), function_name)
     return build(spec, root, split, statistics=statistics, on_error=on_error, **given)
