@@ -1,0 +1,616 @@
+"""Pictures as PNG: reconstructions, contact sheets, histograms, curves and figures of merit.
+
+Conventions: backscatter in dB on a fixed grey scale for each band, so that pictures compare; no-data is light blue;
+every colour bar has a unit; colours are distinguishable with colour-vision deficiency (Okabe and Ito 2008; cividis).
+Arrays come in as numpy, and a file appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from util.files import atomic_write
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+GREY_DB: dict[str, tuple[float, float]] = {"VH": (-30.0, -5.0), "VV": (-25.0, 0.0)}
+"""Black and white of each band, dB: calm water to walls."""
+ERROR_DB = (0.0, 8.0)
+"""Scale of the absolute error, dB."""
+NO_DATA = "#a6cee3"
+NOT_SHOWN = "#f4f4f4"
+BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE = (
+    "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")  # Okabe and Ito
+CYCLE = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK)
+DASHES = ("-", "--", "-.", ":")
+SAMPLES_PER_PAGE = 8
+DPI = 110
+PathLike = str | os.PathLike[str]
+FloatArray = NDArray[Any]
+
+
+def _figure(width: float, height: float) -> Figure:
+    """A figure of its own, without pyplot's global state."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Figure, path: PathLike) -> Path:
+    """Draw to memory and write the file atomically."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI)
+    with atomic_write(path) as stream:
+        stream.write(buffer.getvalue())
+    return Path(path)
+
+
+def _grey(band: str) -> tuple[float, float]:
+    return GREY_DB.get(band, (-30.0, 0.0))
+
+
+def _colours(name: str) -> Any:
+    import matplotlib
+
+    return matplotlib.colormaps[name].with_extremes(bad=NO_DATA)
+
+
+def _show(axes: Axes, image: FloatArray, colours: str, limits: tuple[float, float]) -> None:
+    # Never blend masked cells or speckle with their neighbours: one array element, one block of pixels.
+    axes.imshow(image, cmap=_colours(colours), vmin=limits[0], vmax=limits[1], interpolation="nearest", aspect="equal")
+    axes.set_xticks([])
+    axes.set_yticks([])
+
+
+def _bar(figure: Figure, box: tuple[float, float, float, float], colours: str, limits: tuple[float, float],
+         label: str, *, extend: str = "both") -> None:
+    """A horizontal colour bar in a box (left, bottom, width, height) in inches."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+    from matplotlib.ticker import MaxNLocator
+
+    width, height = figure.get_size_inches()
+    axes = figure.add_axes((box[0] / width, box[1] / height, box[2] / width, box[3] / height))
+    figure.colorbar(ScalarMappable(Normalize(*limits), _colours(colours)), cax=axes, orientation="horizontal",
+                    extend=extend, ticks=MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+    axes.tick_params(labelsize=7)
+    axes.set_title(label, fontsize=8, pad=3)
+
+
+def _wrap(text: str, inches: float, size: float) -> str:
+    """Break a text so that it fits; a glyph of DejaVu Sans Bold is about 0.65 of its size wide, 72 points an inch."""
+    return "\n".join(textwrap.wrap(text, max(10, int(inches * 72 / (0.65 * size))))) or text
+
+
+def cell_grid(mask: FloatArray) -> FloatArray:
+    """The mask of cells as a square map.
+
+    Args:
+        mask: (cells,) of 0 and 1, row by row.
+
+    Raises:
+        ValueError: The number of cells is no square.
+    """
+    side = math.isqrt(len(mask))
+    if side * side != len(mask):
+        raise ValueError(f"{len(mask)} cells form no square grid")
+    return np.asarray(mask, dtype=np.float64).reshape(side, side)
+
+
+def reconstruction_panel(
+    path: PathLike,
+    *,
+    names: Sequence[str],
+    bands: Sequence[str],
+    original_db: FloatArray,
+    mixed_db: FloatArray,
+    mask: FloatArray,
+    reconstruction_db: FloatArray,
+    weights: FloatArray,
+    title: str,
+) -> list[Path]:
+    """Draw what the model saw, what it rebuilt and how far off it is, for each sample and band.
+
+    Columns: original, mixed input, mask, reconstruction of the hidden cells, absolute error there, loss weight.
+    More than 8 samples go to further files, `name_2.png` and so on.
+
+    Args:
+        path: PNG to write.
+        names: B sample names.
+        bands: C band names.
+        original_db: (B, C, H, W) dB; NaN is no data.
+        mixed_db: (B, C, H, W) dB: partner's pixels in the masked cells.
+        mask: (cells,) 1 where the partner is shown and the sample hidden.
+        reconstruction_db: (B, C, H, W) dB; only hidden cells are shown.
+        weights: (B, C, H, W) weight of each pixel's squared error.
+        title: What model and checkpoint.
+
+    Returns:
+        The files written.
+
+    Raises:
+        ValueError: Shapes that do not fit.
+    """
+    original = np.asarray(original_db, dtype=np.float64)
+    shape = original.shape
+    maps = {"mixed_db": mixed_db, "reconstruction_db": reconstruction_db, "weights": weights}
+    for name, values in maps.items():
+        if np.shape(values) != shape:
+            raise ValueError(f"{name} has shape {np.shape(values)}, original_db {shape}")
+    if len(names) != shape[0] or len(bands) != shape[1]:
+        raise ValueError(f"{len(names)} names and {len(bands)} bands for images of shape {shape}")
+    grid = cell_grid(np.asarray(mask))
+    if shape[2] % len(grid) or shape[3] % len(grid):
+        raise ValueError(f"images of {shape[2]}x{shape[3]} pixels cannot be cut into {len(grid)}x{len(grid)} cells")
+    finite = np.asarray(weights)[np.isfinite(weights)]
+    low, high = (float(finite.min()), float(finite.max())) if finite.size else (1.0, math.e)
+    # exp(1 - x) with x in [0, 1] lies in [1, e]; other settings have their own range.
+    limits = (1.0, math.e) if low >= 0.999 and high <= math.e + 1e-3 else (low, max(high, low + 1e-3))
+    written = []
+    for page, start in enumerate(range(0, shape[0], SAMPLES_PER_PAGE), start=1):
+        part = slice(start, start + SAMPLES_PER_PAGE)
+        place = Path(path) if page == 1 else Path(path).with_name(f"{Path(path).stem}_{page}{Path(path).suffix}")
+        figure = _reconstruction_page(names[part], bands, original[part], np.asarray(mixed_db)[part], grid,
+                                      np.asarray(reconstruction_db)[part], np.asarray(weights)[part], limits, title)
+        written.append(_save(figure, place))
+    return written
+
+
+def _reconstruction_page(
+    names: Sequence[str],
+    bands: Sequence[str],
+    original: FloatArray,
+    mixed: FloatArray,
+    grid: FloatArray,
+    reconstruction: FloatArray,
+    weights: FloatArray,
+    weight_limits: tuple[float, float],
+    title: str,
+) -> Figure:
+    side, gap, left, caption, bottom = 1.55, 0.06, 0.42, 0.30, 0.85  # inches
+    columns = ("original", "mixed input", "mask", "reconstruction\nof hidden cells", "absolute error\nof hidden cells",
+               "loss weight")
+    width = left + len(columns) * (side + gap) + 0.15
+    heading = _wrap(title, width - 0.4, 10)
+    top = 0.5 + 0.17 * (heading.count("\n") + 1)
+    block = len(bands) * (side + gap) + caption
+    height = top + len(names) * block + bottom
+    figure = _figure(width, height)
+    figure.text(0.2 / width, 1 - 0.12 / height, heading, fontsize=10, weight="bold", va="top", ha="left")
+    repeats = original.shape[2] // len(grid)
+    hidden = np.kron(grid, np.ones((repeats, original.shape[3] // len(grid)))) > 0.5
+    for sample, name in enumerate(names):
+        errors = []
+        for band, label in enumerate(bands):
+            error = np.abs(reconstruction[sample, band] - original[sample, band])
+            inside = error[hidden & np.isfinite(error)]
+            errors.append(f"{label} {inside.mean():.2f} dB" if inside.size else f"{label} none")
+            cells = (
+                (original[sample, band], "gray", _grey(label)),
+                (mixed[sample, band], "gray", _grey(label)),
+                (grid, "gray_r", (0.0, 1.0)),
+                (reconstruction[sample, band], "gray", _grey(label)),
+                (error, "cividis", ERROR_DB),
+                (weights[sample, band], "cividis", weight_limits),
+            )
+            y = height - top - sample * block - (band + 1) * (side + gap) + gap
+            for column, (image, colours, limits) in enumerate(cells):
+                x = left + column * (side + gap)
+                axes = figure.add_axes((x / width, y / height, side / width, side / height))
+                _show(axes, image, colours, limits)
+                if column in (3, 4):
+                    _cover(axes, grid, hidden.shape)
+                if column == 0:
+                    axes.set_ylabel(label, fontsize=9)
+                if sample == band == 0:
+                    axes.set_title(columns[column], fontsize=8.5, pad=4)
+        y = height - top - (sample + 1) * block + caption
+        text = f"{name}   mean |error|: {', '.join(errors)}"
+        figure.text(left / width, (y - 0.02) / height, text, fontsize=min(7.5, 7.5 * 135 / max(len(text), 1)), va="top")
+    bars: list[tuple[str, tuple[float, float], str, str]] = [
+        ("gray", _grey(label), f"{label} backscatter (dB)", "both") for label in bands]
+    bars += [("cividis", ERROR_DB, "absolute error (dB)", "max"), ("cividis", weight_limits, "loss weight", "neither")]
+    each = (width - left - 0.15) / len(bars)
+    for number, (colours, limits, label, extend) in enumerate(bars):
+        _bar(figure, (left + number * each + 0.1, 0.42, each - 0.35, 0.11), colours, limits, label, extend=extend)
+    figure.text(left / width, 0.06 / height, "Mask: black = hidden from the model, the partner's pixels stand there. "
+                "Light grey: not hidden, so not reconstructed. Light blue: no data.", fontsize=7, va="bottom")
+    return figure
+
+
+def _cover(axes: Axes, grid: FloatArray, shape: tuple[int, ...]) -> None:
+    """Cover the cells that the model saw and draw thin lines between the cells."""
+    from matplotlib.patches import Rectangle
+
+    height, width = shape[0] / len(grid), shape[1] / len(grid)
+    for row, column in np.argwhere(grid < 0.5):
+        axes.add_patch(Rectangle((column * width - 0.5, row * height - 0.5), width, height, facecolor=NOT_SHOWN,
+                                 edgecolor="none"))
+    for number in range(1, len(grid)):
+        axes.axhline(number * height - 0.5, color="white", linewidth=0.4)
+        axes.axvline(number * width - 0.5, color="white", linewidth=0.4)
+
+
+def contact_sheet(
+    path: PathLike,
+    images_db: FloatArray,
+    *,
+    bands: Sequence[str],
+    captions: Sequence[str],
+    title: str,
+    columns: int = 6,
+) -> Path:
+    """Draw many samples small, all bands of a sample side by side.
+
+    Args:
+        path: PNG to write.
+        images_db: (N, C, H, W) dB; NaN is no data.
+        bands: C band names.
+        captions: N texts, shown below each sample in at most three lines.
+        title: Heading.
+        columns: Samples in a row.
+    """
+    images = np.asarray(images_db)
+    count = len(images)
+    if len(captions) != count or (count and images.shape[1] != len(bands)):
+        raise ValueError(f"{len(captions)} captions and {len(bands)} bands for images of shape {images.shape}")
+    columns = max(1, min(columns, count))
+    rows = max(1, -(-count // columns))
+    side, gap, text, bottom = 1.15, 0.14, 0.42, 0.62
+    block = len(bands) * side + 0.03 * (len(bands) - 1)
+    width = max(columns * (block + gap) + gap, 5.0)
+    heading = _wrap(title, width - 0.4, 10)
+    top = 0.34 + 0.17 * (heading.count("\n") + 1)
+    height = top + rows * (side + text) + bottom
+    figure = _figure(width, height)
+    figure.text(gap / width, 1 - 0.1 / height, heading, fontsize=10, weight="bold", va="top")
+    for number in range(count):
+        row, column = divmod(number, columns)
+        y = height - top - row * (side + text) - side
+        for band, label in enumerate(bands):
+            x = gap + column * (block + gap) + band * (side + 0.03)
+            axes = figure.add_axes((x / width, y / height, side / width, side / height))
+            _show(axes, images[number, band], "gray", _grey(label))
+            if row == 0:
+                axes.set_title(label, fontsize=8, pad=2)
+        lines = textwrap.wrap(captions[number], int(block * 72 / (0.62 * 5.8)))
+        lines = lines if len(lines) <= 3 else [*lines[:2], lines[2][:-3] + "..."]
+        x = gap + column * (block + gap)
+        figure.text(x / width, (y - 0.03) / height, "\n".join(lines), fontsize=5.8, va="top")
+    each = min(2.6, (width - 0.4) / len(bands))
+    for number, label in enumerate(bands):
+        _bar(figure, (0.2 + number * each, 0.2, each - 0.4, 0.1), "gray", _grey(label), f"{label} backscatter (dB)")
+    return _save(figure, path)
+
+
+def histogram_figure(
+    path: PathLike,
+    *,
+    edges: FloatArray,
+    counts: Mapping[str, FloatArray],
+    marks: Mapping[str, Mapping[str, float]],
+    title: str,
+) -> Path:
+    """Draw the distribution of backscatter of each band.
+
+    Args:
+        path: PNG to write.
+        edges: (n + 1,) bin edges, dB.
+        counts: Band -> (n,) pixels.
+        marks: Band -> name of a vertical line -> its place, dB (mean, percentiles, registered mean...).
+        title: Heading.
+    """
+    figure = _figure(8.0, 2.9 * len(counts) + 0.5)
+    figure.suptitle(_wrap(title, 7.4, 10), fontsize=10, weight="bold", x=0.02, ha="left")
+    axes = figure.subplots(len(counts), 1, sharex=True, squeeze=False)[:, 0]
+    middle = (edges[1:] + edges[:-1]) / 2
+    for one, (band, values), colour in zip(axes, counts.items(), CYCLE, strict=False):
+        share = 100 * values / max(float(np.sum(values)), 1.0)
+        one.fill_between(middle, share, step="mid", color=colour, alpha=0.35, linewidth=0)
+        one.step(middle, share, where="mid", color=colour, linewidth=1.0)
+        for (name, place), line, dash in zip(marks.get(band, {}).items(), (BLACK, VERMILION, PURPLE, GREEN, ORANGE),
+                                             ("-", "--", ":", "-.", (0, (1, 3))), strict=False):
+            one.axvline(place, color=line, linestyle=dash, linewidth=1.3, label=f"{name} {place:.2f} dB")
+        one.set_ylabel(f"{band}: pixels (%)")
+        one.legend(fontsize=7.5, frameon=False, loc="upper left")
+        one.margins(y=0.1)
+        one.set_ylim(bottom=0)
+        one.grid(alpha=0.25)
+    axes[-1].set_xlabel("backscatter (dB)")
+    figure.tight_layout()
+    return _save(figure, path)
+
+
+def bar_figure(
+    path: PathLike,
+    *,
+    labels: Sequence[str],
+    values: Mapping[str, ArrayLike],
+    unit: str,
+    title: str,
+    intervals: Mapping[str, ArrayLike] | None = None,
+    decimals: int = 3,
+) -> Path:
+    """Draw horizontal bars, one group for each label (label balance, average precision of each class).
+
+    Args:
+        path: PNG to write.
+        labels: K names.
+        values: Series name -> (K,) values; NaN is shown as "none".
+        unit: Label of the axis.
+        title: Heading.
+        intervals: Series name -> (K, 2) lower and upper ends.
+        decimals: Digits behind the point in the numbers at the bars.
+    """
+    series = {name: np.asarray(value, dtype=np.float64) for name, value in values.items()}
+    thick = 0.8 / max(len(series), 1)
+    shown = ["\n".join(textwrap.wrap(label, 44)) for label in labels]
+    lines = sum(max(text.count("\n") + 1, 0.75 * len(series)) for text in shown)
+    figure = _figure(8.6, 1.5 + 0.24 * lines)
+    figure.suptitle(_wrap(title, 8.0, 10), fontsize=10, weight="bold", x=0.02, ha="left")
+    axes = figure.subplots()
+    place = np.arange(len(labels))
+    highest = max((float(np.nanmax(value)) for value in series.values() if np.isfinite(value).any()), default=1.0)
+    for number, (name, value) in enumerate(series.items()):
+        y = place + (number - (len(series) - 1) / 2) * thick
+        axes.barh(y, np.nan_to_num(value), height=thick * 0.9, color=CYCLE[number % len(CYCLE)], label=name)
+        ends = np.nan_to_num(value)
+        if intervals is not None and name in intervals:
+            low, high = np.asarray(intervals[name], dtype=np.float64).T
+            axes.errorbar(value, y, xerr=(np.maximum(value - low, 0), np.maximum(high - value, 0)), fmt="none",
+                          ecolor=BLACK, elinewidth=0.8, capsize=2)
+            ends = np.fmax(ends, np.nan_to_num(high))
+            highest = max(highest, float(np.nanmax(high)))
+        for where, end, number_ in zip(y, ends, value, strict=True):
+            text = "none" if np.isnan(number_) else f"{number_:,.{decimals}f}"
+            axes.annotate(text, (end, where), xytext=(3, 0), textcoords="offset points", va="center", fontsize=6.5)
+    axes.set_yticks(place, shown, fontsize=7.5)
+    axes.set_ylim(len(labels) - 0.4, -0.6)
+    axes.set_xlim(0, highest * 1.14 if highest > 0 else 1.0)
+    axes.set_xlabel(unit)
+    axes.grid(axis="x", alpha=0.25)
+    if len(series) > 1:
+        axes.legend(fontsize=8, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(series))
+    figure.tight_layout()
+    return _save(figure, path)
+
+
+def curves_figure(
+    path: PathLike,
+    *,
+    panels: Mapping[str, Mapping[str, tuple[ArrayLike, ArrayLike]]],
+    x_label: str,
+    title: str,
+    marks: Mapping[str, float] | None = None,
+    log_panels: Sequence[str] = (),
+) -> Path:
+    """Draw curves below one another on a common axis (loss, learning rate, throughput over epochs).
+
+    Args:
+        path: PNG to write.
+        panels: Label with unit of each vertical axis -> curve name -> (x, y).
+        x_label: Label of the common axis.
+        title: Heading.
+        marks: Text -> place of vertical lines (end of warm-up, the cut).
+        log_panels: Panels with a logarithmic axis.
+    """
+    figure = _figure(8.4, 2.5 * len(panels) + 0.9)
+    figure.suptitle(_wrap(title, 7.8, 10), fontsize=10, weight="bold", x=0.02, ha="left")
+    axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+    names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
+    for one, (label, curves) in zip(axes, panels.items(), strict=True):
+        for name, (x, y) in curves.items():
+            number = names.index(name)
+            x_values, y_values = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+            one.plot(x_values, y_values, color=CYCLE[number % len(CYCLE)], label=name, linewidth=1.5,
+                     linestyle=DASHES[(number // len(CYCLE)) % len(DASHES)],
+                     marker="o" if len(x_values) <= 30 else None, markersize=3)
+        one.set_ylabel("\n".join(textwrap.wrap(label, 26)), fontsize=8.5)
+        one.tick_params(labelsize=8)
+        one.grid(alpha=0.25)
+        if label in log_panels:
+            one.set_yscale("log")
+        for place in (marks or {}).values():
+            one.axvline(place, color="#777777", linestyle=":", linewidth=1.0)
+    start, end = axes[0].get_xlim()
+    for number, (text, place) in enumerate((marks or {}).items()):
+        # Neighbouring marks on different heights, so that their texts do not cover each other; inside the axes.
+        late = place > start + 0.75 * (end - start)
+        axes[0].annotate(text, (place, 1.0), xycoords=("data", "axes fraction"),
+                         xytext=(-2 if late else 2, -9 - 9 * (number % 3)), textcoords="offset points", fontsize=6.5,
+                         color="#444444", ha="right" if late else "left")
+    if len(names) > 1:
+        axes[0].legend(fontsize=7.5, frameon=False, loc="lower left", bbox_to_anchor=(0.0, 1.0),
+                       ncols=min(len(names), 3))
+    axes[-1].set_xlabel(x_label)
+    figure.tight_layout()
+    return _save(figure, path)
+
+
+def _multi_hot(y: ArrayLike, classes: int) -> NDArray[np.bool_]:
+    """Class numbers (N,) or multi-hot (N, K) as multi-hot."""
+    values = np.asarray(y)
+    if values.ndim == 1:
+        return np.arange(classes)[None, :] == values[:, None]
+    if values.shape[1] != classes:
+        raise ValueError(f"{values.shape[1]} columns for {classes} classes")
+    return values > 0.5
+
+
+def _small_multiples(count: int, title: str) -> tuple[Figure, list[Axes]]:
+    columns = min(5, max(1, math.ceil(math.sqrt(count))))
+    rows = -(-count // columns)
+    figure = _figure(max(2.15 * columns + 0.4, 4.5), 2.3 * rows + 0.8)
+    figure.suptitle(_wrap(title, max(2.15 * columns, 4.1), 10), fontsize=10, weight="bold", x=0.02, ha="left")
+    axes = list(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel())
+    for one in axes[count:]:
+        one.set_visible(False)
+    for number, one in enumerate(axes[:count]):
+        one.set_xlim(-0.02, 1.02)
+        one.set_ylim(-0.02, 1.02)
+        one.set_aspect("equal")
+        one.set_xticks((0, 0.5, 1))
+        one.set_yticks((0, 0.5, 1))
+        one.tick_params(labelsize=7, labelbottom=number + columns >= count)
+        one.grid(alpha=0.25)
+    return figure, axes[:count]
+
+
+def _curve_figure(path: PathLike, y_true: ArrayLike, y_score: ArrayLike, class_names: Sequence[str], *, kind: str,
+                  title: str) -> Path:
+    from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score, roc_curve
+
+    truth, score = _multi_hot(y_true, len(class_names)), np.asarray(y_score, dtype=np.float64)
+    if score.shape != truth.shape:
+        raise ValueError(f"scores of shape {score.shape} for labels of shape {truth.shape}")
+    figure, axes = _small_multiples(len(class_names) + 1, title)
+    panels = [(name, truth[:, k], score[:, k]) for k, name in enumerate(class_names)]
+    panels.append(("all classes pooled (micro)", truth.ravel(), score.ravel()))
+    for one, (name, labels, scores) in zip(axes, panels, strict=True):
+        label = "\n".join(textwrap.wrap(name, 34))
+        positives = int(labels.sum())
+        if positives == 0 or positives == labels.size:
+            one.text(0.5, 0.5, "no positive" if positives == 0 else "no negative", ha="center", va="center", fontsize=8)
+            value = "undefined"
+        elif kind == "pr":
+            precision, recall, _ = precision_recall_curve(labels, scores)
+            one.step(recall, precision, where="post", color=BLUE, linewidth=1.4)
+            one.axhline(labels.mean(), color=VERMILION, linestyle="--", linewidth=1.0)
+            value = f"AP {average_precision_score(labels, scores):.3f}"
+        else:
+            false, true, _ = roc_curve(labels, scores)
+            one.plot(false, true, color=BLUE, linewidth=1.4)
+            one.plot((0, 1), (0, 1), color=VERMILION, linestyle="--", linewidth=1.0)
+            value = f"AUC {roc_auc_score(labels, scores):.3f}"
+        one.set_title(f"{label}\n{value}, n = {positives}", fontsize=6.2, pad=3)
+    x_label, y_label = ("recall", "precision") if kind == "pr" else ("false positive rate", "true positive rate")
+    note = "dashed: chance, the share of positives" if kind == "pr" else "dashed: chance"
+    figure.supxlabel(f"{x_label}      ({note})", fontsize=8.5)
+    figure.supylabel(y_label, fontsize=8.5)
+    figure.tight_layout()
+    return _save(figure, path)
+
+
+def precision_recall_figure(path: PathLike, y_true: ArrayLike, y_score: ArrayLike, class_names: Sequence[str], *,
+                            title: str = "Precision and recall") -> Path:
+    """Precision-recall curve of each class and of all pooled.
+
+    Args:
+        path: PNG to write.
+        y_true: Multi-hot (N, K), or class numbers (N,).
+        y_score: (N, K), larger is more likely.
+        class_names: K names.
+        title: Heading.
+    """
+    return _curve_figure(path, y_true, y_score, class_names, kind="pr", title=title)
+
+
+def roc_figure(path: PathLike, y_true: ArrayLike, y_score: ArrayLike, class_names: Sequence[str], *,
+               title: str = "Receiver operating characteristic") -> Path:
+    """ROC curve of each class and of all pooled; arguments as for `precision_recall_figure`."""
+    return _curve_figure(path, y_true, y_score, class_names, kind="roc", title=title)
+
+
+def confusion_matrix_figure(path: PathLike, y_true: ArrayLike, y_pred: ArrayLike, class_names: Sequence[str], *,
+                            title: str | None = None) -> Path:
+    """Confusion matrix, each row in percent of its true class.
+
+    With several labels a sample, row i says how often each class is predicted for the samples that have class i; the
+    diagonal is the recall, and rows do not add up to 100.
+
+    Args:
+        path: PNG to write.
+        y_true: Class numbers (N,), or multi-hot (N, K).
+        y_pred: The same, predicted.
+        class_names: K names.
+        title: Heading; one that says what the rows are by default.
+    """
+    several = np.asarray(y_true).ndim == 2
+    truth, predicted = _multi_hot(y_true, len(class_names)), _multi_hot(y_pred, len(class_names))
+    support = truth.sum(axis=0)
+    counts = truth.T.astype(np.int64) @ predicted.astype(np.int64)
+    with np.errstate(invalid="ignore"):
+        share = 100 * counts / support[:, None]
+    classes = len(class_names)
+    cell = 0.42 if classes > 5 else 0.8
+    shown = ["\n".join(textwrap.wrap(name, 34)) for name in class_names]
+    glyph = 0.58 * 6.5 / 72  # inches
+    longest = max(len(line) for text in shown for line in text.split("\n"))
+    left, bottom = 0.6 + glyph * (longest + 2 + len(f"({support.max():,})")), 0.55 + glyph * longest
+    width, height = max(left + cell * classes + 1.0, 4.0), bottom + cell * classes + 0.8
+    figure = _figure(width, height)
+    default = ("Predicted classes of the samples that have each class (diagonal: recall)" if several
+               else "Confusion matrix")
+    figure.text(0.02, 1 - 0.12 / height, _wrap(title or default, width - 0.4, 10), fontsize=10, weight="bold", va="top")
+    axes = figure.add_axes((left / width, bottom / height, cell * classes / width, cell * classes / height))
+    image = axes.imshow(share, cmap=_colours("cividis"), vmin=0, vmax=100)
+    for i in range(classes):
+        for j in range(classes):
+            text = "-" if support[i] == 0 else f"{share[i, j]:.0f}"
+            axes.text(j, i, text, ha="center", va="center", fontsize=7,
+                      color="white" if support[i] and share[i, j] < 50 else "black")
+    axes.set_xticks(range(classes), shown, fontsize=6.5, rotation=90)
+    axes.set_yticks(range(classes), [f"{name}  ({n:,})" for name, n in zip(shown, support, strict=True)], fontsize=6.5)
+    axes.set_xlabel("predicted", fontsize=9)
+    axes.set_ylabel("true (samples)", fontsize=9)
+    bar = figure.add_axes(((left + cell * classes + 0.15) / width, bottom / height, 0.15 / width,
+                           cell * classes / height))
+    figure.colorbar(image, cax=bar).set_label("share of the row's samples (%)", fontsize=8)
+    bar.tick_params(labelsize=7)
+    return _save(figure, path)
+
+
+def per_class_table_figure(
+    path: PathLike,
+    class_names: Sequence[str],
+    columns: Mapping[str, ArrayLike],
+    *,
+    title: str = "Results of each class",
+) -> Path:
+    """A table as a picture: one row a class, one column a figure of merit.
+
+    Args:
+        path: PNG to write.
+        class_names: K names.
+        columns: Name -> (K,) numbers; integers are shown as counts, NaN as "none".
+        title: Heading.
+    """
+    from matplotlib.patches import Rectangle
+
+    row, first, each = 0.235, 5.3, 0.95
+    width, height = first + each * len(columns) + 0.3, row * (len(class_names) + 1) + 0.75
+    figure = _figure(width, height)
+    figure.text(0.15 / width, 1 - 0.12 / height, _wrap(title, width - 0.3, 10), fontsize=10, weight="bold", va="top")
+
+    def put(x: float, line: int, text: str, **style: Any) -> None:
+        figure.text(x / width, 1 - (0.62 + row * line) / height, text, va="center", fontsize=8, **style)
+
+    put(0.15, 0, "class", weight="bold")
+    for number, (name, raw) in enumerate(columns.items()):
+        values = np.asarray(raw)
+        right = first + each * (number + 1)
+        put(right, 0, name, weight="bold", ha="right")
+        counts = np.issubdtype(values.dtype, np.integer)
+        for line, value in enumerate(values, start=1):
+            text = f"{value:,}" if counts else "none" if np.isnan(value) else f"{value:.4f}"
+            put(right, line, text, ha="right")
+    for line, name in enumerate(class_names, start=1):
+        put(0.15, line, name if len(name) <= 90 else name[:87] + "...")
+        if line % 2 == 0:
+            figure.add_artist(Rectangle((0, 1 - (0.62 + row * (line + 0.5)) / height), 1, row / height,
+                                        facecolor="#eeeeee", edgecolor="none", zorder=0))
+    return _save(figure, path)

@@ -1,0 +1,188 @@
+"""Pictures: they are written whole, hold what they should, and nothing is clipped or covered."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from matplotlib.image import imread
+
+from sarwmix import pictures
+from sarwmix.labels import CLASSES_19
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Figure]]:
+    """Figures that were saved during a test, checked for texts outside the picture at its end."""
+    seen: list[Figure] = []
+    save = pictures._save
+
+    def remember(figure: Figure, *args: Any, **options: Any) -> Path:
+        seen.append(figure)
+        return save(figure, *args, **options)
+
+    monkeypatch.setattr(pictures, "_save", remember)
+    yield seen
+    for figure in seen:
+        check_nothing_is_clipped(figure)
+
+
+def check_nothing_is_clipped(figure: Figure) -> None:
+    renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
+    width, height = figure.bbox.width, figure.bbox.height
+    texts = list(figure.texts)
+    for axes in figure.axes:
+        if not axes.get_visible():
+            continue
+        texts += [axes.title, axes.xaxis.label, axes.yaxis.label, *axes.texts]
+        for axis in (axes.xaxis, axes.yaxis):
+            low, high = sorted(axis.get_view_interval())
+            ticks = zip(axis.get_majorticklocs(), axis.get_majorticklabels(), strict=False)
+            texts += [label for place, label in ticks if low <= place <= high]
+    for text in texts:
+        if text.get_text() and text.get_visible():
+            box = text.get_window_extent(renderer)
+            inside = box.x0 >= -1 and box.y0 >= -1 and box.x1 <= width + 1 and box.y1 <= height + 1
+            assert inside, f"{text.get_text()!r} leaves the picture: {box} in {width}x{height}"
+
+
+def batch(count: int = 3, size: int = 128) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    original = rng.normal(-12, 3, (count, 2, size, size)) - np.array([6.0, 0.0])[None, :, None, None]
+    mask = np.array([1, 0, 1, 0] * 4)
+    hidden = np.kron(mask.reshape(4, 4), np.ones((size // 4, size // 4))) > 0
+    return {
+        "original_db": original,
+        "mixed_db": np.where(hidden, original[::-1], original),
+        "mask": mask,
+        "reconstruction_db": np.where(hidden, original + 2.0, original),
+        "weights": np.full(original.shape, 2.0),
+    }
+
+
+def test_reconstruction_panel(tmp_path: Path, figures: list[Figure]) -> None:
+    data = batch()
+    data["original_db"][0, :, :10, :10] = np.nan
+    names = [f"S1A_IW_GRDH_1SDV_20170613T165043_33UUP_61_{number}" for number in range(3)]
+    path = tmp_path / "r.png"
+    written = pictures.reconstruction_panel(path, names=names, bands=("VH", "VV"), title="a " * 80, **data)
+    assert written == [path]
+    assert imread(written[0]).ndim == 3
+    images = [axes for axes in figures[0].axes if axes.images]
+    assert len(images) == 3 * 2 * 6
+    # Fixed grey scales: the same for every sample.
+    assert {axes.images[0].get_clim() for axes in images[0::12]} == {pictures.GREY_DB["VH"]}
+    assert {axes.images[0].get_clim() for axes in images[6::12]} == {pictures.GREY_DB["VV"]}
+    titles = " ".join(axes.get_title() for axes in figures[0].axes)
+    for expected in ("original", "mixed input", "mask", "reconstruction", "absolute error", "loss weight",
+                     "VH backscatter (dB)", "VV backscatter (dB)", "absolute error (dB)"):
+        assert expected in titles
+    texts = " ".join(text.get_text() for text in figures[0].texts)
+    assert texts.count("VH 2.00 dB, VV 2.00 dB") == 3
+    assert all(name in texts for name in names)
+    # Cells that the model saw are covered: 8 of 16.
+    assert len(images[3].patches) == 8
+    assert images[5].images[0].get_clim() == (1.0, math.e)
+
+
+def test_more_samples_go_to_more_pages(tmp_path: Path) -> None:
+    data = batch(10, 32)
+    written = pictures.reconstruction_panel(tmp_path / "r.png", names=[str(i) for i in range(10)], bands=("VH", "VV"),
+                                            title="pages", **data)
+    assert [path.name for path in written] == ["r.png", "r_2.png"]
+    assert all(path.is_file() for path in written)
+
+
+def test_weights_beyond_the_usual_range_have_their_own_scale(tmp_path: Path, figures: list[Figure]) -> None:
+    data = batch(1, 32)
+    data["weights"] = np.linspace(0.5, 7.0, data["weights"].size).reshape(data["weights"].shape)
+    pictures.reconstruction_panel(tmp_path / "r.png", names=["a"], bands=("VH", "VV"), title="t", **data)
+    assert figures[0].axes[5].images[0].get_clim() == (0.5, 7.0)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"mask": np.ones(15)}, "no square"),
+    ({"weights": np.ones((3, 2, 4, 4))}, "weights has shape"),
+    ({"names": ["one"]}, "1 names"),
+    ({"mask": np.ones(25)}, "cannot be cut"),
+])  # fmt: skip
+def test_shapes_that_do_not_fit(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    arguments: dict[str, Any] = {"names": ["a", "b", "c"], "bands": ("VH", "VV"), "title": "t"}
+    arguments |= {**batch(3, 32), **change}
+    with pytest.raises(ValueError, match=message):
+        pictures.reconstruction_panel(tmp_path / "r.png", **arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_contact_sheet(tmp_path: Path, figures: list[Figure]) -> None:
+    images = batch(7, 24)["original_db"]
+    images[2] = np.nan
+    captions = [f"S1A_IW_GRDH_1SDV_20170613T165043_33UUP_61_{n}: " + ", ".join(CLASSES_19[:n]) for n in range(7)]
+    pictures.contact_sheet(tmp_path / "c.png", images, bands=("VH", "VV"), captions=captions, title="title", columns=3)
+    assert sum(bool(axes.images) for axes in figures[0].axes) == 14
+    pictures.contact_sheet(tmp_path / "one.png", images[:1], bands=("VH", "VV"), captions=["x"], title="one")
+
+
+def test_histogram_bars_curves_and_table(tmp_path: Path, figures: list[Figure]) -> None:
+    edges = np.arange(-40.0, 10.5, 0.5)
+    pixels = {"VH": np.random.default_rng(0).normal(-18, 3, 5000), "VV": np.random.default_rng(1).normal(-11, 3, 5000)}
+    pictures.histogram_figure(tmp_path / "h.png", edges=edges, title="t",
+                              counts={band: np.histogram(values, edges)[0] for band, values in pixels.items()},
+                              marks={band: {"mean": float(values.mean())} for band, values in pixels.items()})
+    assert figures[0].axes[-1].get_xlabel() == "backscatter (dB)"
+    values = np.linspace(0, 1, 19)
+    values[4] = np.nan
+    pictures.bar_figure(tmp_path / "b.png", labels=CLASSES_19, values={"a": values, "b": values / 2}, unit="AP",
+                        title="t", intervals={"a": np.stack([values - 0.05, values + 0.05], axis=1)})
+    assert "none" in [text.get_text() for text in figures[1].axes[0].texts]
+    epochs = np.arange(64)
+    pictures.curves_figure(tmp_path / "c.png", x_label="epoch", title="t",
+                           marks={"warm-up ends (40)": 40, "cut (64)": 64},
+                           panels={"loss": {"a": (epochs, 1 / (epochs + 1))}, "rate": {"a": (epochs, epochs + 1.0)}},
+                           log_panels=("rate",))
+    assert figures[2].axes[1].get_yscale() == "log"
+    pictures.per_class_table_figure(tmp_path / "t.png", CLASSES_19, {"AP": values, "support": np.arange(19) * 1000})
+    assert len(list(tmp_path.glob("*.png"))) == 4
+
+
+def test_figures_of_merit_for_several_labels(tmp_path: Path, figures: list[Figure]) -> None:
+    rng = np.random.default_rng(0)
+    truth = rng.random((80, 19)) < 0.3
+    truth[:, 4] = False
+    score = truth + rng.normal(0, 0.7, truth.shape)
+    pictures.precision_recall_figure(tmp_path / "p.png", truth, score, CLASSES_19)
+    pictures.roc_figure(tmp_path / "r.png", truth, score, CLASSES_19)
+    pictures.confusion_matrix_figure(tmp_path / "c.png", truth, score > 0.5, CLASSES_19)
+    from sklearn.metrics import average_precision_score
+
+    assert f"AP {average_precision_score(truth[:, 0], score[:, 0]):.3f}" in figures[0].axes[0].get_title()
+    assert "undefined" in figures[1].axes[4].get_title()
+    shown = {text.get_position(): text.get_text() for text in figures[2].axes[0].texts}
+    recall = 100 * (truth[:, 2] & (score[:, 2] > 0.5)).sum() / truth[:, 2].sum()
+    assert shown[(2, 2)] == f"{recall:.0f}"
+    assert shown[(0, 4)] == "-"
+    with pytest.raises(ValueError, match="columns for"):
+        pictures.roc_figure(tmp_path / "x.png", truth[:, :5], score, CLASSES_19)
+
+
+def test_confusion_of_two_classes(tmp_path: Path, figures: list[Figure]) -> None:
+    truth, predicted = np.array([0, 0, 0, 0, 1, 1]), np.array([0, 0, 0, 1, 1, 0])
+    pictures.confusion_matrix_figure(tmp_path / "c.png", truth, predicted, ("no flood", "flood"))
+    pictures.roc_figure(tmp_path / "r.png", truth, np.eye(2)[predicted], ("no flood", "flood"))
+    shown = {text.get_position(): text.get_text() for text in figures[0].axes[0].texts}
+    assert shown == {(0, 0): "75", (1, 0): "25", (0, 1): "50", (1, 1): "50"}
+
+
+def test_failure_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(Figure, "savefig", fail)
+    with pytest.raises(MemoryError):
+        pictures.per_class_table_figure(tmp_path / "t.png", ("a",), {"AP": np.array([1.0])})
+    assert list(tmp_path.iterdir()) == []
