@@ -22,7 +22,7 @@ from engine_pretrain import (
     optimizer_step,
 )
 from sarwmix.mixup import Mixup, random_erase
-from sarwmix.tasks import Prepared, Task
+from sarwmix.tasks import Predictor, Prepared, Task
 from sarwmix.transforms import SarTransform
 from util.errors import UserError
 from util.log import Progress
@@ -219,15 +219,10 @@ def evaluate(
     Raises:
         UserError: outputs that are not finite; names the samples.
     """
-    inner: Any = bare(model).eval()
-
-    def forward(*inputs: Tensor) -> Tensor:
-        with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
-            return inner(*inputs)
-
+    predictor = Predictor(bare(model), device, amp_dtype)
     indices: list[Tensor] = []
     kept: list[dict[str, Tensor]] = []
-    for index, part in task.predict(forward, loader, transform, device=device):
+    for index, part in task.predict(predictor, loader, transform, device=device):
         indices.append(index)
         kept.append(part)
     outputs = gather_in_order(

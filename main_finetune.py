@@ -192,7 +192,7 @@ def evaluate_checkpoint(args: argparse.Namespace, bench: Workbench, model: MixMI
     for split in bench.splits:
         evaluation = bench.evaluate(model, split)
         if bench.processes.is_main:
-            results.show(str(path), evaluation, epoch=checkpoint.get("epoch"))
+            results.show(str(path), evaluation, bench.splits[split], epoch=checkpoint.get("epoch"))
     if bench.processes.is_main:
         results.write("metrics_eval.json")
 
@@ -220,7 +220,7 @@ def run_protocol(args: argparse.Namespace, bench: Workbench, model: MixMIMClassi
         knn = args.protocol == "knn"
         evaluation = bench.knn(split, k=KNN_NEIGHBOURS) if knn else bench.evaluate(model.head, split)
         if bench.processes.is_main:
-            results.show(args.protocol, evaluation)
+            results.show(args.protocol, evaluation, bench.splits[split])
     if bench.processes.is_main:
         results.write(seconds=time.monotonic() - began)
 
@@ -378,7 +378,7 @@ def train(
         evaluation = bench.evaluate(trained, task.select_on, judge)
         report = task.report(evaluation.outputs)
         improved = selector.update(epoch, report.scalars)
-        journal.write(epoch, result.stats, report, improved)
+        journal.write(epoch, result.stats, report, improved, selector.best[selector.rules[0].filename])
         due = (epoch + 1) % args.save_every == 0 or epoch + 1 == end_epoch
         if improved or due:
             names = [*improved, *(["checkpoint.pth"] if due else [])]

@@ -12,6 +12,7 @@ from torch import nn
 
 from engine_finetune import Evaluation
 from models_mixmim_ft import MixMIMClassifier, load_trained
+from sarwmix.datasets import SarDataset
 from sarwmix.metrics import Report
 from sarwmix.protocols import Workbench
 from sarwmix.selection import Selector
@@ -29,13 +30,21 @@ class EpochJournal:
         self._log = EpochLog(output_dir) if is_main else None
         self._scalars = ScalarWriter((log_dir or output_dir / "tensorboard") if is_main else None)
 
-    def write(self, epoch: int, stats: Mapping[str, float], report: Report, improved: Sequence[str]) -> None:
+    def write(
+        self,
+        epoch: int,
+        stats: Mapping[str, float],
+        report: Report,
+        improved: Sequence[str],
+        best: Mapping[str, Any],
+    ) -> None:
         """
         Args:
             epoch: number of the epoch, from 0.
             stats: of the training epoch.
             report: of the split that selects.
             improved: files of the rules whose best epoch this is.
+            best: best epoch of the first rule, with its score.
         """
         split = self._task.select_on
         record = {"epoch": epoch, **stats, "memory_mib": max(memory_mib())}
@@ -54,6 +63,8 @@ class EpochJournal:
             self._task.format_epoch(report),
             "  (best so far)" if improved else "",
         )
+        for line in self._task.epoch_lines(best, report, improved=bool(improved)):
+            get_logger().info("%s", line)
 
     def close(self) -> None:
         """Flush TensorBoard."""
@@ -96,8 +107,8 @@ class Results:
         entry[evaluation.split] = report.as_dict()
         return report
 
-    def show(self, name: str, evaluation: Evaluation, *, epoch: int | None = None) -> Report:
-        """`add`, and the tables on the console and the pictures beside the run."""
+    def show(self, name: str, evaluation: Evaluation, data: SarDataset, *, epoch: int | None = None) -> Report:
+        """`add`, and the tables on the console and the pictures beside the run; `data` is the evaluated split."""
         report = self.add(name, evaluation, epoch=epoch)
         log = get_logger()
         log.info("%s: %s", name, self.line(evaluation.split))
@@ -105,7 +116,7 @@ class Results:
             log.info("%s", per_class_text(report))
         log.info("%s", self.task.format_report(report))
         folder = make_directory(self.output_dir / "pictures")
-        self.task.write_pictures(folder, evaluation.split, evaluation.outputs, evaluation.names, report)
+        self.task.write_pictures(folder, data, evaluation.outputs, report)
         return report
 
     def write(self, filename: str = "metrics.json", **extra: Any) -> None:
@@ -137,8 +148,11 @@ class Results:
                 continue
             evaluation = by_epoch[best["epoch"]]
             first = rule is selector.rules[0]
-            record = self.show if first else self.add
-            reports[rule.filename] = record(rule.filename, evaluation, epoch=best["epoch"])
+            if first:
+                report = self.show(rule.filename, evaluation, bench.splits["test"], epoch=best["epoch"])
+            else:
+                report = self.add(rule.filename, evaluation, epoch=best["epoch"])
+            reports[rule.filename] = report
             self.entries[rule.filename][self.task.select_on + "_scalars"] = best["metrics"]
             log.info(
                 "%s: epoch %d, score %.4f on %s, %s on test",

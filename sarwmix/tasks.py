@@ -15,17 +15,18 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models_mixmim_ft import MixMIMClassifier
+from sarwmix.datasets import SarDataset
 from sarwmix.metrics import Report, align_table, metric_table, multilabel_report
 from sarwmix.mixup import smooth_labels
 from sarwmix.selection import Rule, multilabel_rules
@@ -49,6 +50,32 @@ class Prepared:
 
     inputs: tuple[Tensor, ...]
     target: Tensor
+
+
+class Predictor:
+    """A model in evaluation mode under autocast.
+
+    Args:
+        model: bare module.
+        device: where it lives.
+        amp_dtype: autocast type; None: float32.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device, amp_dtype: torch.dtype | None) -> None:
+        self.model = model.eval()
+        self._autocast = {"device_type": device.type, "dtype": amp_dtype, "enabled": amp_dtype is not None}
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        return self.call("__call__", *inputs)
+
+    def has(self, method: str) -> bool:
+        """Whether the model has a method of that name."""
+        return callable(getattr(self.model, method, None))
+
+    def call(self, method: str, *inputs: Tensor) -> Tensor:
+        """Another method of the model, such as the one that encodes a single image of a pair."""
+        with torch.autocast(**self._autocast):
+            return getattr(self.model, method)(*inputs)
 
 
 class Task(ABC):
@@ -149,7 +176,7 @@ class Task(ABC):
 
     def predict(
         self,
-        model: Callable[..., Tensor],
+        model: Predictor,
         batches: Iterable[Mapping[str, Any]],
         transform: SarTransform | None,
         *,
@@ -160,7 +187,7 @@ class Task(ABC):
         A task whose samples share images overrides this, to encode each image once.
 
         Args:
-            model: returns logits (B, K) from the inputs; in eval mode, without gradients, with autocast inside.
+            model: returns logits (B, K) from the inputs; without gradients.
             batches: of the loader.
             transform: device transform; None for cached features.
             device: where the model lives.
@@ -200,10 +227,27 @@ class Task(ABC):
         text = f"{self.primary} {report.scalars[self.primary]:.4f}"
         return f"{text}, loss {report.scalars['loss']:.4f}" if "loss" in report.scalars else text
 
+    def epoch_lines(self, best: Mapping[str, Any], report: Report, *, improved: bool) -> list[str]:
+        """Further lines after each epoch, for tasks whose protocol asks for them.
+
+        Args:
+            best: `epoch` and `score` of the first rule's best epoch so far.
+            report: of the epoch on the split that selects.
+            improved: whether this epoch is the best so far.
+        """
+        return []
+
     def write_pictures(
-        self, folder: Path, split: str, gathered: Mapping[str, np.ndarray], names: Sequence[str], report: Report
+        self, folder: Path, data: SarDataset, gathered: Mapping[str, np.ndarray], report: Report
     ) -> list[Path]:
-        """Draw the result of a split into folder; returns the files written."""
+        """Draw the result of a split (`data.split`) into folder; returns the files written.
+
+        Args:
+            folder: exists.
+            data: the split's samples; a task may look at some of them again.
+            gathered: outputs of all samples in order.
+            report: their metrics.
+        """
         return []
 
 
@@ -268,14 +312,28 @@ class MultilabelTask(Task):
         return text
 
     def write_pictures(
-        self, folder: Path, split: str, gathered: Mapping[str, np.ndarray], names: Sequence[str], report: Report
+        self, folder: Path, data: SarDataset, gathered: Mapping[str, np.ndarray], report: Report
     ) -> list[Path]:
-        from sarwmix.pictures import per_class_table, precision_recall_curves
+        from sarwmix.pictures import per_class_table_figure, precision_recall_figure
 
-        curves = folder / f"precision_recall_{split}.png"
-        precision_recall_curves(curves, gathered["scores"], gathered["target"], self.classes)
-        table = folder / f"per_class_{split}.png"
-        per_class_table(table, report.per_class)
+        scores, target, split = gathered["scores"], gathered["target"], data.split
+        what = f"{len(data):,} samples of {split}"
+        curves = precision_recall_figure(
+            folder / f"precision_recall_{split}.png",
+            target,
+            scores,
+            self.classes,
+            title=f"Precision and recall on {what}: macro AP {report.scalars['ap_macro']:.4f}",
+        )
+        columns: dict[str, Any] = {
+            "support": [row["support"] for row in report.per_class],
+            "AP": [np.nan if row["ap"] is None else row["ap"] for row in report.per_class],
+            "F1": [row["f1"] for row in report.per_class],
+            "precision": [row["precision"] for row in report.per_class],
+        }
+        table = per_class_table_figure(
+            folder / f"per_class_{split}.png", self.classes, columns, title=f"Results of each class on {what}"
+        )
         return [curves, table]
 
 
