@@ -3,7 +3,7 @@
 Shape legend: B pairs, C bands (VH, VV), H x W pixels of an image, S = img_size pixels of a tile (128),
 T = H / S * W / S tiles, D = 8 * embed_dim features, K classes.
 
-    tiles of both images -> encoder -> mean over final tokens: f1, f2 (B, T, D) -> |f1 - f2| -> avg or max over T -> head
+    tiles of both images -> encoder -> mean over final tokens: f1, f2 (B, T, D) -> |f1 - f2| -> avg or max -> head
 """
 
 from __future__ import annotations
@@ -58,6 +58,11 @@ class MixMIMPair(MixMIMClassifier):
         )
         self.patch_op = patch_op
         self.legacy_tiling = legacy_tiling
+
+    @property
+    def feature_settings(self) -> str:
+        """What features depend on beyond the weights; names cached features."""
+        return f" patch_op={self.patch_op} legacy_tiling={self.legacy_tiling}"
 
     def tiles(self, images: Tensor) -> Tensor:
         """Cut images into tiles, row by row.

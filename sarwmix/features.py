@@ -83,7 +83,7 @@ def feature_key(
         "std": list(statistics["std"]),
         "input_size": input_size,
         "precision": precision,
-        "model": type(model).__name__,
+        "model": type(model).__name__ + getattr(model, "feature_settings", ""),
     }
     digest.update(repr(sorted(facts.items())).encode())
     return digest.hexdigest()[:20]

@@ -63,7 +63,7 @@ class Predictor:
 
     def __init__(self, model: nn.Module, device: torch.device, amp_dtype: torch.dtype | None) -> None:
         self.model = model.eval()
-        self._autocast = {"device_type": device.type, "dtype": amp_dtype, "enabled": amp_dtype is not None}
+        self._device_type, self._amp_dtype = device.type, amp_dtype
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         return self.call("__call__", *inputs)
@@ -74,7 +74,7 @@ class Predictor:
 
     def call(self, method: str, *inputs: Tensor) -> Tensor:
         """Another method of the model, such as the one that encodes a single image of a pair."""
-        with torch.autocast(**self._autocast):
+        with torch.autocast(self._device_type, self._amp_dtype, enabled=self._amp_dtype is not None):
             return getattr(self.model, method)(*inputs)
 
 
