@@ -160,7 +160,7 @@ def _hostile_files(folder, marker):
         stream = io.BytesIO()
         writer = ck._HashingWriter(stream)
         torch.save({"format": ck.FORMAT, "model": _Hostile(marker)}, writer)
-        writer.finish(1, 0)
+        writer.finish("", 1, 0)
         path.write_bytes(stream.getvalue())
 
     def tar(path):
@@ -425,6 +425,15 @@ def test_latest_is_by_progress_not_by_clock(tmp_path):
     recent = _run_folder(tmp_path)
     os.utime(recent / "epochs_0001_step_000000.pth")
     assert ck.find_latest(tmp_path) == recent / "epochs_0002_step_000012.pth"
+
+
+def test_latest_belongs_to_the_run_that_wrote_last(tmp_path):
+    manager = ck.CheckpointManager(tmp_path, keep=3)
+    manager.save({**_state(40), "run_id": "old"}, names=["checkpoint.pth"], wait=True)
+    for path in tmp_path.glob("**/*.pth"):
+        os.utime(path, (1, 1))
+    manager.save({**_state(2), "run_id": "new"}, wait=True)  # started afresh in the same folder, then killed
+    assert ck.find_latest(tmp_path) == tmp_path / ck.RECENT / "epochs_0003_step_000000.pth"
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "empty"])

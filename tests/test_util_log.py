@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 
+import util.log
+from util.files import WriteError, read_jsonl
 from util.log import EpochLog, Progress, ScalarWriter, format_duration, get_logger, setup_logging
 
 
@@ -73,6 +75,32 @@ def test_epoch_log_is_json_lines(tmp_path):
     log.write({"epoch": 1, "train_loss": float("nan")})
     records = [json.loads(line) for line in log.path.read_text().splitlines()]
     assert records == [{"epoch": 0, "train_loss": 0.25}, {"epoch": 1, "train_loss": None}]
+
+
+def test_epoch_log_has_each_epoch_once(tmp_path):
+    log = EpochLog(tmp_path)
+    for epoch in range(3):
+        log.write({"epoch": epoch, "first": True})
+    EpochLog(tmp_path, start_epoch=2).write({"epoch": 2, "first": False})  # killed before epoch 2 was saved
+    assert [(row["epoch"], row["first"]) for row in read_jsonl(log.path)] == [(0, True), (1, True), (2, False)]
+    assert read_jsonl(tmp_path / "log.superseded.txt") == [{"epoch": 2, "first": True}]
+    EpochLog(tmp_path, start_epoch=3)
+    assert len(read_jsonl(log.path)) == 3
+
+
+def test_a_full_disk_costs_a_line_not_the_run(tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise WriteError("the disk is full")
+
+    setup_logging(rank=0)
+    monkeypatch.setattr(util.log, "append_jsonl", full)
+    EpochLog(tmp_path).write({"epoch": 0})
+    monkeypatch.setattr(util.log, "make_directory", full)
+    writer = ScalarWriter(tmp_path / "tb")
+    writer.add(0, {"loss": 1.0})
+    writer.add(1, {"loss": 1.0})
+    writer.close()
+    assert capsys.readouterr().out.count("disk is full") == 2
 
 
 def test_tensorboard_is_lazy_and_optional(tmp_path):

@@ -33,7 +33,9 @@ FORMAT = "sarwmix/1"
 RECENT = "recent"  # folder of the last K checkpoints, below the output directory
 CHECKSUMS_FILE = Path(__file__).resolve().parent.parent / "CHECKSUMS.txt"
 
-_FOOTER = re.compile(rb"sarwmix checkpoint; (epoch=(-?\d+); step=(\d+)); sha256=([0-9a-f]{64})")
+_FOOTER = re.compile(
+    rb"sarwmix checkpoint; (run=([0-9a-z]*); epoch=(-?\d+); step=(\d+)); sha256=([0-9a-f]{64})"
+)
 _FOOTER_SPACE = 512  # bytes at the end of a file in which the footer must lie
 _CHUNK = 1 << 22
 
@@ -46,6 +48,7 @@ class CheckpointError(UserError):
 class CheckpointInfo:
     """What the footer of our checkpoints says, read without loading the file."""
 
+    run: str  # identity of the run, kept when it is resumed
     epoch: int  # last finished epoch; -1: none
     step: int  # steps done in the unfinished epoch; 0 at an epoch's end
     sha256: str
@@ -56,10 +59,10 @@ class CheckpointInfo:
         """Sorts checkpoints of one run by age."""
         return (self.epoch, self.step)
 
-
-def _hash_with_progress(digest: Any, progress: str) -> str:
-    digest.update(progress.encode())
-    return str(digest.hexdigest())
+    @property
+    def facts(self) -> str:
+        """The part of the footer that the hash covers, too."""
+        return f"run={self.run}; epoch={self.epoch}; step={self.step}"
 
 
 class _HashingWriter:
@@ -96,13 +99,13 @@ class _HashingWriter:
     def flush(self) -> None:
         self._stream.flush()
 
-    def finish(self, epoch: int, step: int) -> None:
+    def finish(self, run: str, epoch: int, step: int) -> None:
         """Write the footer as the archive's comment."""
         if self._tail != b"\0\0":
             raise RuntimeError("torch.save wrote an archive with a comment of its own; the footer has no place")
-        progress = f"epoch={epoch}; step={step}"
-        checksum = _hash_with_progress(self._digest, progress)
-        comment = f"sarwmix checkpoint; {progress}; sha256={checksum}".encode()
+        facts = CheckpointInfo(run, epoch, step, "", 0).facts
+        self._digest.update(facts.encode())
+        comment = f"sarwmix checkpoint; {facts}; sha256={self._digest.hexdigest()}".encode()
         self._stream.write(struct.pack("<H", len(comment)) + comment)
 
 
@@ -116,7 +119,7 @@ def read_info(path: str | os.PathLike[str]) -> CheckpointInfo | None:
     if match is None or match.end() != len(tail):
         return None
     covered = size - len(match[0]) - 2
-    return CheckpointInfo(int(match[2]), int(match[3]), match[4].decode(), covered)
+    return CheckpointInfo(match[2].decode(), int(match[3]), int(match[4]), match[5].decode(), covered)
 
 
 def _hash_of_content(path: Path, info: CheckpointInfo) -> str:
@@ -129,7 +132,8 @@ def _hash_of_content(path: Path, info: CheckpointInfo) -> str:
                 break
             digest.update(block)
             left -= len(block)
-    return _hash_with_progress(digest, f"epoch={info.epoch}; step={info.step}")
+    digest.update(info.facts.encode())
+    return digest.hexdigest()
 
 
 def released_checksums(table: Path = CHECKSUMS_FILE) -> dict[str, str]:
@@ -307,7 +311,8 @@ def save_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> None
 
     Args:
         path: the file; an older one stays until the new one is complete on disk.
-        state: tensors and plain values; `epoch` (last finished, -1: none) and `step` are repeated in the footer.
+        state: tensors and plain values; `run_id`, `epoch` (last finished, -1: none) and `step` are repeated in the
+            footer.
 
     Raises:
         WriteError: disk full, no permission...; the older file is untouched.
@@ -322,7 +327,7 @@ def save_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> None
             if writer.error is not None:
                 raise writer.error from None
             raise
-        writer.finish(int(plain.get("epoch", -1)), int(plain.get("step", 0)))
+        writer.finish(str(plain.get("run_id", "")), int(plain.get("epoch", -1)), int(plain.get("step", 0)))
 
 
 def _clone_to_device(value: Any, keep_on_device: bool) -> Any:
@@ -434,6 +439,11 @@ class CheckpointManager:
         if wait:
             self.wait()
 
+    @property
+    def busy(self) -> bool:
+        """Whether a write is still going on; another `save` would wait for it."""
+        return self._thread is not None and self._thread.is_alive()
+
     def wait(self) -> None:
         """Wait for the writer.
 
@@ -494,8 +504,9 @@ class CheckpointManager:
 def find_latest(output_dir: str | os.PathLike[str]) -> Path | None:
     """Newest whole checkpoint of a run, for `--resume auto`.
 
-    Looks at `recent/` and at `checkpoint*.pth` except the `best` ones, newest progress first, and verifies the hash. A
-    damaged file is named in a warning and the next older one is tried.
+    Looks at `recent/` and at `checkpoint*.pth` except the `best` ones. When the folder holds checkpoints of several
+    runs (one was started afresh in it), only those of the run that wrote last count. They are tried from the newest
+    progress down, each verified by its hash; a damaged file is named in a warning.
 
     Returns:
         The path, or `None` when the run has no checkpoint yet.
@@ -506,7 +517,7 @@ def find_latest(output_dir: str | os.PathLike[str]) -> Path | None:
     output_dir = Path(output_dir)
     paths = sorted((output_dir / RECENT).glob("epochs_*_step_*.pth"))
     paths += [path for path in sorted(output_dir.glob("checkpoint*.pth")) if "best" not in path.name]
-    candidates: list[tuple[tuple[int, int], Path]] = []
+    candidates: list[tuple[CheckpointInfo, float, Path]] = []
     damaged: list[Path] = []
     seen: set[tuple[int, int]] = set()
     for path in paths:
@@ -519,8 +530,10 @@ def find_latest(output_dir: str | os.PathLike[str]) -> Path | None:
             damaged.append(path)
             get_logger().warning("%s is damaged (its end is missing); looking for the previous checkpoint", path)
         else:
-            candidates.append((info.progress, path))
-    for _, path in sorted(candidates, key=lambda item: item[0], reverse=True):
+            candidates.append((info, status.st_mtime, path))
+    newest_run = max(candidates, key=lambda item: item[1])[0].run if candidates else ""
+    candidates = [item for item in candidates if item[0].run == newest_run]
+    for _, _, path in sorted(candidates, key=lambda item: item[0].progress, reverse=True):
         try:
             verify_checkpoint(path)
         except CheckpointError as error:

@@ -170,7 +170,7 @@ class FlagExchange:
     """Agreement of all processes about flags, without stopping them: `post` this step, read in the next.
 
     The reduction runs in the background while the step computes, so all ranks see the same flags at the same step, one
-    step after they were raised.
+    step after they were raised. A lone process sees its own at once.
     """
 
     def __init__(self, processes: Processes, count: int) -> None:
@@ -180,10 +180,11 @@ class FlagExchange:
 
     def post(self, flags: Sequence[int]) -> list[int]:
         """Hand in this step's flags; returns the agreed (largest) ones of the previous `post` (zeros at first)."""
+        if self._processes.world_size == 1:
+            return [int(flag) for flag in flags]
         agreed = self.collect()
         self._buffer = torch.tensor([int(flag) for flag in flags], dtype=torch.int64)
-        if self._processes.world_size > 1:
-            self._work = dist.all_reduce(self._buffer, op=dist.ReduceOp.MAX, async_op=True)
+        self._work = dist.all_reduce(self._buffer, op=dist.ReduceOp.MAX, async_op=True)
         return agreed
 
     def collect(self) -> list[int]:

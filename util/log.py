@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
 import os
 import resource
@@ -12,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from util.files import append_jsonl, make_directory
+from util.files import WriteError, append_jsonl, atomic_write, make_directory, read_jsonl
 
 LOGGER_NAME = "sarwmix"
 
@@ -46,10 +48,17 @@ def setup_logging(output_dir: str | os.PathLike[str] | None = None, *, rank: int
     console.setFormatter(_Console(rank))
     logger.addHandler(console)
     if output_dir is not None and rank == 0:
-        record = logging.FileHandler(make_directory(output_dir) / "run.log", encoding="utf-8")
+        record = _File(make_directory(output_dir) / "run.log", encoding="utf-8")
         record.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logger.addHandler(record)
     return logger
+
+
+class _File(logging.FileHandler):
+    """A record that may be lost: a full disk must not fill the console with tracebacks, or end the run."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        del record
 
 
 class _Console(logging.Formatter):
@@ -163,36 +172,78 @@ class Progress:
 
 
 class EpochLog:
-    """`log.txt`: one JSON object a line and epoch. Made on rank 0."""
+    """`log.txt`: one JSON object a line and epoch. Made on rank 0.
 
-    def __init__(self, output_dir: str | os.PathLike[str]) -> None:
+    A disk that is full costs a line, not the run: what could not be written is reported and training goes on.
+    """
+
+    def __init__(self, output_dir: str | os.PathLike[str], *, start_epoch: int = 0) -> None:
+        """Begin or continue the file.
+
+        Args:
+            output_dir: folder of the run.
+            start_epoch: first epoch that will be written. Lines of this and later epochs (of a run that was killed
+                after it wrote them, or of an older run in the same folder) move to `log.superseded.txt`, so that
+                `log.txt` has each epoch once.
+        """
         self.path = Path(make_directory(output_dir)) / "log.txt"
+        if not self.path.exists():
+            return
+        records = read_jsonl(self.path)
+        kept = [record for record in records if record.get("epoch", -1) < start_epoch]
+        if len(kept) == len(records):
+            return
+        try:
+            for record in records:
+                if record not in kept:
+                    append_jsonl(self.path.with_name("log.superseded.txt"), record)
+            with atomic_write(self.path, "w") as stream:
+                stream.writelines(json.dumps(record) + "\n" for record in kept)
+        except WriteError as error:
+            get_logger().error("%s", error)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one epoch."""
-        append_jsonl(self.path, dict(record))
+        try:
+            append_jsonl(self.path, dict(record))
+        except WriteError as error:
+            get_logger().error("%s", error)
 
 
 class ScalarWriter:
     """TensorBoard scalars. The package is imported and the file made at the first scalar; without a folder: nothing."""
 
-    def __init__(self, log_dir: str | os.PathLike[str] | None) -> None:
+    def __init__(self, log_dir: str | os.PathLike[str] | None, *, start: int | None = None) -> None:
+        """Remember the folder.
+
+        Args:
+            log_dir: folder of the event files, or `None`.
+            start: first step that will be written when a run is resumed: TensorBoard forgets what an earlier process
+                wrote at this and later steps.
+        """
         self._log_dir = log_dir
+        self._start = start
         self._writer: Any = None
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
         """Write scalars at `step` (the repository's x axis is 1000 * epoch)."""
         if self._log_dir is None:
             return
-        if self._writer is None:
-            from torch.utils.tensorboard.writer import SummaryWriter
+        try:
+            if self._writer is None:
+                from torch.utils.tensorboard.writer import SummaryWriter
 
-            self._writer = SummaryWriter(log_dir=os.fspath(make_directory(self._log_dir)))
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+                folder = os.fspath(make_directory(self._log_dir))
+                self._writer = SummaryWriter(log_dir=folder, purge_step=self._start)
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
+        except (OSError, WriteError) as error:
+            get_logger().error("TensorBoard file not written, and not tried again in this run: %s", error)
+            self._log_dir = None
 
     def close(self) -> None:
         """Flush and close."""
         if self._writer is not None:
-            self._writer.close()
+            with contextlib.suppress(OSError):
+                self._writer.close()
             self._writer = None
