@@ -242,11 +242,10 @@ def train(
     from sarwmix.mixup import Mixup
     from sarwmix.results import EpochJournal
     from sarwmix.selection import Selector
-    from util.checkpoint import load_checkpoint, resolve_resume
     from util.log import Progress, get_logger
     from util.optim import build_adamw, build_sgd, parameter_groups
     from util.precision import precision
-    from util.resume import check_same_run
+    from util.resume import Batch, check_same_run, find_checkpoint, load_verified, new_run_id, resume_position
     from util.saving import RunSaver
     from util.schedule import check_schedule, effective_batch, learning_rate, scaled_lr
 
@@ -280,20 +279,31 @@ def train(
             "unit": data.spec.unit,
             "statistics": data.statistics.as_dict(),
         },
-        "schedule": {"epochs": args.epochs, "warmup_epochs": args.warmup_epochs, "lr": lr, "min_lr": args.min_lr},
+        # The peak rate follows from --lr or --blr and the effective batch, which may change when a run is resumed.
+        "schedule": {
+            "epochs": args.epochs,
+            "warmup_epochs": args.warmup_epochs,
+            "lr": args.lr,
+            "blr": args.blr,
+            "min_lr": args.min_lr,
+        },
+        "seed": args.seed,
     }
-    start_epoch, start_step, bad_found, spent = 0, 0, [], 0.0
-    resume = resolve_resume(args.resume, output_dir)
+    batch = Batch(args.batch_size, args.accum_iter, group.world_size, lr)
+    start_epoch, start_step, bad_found, spent, run_id = 0, 0, [], 0.0, new_run_id()
+    resume = find_checkpoint(args.resume, output_dir, bench.processes)
     if resume is not None:
-        checkpoint = load_checkpoint(resume)
+        checkpoint = load_verified(resume, bench.processes)
         check_same_run(checkpoint, run, path=str(resume), allow_mismatch=args.allow_mismatch)
         load_trained(model, checkpoint, source=str(resume), protocol=args.protocol, classes=task.classes)
         optimizer.load_state_dict(checkpoint["optimizer"])
         selector.load_state_dict(checkpoint["best"])
         if scaler is not None and checkpoint.get("scaler"):
             scaler.load_state_dict(checkpoint["scaler"])
-        start_epoch, start_step = int(checkpoint["epoch"]) + 1, int(checkpoint.get("step", 0))
+        start_epoch, start_step = resume_position(checkpoint, batch=batch, steps=steps)
         bad_found, spent = [tuple(item) for item in checkpoint["bad_samples"]], float(checkpoint["seconds"])
+        run_id = checkpoint.get("run_id") or run_id
+        del checkpoint  # as large as model and optimizer together
         log.info("resumed %s: epoch %d, step %d", resume, start_epoch, start_step)
     if args.start_epoch is not None:
         start_epoch, start_step = args.start_epoch, 0
@@ -317,8 +327,11 @@ def train(
         is_main=is_main,
         keep=args.keep_checkpoints,
         minutes=args.save_minutes,
+        hang_timeout=args.hang_timeout,
         seed=args.seed,
-        fixed={**run, "args": groups.args_to_dict(args), "world_size": bench.processes.world_size},
+        batch=batch,
+        run_id=run_id,
+        fixed={**run, "args": groups.args_to_dict(args)},
         model=model,
         optimizer=optimizer,
         scaler=scaler,
@@ -328,7 +341,7 @@ def train(
             "seconds": spent + time.monotonic() - began,
         },
     )
-    journal = EpochJournal(output_dir, args.log_dir, task=task, is_main=is_main)
+    journal = EpochJournal(output_dir, args.log_dir, task=task, is_main=is_main, start_epoch=start_epoch)
     end_epoch = min(args.epochs, args.stop_epoch or args.epochs)
     if args.test_run:
         end_epoch = min(end_epoch, start_epoch + 2)
@@ -340,7 +353,7 @@ def train(
         loader.set_epoch(epoch)
         result = train_one_epoch(
             trained,
-            loader.iter_from(start_step),
+            saver.watch(loader.iter_from(start_step)),
             optimizer,
             task=task,
             transform=bench.transform,
@@ -369,8 +382,7 @@ def train(
         )
         start_step = 0
         if not result.finished:
-            saver.save(epoch - 1, result.steps_done, ["checkpoint.pth"], wait=True)
-            log.info("stopped on request after step %d of epoch %d; --resume auto continues", result.steps_done, epoch)
+            saver.save_and_stop(epoch - 1, result.steps_done)
             loader.close()
             judge.close()
             bench.processes.close()

@@ -25,10 +25,13 @@ from util.log import EpochLog, ScalarWriter, format_duration, get_logger, memory
 class EpochJournal:
     """One line a training epoch in log.txt, the same numbers in TensorBoard, and a sentence on the console."""
 
-    def __init__(self, output_dir: Path, log_dir: str | os.PathLike[str] | None, *, task: Task, is_main: bool) -> None:
+    def __init__(
+        self, output_dir: Path, log_dir: str | os.PathLike[str] | None, *, task: Task, is_main: bool, start_epoch: int
+    ) -> None:
         self._task = task
-        self._log = EpochLog(output_dir) if is_main else None
-        self._scalars = ScalarWriter((log_dir or output_dir / "tensorboard") if is_main else None)
+        self._log = EpochLog(output_dir, start_epoch=start_epoch) if is_main else None
+        folder = (log_dir or output_dir / "tensorboard") if is_main else None
+        self._scalars = ScalarWriter(folder, start=1000 * start_epoch)
 
     def write(
         self,
