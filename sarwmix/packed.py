@@ -405,8 +405,8 @@ def pack(
     Args:
         datasets: One data set for each split, of the same registry entry.
         store: The folder; made when missing.
-        dtype: ``"float32"`` keeps the values unchanged; ``"float16"`` halves the size (error below 0.016 dB for
-            |dB| < 32).
+        dtype: ``"float32"`` keeps the values unchanged; ``"float16"`` halves the size (error at most 0.008 dB
+            for |dB| < 32, 0.016 dB beyond).
         jobs: Processes.
         mark_unreadable: Store samples that cannot be read as rows of NaN that are marked, instead of stopping.
         overwrite: Replace a store of other content.
@@ -795,11 +795,10 @@ class BlockWriter:
             if bad and not self.mark:
                 error = bad[0][1]
                 raise UserError(f"{error}; --mark_unreadable packs the rest and marks such samples")
-            # NaN in a sum shows whether anything must be counted, in one pass.
-            for row in np.flatnonzero(~np.isfinite(part.reshape(len(part), -1).sum(axis=1))):
-                wrong = ~np.isfinite(part[row])
-                part[row][wrong] = np.nan
-                counts[position + row] = int(wrong.sum())
+            finite = np.isfinite(part)
+            if not finite.all():
+                part[~finite] = np.nan
+                counts[position:stop] = part[0].size - finite.reshape(len(part), -1).sum(axis=1)
             for bad_row, error in bad:
                 part[bad_row] = np.nan
                 counts[position + bad_row] = -1
