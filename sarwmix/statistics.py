@@ -78,7 +78,7 @@ class Moments:
         result = cls.empty(images.shape[1])
         result.samples = len(images)
         for band in range(images.shape[1]):
-            planes = images[:, band].reshape(len(images), -1)
+            planes = images[:, band].reshape(len(images), images.shape[2] * images.shape[3])
             valid = np.isfinite(planes)
             count = valid.sum(axis=1)
             result.count[band] = total = int(count.sum())

@@ -1,0 +1,203 @@
+#!/usr/bin/env python
+"""Check a data set: lists, files, units, bands, pixels, labels, statistics; with histograms and a contact sheet.
+
+Exit code: 0 nothing wrong (warnings allowed), 10 errors found (with --strict also for warnings), 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from typing import TYPE_CHECKING
+
+from sarwmix import registry
+from util.errors import UserError, run_cli
+
+if TYPE_CHECKING:
+    from sarwmix.data_check import Examination
+
+FOUND = 10
+SHEET = 24
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(
+        description=(__doc__ or "").split("\n", maxsplit=1)[0],
+        epilog="Exit code: 0 nothing wrong (warnings allowed), 10 errors found (with "
+        "--strict warnings too), 2 wrong usage.",
+    )
+    result.add_argument("--dataset", required=True, choices=registry.names(), help="registered data set")
+    result.add_argument("--data_path", required=True, metavar="DIR", help="root of the data, or a packed store")
+    result.add_argument("--split", default=None, help="split, or several joined by + (default: all there are)")
+    result.add_argument("--sample", type=int, default=None, metavar="N", help="read N random samples instead of all")
+    result.add_argument("--seed", type=int, default=0, help="seed of the random sample (default %(default)s)")
+    result.add_argument(
+        "--jobs", type=int, default=None, metavar="N", help="reading processes (default: all usable processors)"
+    )
+    result.add_argument(
+        "--reference",
+        default=None,
+        metavar="FILE",
+        help="official metadata.parquet: names, labels and splits are compared with it",
+    )
+    result.add_argument(
+        "--out", default=None, metavar="DIR", help="folder for report.json and pictures (default: runs/check_<dataset>)"
+    )
+    result.add_argument("--strict", action="store_true", help="warnings count as errors in the exit code")
+    result.add_argument(
+        "--data_option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="option of the data set, e.g. unit=linear for s1_scenes; may be repeated",
+    )
+    return result
+
+
+def draw(found: Examination, folder: Path, seed: int) -> list[Path]:
+    """Histograms, label balance and contact sheet."""
+    import numpy as np
+
+    from sarwmix import pictures, statistics
+
+    dataset, moments = found.dataset, found.moments
+    assert dataset is not None
+    assert moments is not None
+    assert found.facts is not None
+    written: list[Path] = []
+    heading = f"{dataset.spec.name}, split {dataset.split}: {moments.samples:,} of {len(dataset):,} samples read"
+    if moments.samples == 0 or (moments.count == 0).any():
+        return written
+    per_bin = round(0.25 / statistics.HISTOGRAM_STEP)
+    edges = statistics.HISTOGRAM_LOW + 0.25 * np.arange(statistics.BINS // per_bin + 1)
+    histogram = moments.histogram.reshape(len(moments.histogram), -1, per_bin).sum(axis=2)
+    used = np.flatnonzero(histogram.sum(axis=0) > 1e-5 * histogram.sum())
+    part = slice(int(used[0]), int(used[-1]) + 1)
+    p01, p99 = moments.percentile(1), moments.percentile(99)
+    marks = {
+        band: {"mean": float(moments.mean[k]), "mean in use": dataset.statistics.mean[k], "1 %": float(p01[k]),
+               "99 %": float(p99[k])}
+        for k, band in enumerate(dataset.spec.bands)}  # fmt: skip
+    written.append(
+        pictures.histogram_figure(
+            folder / "histogram.png",
+            edges=edges[part.start : part.stop + 1],
+            counts={band: histogram[k, part] for k, band in enumerate(dataset.spec.bands)},
+            marks=marks,
+            title=heading,
+        )
+    )
+    if found.classes:
+        written.append(
+            pictures.bar_figure(
+                folder / "labels.png",
+                labels=dataset.spec.classes,
+                unit="samples",
+                decimals=0,
+                values={split: list(counts.values()) for split, counts in found.classes.items()},
+                title=f"{dataset.spec.name}: samples of each class ({len(dataset):,} in all)",
+            )
+        )
+    chosen = np.random.default_rng(seed).permutation(found.facts.index)[:SHEET]
+    images, captions = [], []
+    for index in np.sort(chosen):
+        images.append(dataset.read(int(index)))
+        labels = "" if dataset.labels is None else ": " + ", ".join(_classes(found, int(index)))
+        captions.append(dataset.names[int(index)] + labels)
+    written.append(
+        pictures.contact_sheet(
+            folder / "contact_sheet.png", np.stack(images), bands=dataset.spec.bands, captions=captions, title=heading
+        )
+    )
+    return written
+
+
+def _classes(found: Examination, index: int) -> list[str]:
+    import numpy as np
+
+    assert found.dataset is not None
+    assert found.dataset.labels is not None
+    row = found.dataset.labels[index]
+    numbers = np.flatnonzero(row) if np.ndim(row) else [row]
+    return [found.dataset.spec.classes[int(number)] for number in numbers]
+
+
+def main() -> int:
+    """Entry point."""
+    args = parser().parse_args()
+    folder = Path(args.out or f"runs/check_{args.dataset}")
+    if args.reference is not None and not Path(args.reference).is_file():
+        raise UserError(f"--reference {args.reference} does not exist; expected the official metadata.parquet")
+    spec = registry.get_spec(args.dataset)
+    splits = registry.parse_split(spec, args.split) if args.split else None
+    options = registry.parse_options(args.data_option)
+    if not Path(args.data_path).exists():
+        raise UserError(f"data path {args.data_path} does not exist; give an existing folder or store")
+
+    from sarwmix import data_check, statistics
+    from util.files import make_directory, write_json
+
+    shown = -1
+
+    def progress(done: int, total: int) -> None:
+        nonlocal shown
+        if 10 * done // total > shown:
+            shown = 10 * done // total
+            print(f"{done:,}/{total:,} samples", flush=True)
+
+    jobs = args.jobs if args.jobs is not None else statistics.usable_processors()
+    found = data_check.examine(
+        args.dataset,
+        args.data_path,
+        splits=splits,
+        sample=args.sample,
+        seed=args.seed,
+        jobs=jobs,
+        options=options,
+        reference=args.reference,
+        progress=progress,
+    )
+    make_directory(folder)
+    written: list[Path] = []
+    if found.dataset is not None:
+        written = draw(found, folder, args.seed)
+        print(f"{args.dataset}: " + ", ".join(f"{split} {count:,}" for split, count in found.counts.items()))
+        moments = found.moments
+        if moments is not None and moments.samples:
+            for k, band in enumerate(spec.bands):
+                print(
+                    f"{band}: mean {moments.mean[k]:.2f} dB (in use {found.dataset.statistics.mean[k]:.2f}), "
+                    f"std {moments.std()[k]:.2f} dB (in use {found.dataset.statistics.std[k]:.2f}), "
+                    f"{moments.invalid[k]:,} invalid pixels"
+                )
+    for finding in found.findings:
+        print(finding.text())
+    errors = found.errors()
+    write_json(folder / "report.json", {
+        "dataset": args.dataset,
+        "data_path": args.data_path,
+        "counts": found.counts,
+        "read": 0 if found.moments is None else found.moments.samples,
+        "statistics": None if found.moments is None or not found.moments.samples else {
+            "bands": list(spec.bands),
+            "mean": found.moments.mean.tolist(),
+            "std": found.moments.std().tolist(),
+            "invalid_pixels": found.moments.invalid.tolist(),
+        },
+        "classes": found.classes,
+        "findings": [{"kind": one.kind, "topic": one.topic, "message": one.message, "names": list(one.names)}
+                     for one in found.findings],
+    })  # fmt: skip
+    warnings = len(found.findings) - len(errors)
+    names = ", ".join(path.name for path in [folder / "report.json", *written])
+    print(f"{len(errors)} kind(s) of error, {warnings} kind(s) of warning; {names} in {folder}")
+    return FOUND if errors or (args.strict and warnings) else 0
+
+
+if __name__ == "__main__":
+    run_cli(main)
