@@ -430,6 +430,6 @@ register(
         size=512,
         builder="sarwmix.sen12flood.dataset:build",
         description="SEN12-FLOOD pairs of Sentinel-1 images of one place, linear power in the files",
-        options=(),
+        options=("val_frac",),
     )
 )

@@ -36,9 +36,9 @@ def power_to_db(power: Tensor) -> Tensor:
 class PairDataset(SarDataset):
     """Pairs of images of one place.
 
-    A sample is ``image1``, ``image2`` float32 (2, S, S), VH and VV in **linear power** as stored, ``label`` int64 (1:
-    the second image shows a flood), ``valid1``, ``valid2`` bool (finite and not negative), ``name``. A batch has no masks:
-    :func:`power_to_db` marks invalid pixels.
+    A sample is ``image1``, ``image2`` float32 (2, S, S), VH and VV in **linear power** as stored, ``label`` int64
+    (1: the second image shows a flood), ``valid1``, ``valid2`` bool (finite and not negative), ``name``. A batch has no
+    masks: :func:`power_to_db` marks invalid pixels.
 
     Args:
         spec: The registry's entry.

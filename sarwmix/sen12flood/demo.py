@@ -1,8 +1,8 @@
 """Generate a small raw tree with the structure of SEN12-FLOOD, for tests and for a demonstration without a download.
 
 What is as in the real data: file names, S1list.json, ids with four digits for train and fewer for test, Sentinel-1
-tiles in EPSG:4326 with linear power, float32, one file a band, about as many pixels as the grid, pixel grids that differ
-between orbits, swath edges that leave zeros; Sentinel-2 bands in UTM at 10 m.
+tiles in EPSG:4326 with linear power, float32, one file a band, about as many pixels as the grid, pixel grids that
+differ between orbits, swath edges that leave zeros; Sentinel-2 bands in UTM at 10 m.
 
 What is invented: the scene. Land cover and relief are smooth random fields; low ground holds a lake in every image and
 is under water in flooded ones, 6 to 10 dB darker. Soil moisture and wind change whole images by up to 1.5 dB, so that

@@ -1,0 +1,92 @@
+"""Pictures of image pairs: what a wrongly classified pair looks like."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+
+from sarwmix.pictures import GREY_DB, NO_DATA
+from sarwmix.sen12flood.dataset import ZERO_POWER, PairDataset
+from sarwmix.sen12flood.metadata import parse_pair_name
+from util.files import atomic_write
+
+SHOWN = 6  # pairs on the picture
+SIDE = 384  # pixels of an image on the picture are at most this many; larger images are thinned
+
+
+def wrong_pairs_figure(
+    path: Path, data: PairDataset, worst: np.ndarray, flood: np.ndarray, loss: np.ndarray, wrong: int
+) -> None:
+    """Draw wrongly classified pairs, highest loss first: VH and VV of both dates side by side, and the change in VV.
+
+    Args:
+        path: PNG file.
+        data: The split.
+        worst: Numbers of wrong pairs, highest loss first; the first 6 are drawn.
+        flood: (N,) probability of flood.
+        loss: (N,) loss of each pair.
+        wrong: Number of wrong pairs in the split.
+    """
+    from matplotlib import colormaps
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    shown = worst[:SHOWN]
+    rows = max(1, len(shown))
+    figure = Figure(figsize=(13, 0.9 + 2.75 * rows), facecolor="white")
+    FigureCanvasAgg(figure)
+    figure.suptitle(
+        f"{wrong} of {len(data)} pairs of split {data.split} are classified wrongly"
+        + (f"; the {len(shown)} with the highest loss" if wrong > len(shown) else "")
+        + f" (dB; VH {GREY_DB['VH'][0]:g} to {GREY_DB['VH'][1]:g}, VV {GREY_DB['VV'][0]:g} to {GREY_DB['VV'][1]:g}; "
+        "change: blue = darker in the second image, -10 to 10 dB; light blue: not covered)",
+        fontsize=9,
+    )
+    axes = figure.subplots(rows, 5, squeeze=False)
+    for line in axes:
+        for axis in line:
+            axis.set_xticks([])
+            axis.set_yticks([])
+    grey = colormaps["gray"].copy()
+    grey.set_bad(NO_DATA)
+    change = colormaps["RdBu_r"].copy()
+    change.set_bad(NO_DATA)
+    for line, index in zip(axes, shown, strict=False):
+        pair = np.empty((2, *data.shape), dtype=np.float32)
+        data.read_into(int(index), pair)
+        step = max(1, -(-data.size // SIDE))
+        db = _db(pair[:, :, ::step, ::step])
+        folder, first, second, label = parse_pair_name(data.names[int(index)])
+        names = data.spec.classes
+        line[0].set_ylabel(
+            f"{folder}: is {names[label]}\nP(flood) {flood[index]:.3f}\nloss {loss[index]:.2f}", fontsize=8
+        )
+        for place, (time, band) in enumerate(((0, 0), (1, 0), (0, 1), (1, 1))):
+            low, high = GREY_DB[data.spec.bands[band]]
+            line[place].imshow(db[time, band], cmap=grey, vmin=low, vmax=high, interpolation="nearest")
+            line[place].set_title(f"{data.spec.bands[band]}  {_date((first, second)[time])}", fontsize=8)
+        line[4].imshow(db[1, 1] - db[0, 1], cmap=change, vmin=-10, vmax=10, interpolation="nearest")
+        line[4].set_title("VV second - first", fontsize=8)
+    if not len(shown):
+        axes[0, 2].set_title("no pair is classified wrongly", fontsize=10)
+    figure.tight_layout(rect=(0, 0, 1, 0.97))
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=90)
+    with atomic_write(path) as stream:
+        stream.write(buffer.getvalue())
+
+
+def _db(power: np.ndarray) -> np.ndarray:
+    """Linear power -> dB; pixels that are not covered, or invalid, are NaN."""
+    usable = np.isfinite(power) & (power > 0)
+    return np.where(usable, 10 * np.log10(np.where(usable, power, ZERO_POWER)), np.nan)
+
+
+def _date(product: str) -> str:
+    """Acquisition date and time in a product name, or the name's beginning."""
+    for part in product.split("_"):
+        if len(part) == 15 and part[8] == "T" and part[:8].isdigit():
+            return f"{part[:4]}-{part[4:6]}-{part[6:8]} {part[9:11]}:{part[11:13]}"
+    return product[:20]

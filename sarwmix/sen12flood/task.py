@@ -1,0 +1,320 @@
+"""The pair task of fine-tuning: flood or no flood from two images of one place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from models_sen12_ft import PATCH_OPS, MixMIMPair
+from sarwmix.datasets import SarDataset
+from sarwmix.loader import Loader
+from sarwmix.metrics import Report, bootstrap_intervals
+from sarwmix.selection import Rule
+from sarwmix.sen12flood.dataset import PairDataset, power_to_db
+from sarwmix.tasks import Predictor, Task
+from sarwmix.transforms import SarTransform, draw_flips
+from util.errors import UserError
+
+TILE = 128  # the encoder sees tiles of this side, as in pretraining
+FLOOD = 1
+
+
+class PairTransform:
+    """Batches of pairs in linear power -> standardised model inputs, on the device.
+
+    Zeros become 1e-6, then decibel, invalid pixels (NaN, infinite, negative) at the band mean, resize, flips drawn once
+    per pair and applied to both of its images, standardisation. Both images are handled as one batch.
+
+    Args:
+        transform: Size and statistics (dB) of the data set.
+    """
+
+    def __init__(self, transform: SarTransform) -> None:
+        self.transform = transform
+
+    def images(self, power: Tensor, flips: Tensor | None = None) -> Tensor:
+        """(B, 2, H, W) linear power -> (B, 2, S, S) z-score."""
+        return self.transform(power_to_db(power), flips).images
+
+    def __call__(self, power1: Tensor, power2: Tensor, flips: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Transform both images of a batch of pairs.
+
+        Args:
+            power1, power2: (B, 2, H, W) linear power.
+            flips: (B, 2) bool, one draw a pair, or None.
+        """
+        both = None if flips is None else torch.cat([flips, flips])
+        first, second = self.images(torch.cat([power1, power2]), both).chunk(2)
+        return first, second
+
+
+class PairTask(Task):
+    """Cross-entropy over (no flood, flood); accuracy, precision, recall and F1 with flood as the positive class.
+
+    Args:
+        classes: Names of the two classes, flood last.
+        patch_op: ``"avg"`` or ``"max"`` over tiles.
+        legacy_tiling: Tiles as the published code cuts them.
+        val_frac: Whether sequences of train are held out, which then select the best epoch.
+    """
+
+    name = "pair"
+    options = ("patch_op", "legacy_tiling", "val_frac")
+    primary = "acc"
+
+    def __init__(
+        self,
+        classes: Sequence[str],
+        patch_op: str = "avg",
+        legacy_tiling: bool = False,
+        val_frac: float | None = None,
+    ) -> None:
+        super().__init__(classes)
+        if len(self.classes) != 2:
+            raise UserError(f"the pair task has two classes, no flood and flood; got {', '.join(self.classes)}")
+        if patch_op not in PATCH_OPS:
+            raise UserError(f"--patch_op is {patch_op!r}; expected one of {', '.join(PATCH_OPS)}")
+        self.patch_op = patch_op
+        self.legacy_tiling = legacy_tiling
+        self.val_frac = val_frac
+
+    @property
+    def select_on(self) -> str:
+        """The published protocol selects on test; with --val_frac the held-out sequences select."""
+        return "test" if self.val_frac is None else "val"
+
+    def build_model(
+        self, encoder: Mapping[str, Any], *, input_size: int, in_chans: int, drop_path_rate: float
+    ) -> MixMIMPair:
+        if input_size < TILE or input_size % TILE:
+            raise UserError(
+                f"--input_size is {input_size}; the images of a pair are cut into tiles of {TILE} px: expected a "
+                f"multiple of {TILE}, such as 512 for SEN12-FLOOD"
+            )
+        return MixMIMPair(
+            num_classes=self.num_outputs,
+            patch_op=self.patch_op,
+            legacy_tiling=self.legacy_tiling,
+            drop_path_rate=drop_path_rate,
+            img_size=TILE,
+            in_chans=in_chans,
+            **encoder,
+        )
+
+    def inputs(
+        self,
+        batch: Mapping[str, Any],
+        transform: SarTransform,
+        *,
+        device: torch.device,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, ...]:
+        power1 = batch["image1"].to(device, non_blocking=True)  # (B, bands, H, W) linear power
+        power2 = batch["image2"].to(device, non_blocking=True)
+        flips = None if generator is None else draw_flips(len(power1), generator)
+        return PairTransform(transform)(power1, power2, flips)
+
+    def target(self, batch: Mapping[str, Any], device: torch.device) -> Tensor:
+        return batch["label"].to(device, torch.int64, non_blocking=True)  # (B,)
+
+    def soft_target(self, target: Tensor) -> Tensor:
+        return F.one_hot(target, self.num_outputs).float()
+
+    def losses(self, logits: Tensor, target: Tensor, *, smoothing: float = 0.0) -> Tensor:
+        return F.cross_entropy(logits.float(), target, reduction="none", label_smoothing=smoothing)
+
+    def scores(self, logits: Tensor) -> Tensor:
+        return torch.softmax(logits.double(), dim=1)
+
+    # Evaluation --------------------------------------------------------------------------------------------------
+
+    def predict(
+        self,
+        model: Predictor,
+        batches: Iterable[Mapping[str, Any]],
+        transform: SarTransform | None,
+        *,
+        device: torch.device,
+    ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """With a store, each distinct image is read and encoded once, and pairs compare its features.
+
+        The split is then shared out in consecutive runs of pairs, so that the images of a sequence meet in one process.
+        """
+        data = batches.dataset if isinstance(batches, Loader) else None
+        shares = isinstance(data, PairDataset) and data.shares_images and model.has("encode_image")
+        if transform is None or not shares:
+            yield from super().predict(model, batches, transform, device=device)
+            return
+        assert isinstance(batches, Loader)
+        assert isinstance(data, PairDataset)
+        plan = batches.plan
+        mine = np.array_split(np.arange(len(data)), plan.world_size)[plan.rank]
+        yield from self._predict_shared(model, data, mine, PairTransform(transform), plan.batch_size, device)
+
+    def _predict_shared(
+        self,
+        model: Predictor,
+        data: PairDataset,
+        mine: np.ndarray,
+        transform: PairTransform,
+        batch_size: int,
+        device: torch.device,
+    ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        last_use = {int(row): place for place, index in enumerate(mine) for row in data.rows[index]}
+        features: dict[int, Tensor] = {}
+        assert data.labels is not None
+        for start in range(0, len(mine), batch_size):
+            indices = mine[start : start + batch_size]
+            rows = data.rows[indices]  # (B, 2)
+            new = [int(row) for row in np.unique(rows) if int(row) not in features]
+            # As many images at once as a training batch of pairs holds.
+            for begin in range(0, len(new), 2 * batch_size):
+                some = new[begin : begin + 2 * batch_size]
+                power = data.read_rows(np.asarray(some)).to(device, non_blocking=True)
+                encoded = model.call("encode_image", transform.images(power))  # (images, T, D)
+                features.update(zip(some, encoded, strict=True))
+            first = torch.stack([features[int(row)] for row in rows[:, 0]])
+            second = torch.stack([features[int(row)] for row in rows[:, 1]])
+            logits = model.call("classify", first, second).float()
+            target = torch.from_numpy(data.labels[indices]).to(device)
+            yield torch.from_numpy(indices), self.outputs(logits, target)
+            done = start + len(indices)
+            features = {row: value for row, value in features.items() if last_use[row] >= done}
+
+    def report(self, gathered: Mapping[str, np.ndarray], *, bootstrap: int = 0, seed: int = 0) -> Report:
+        """Scalars: ``acc`` in %, ``precision``, ``recall``, ``f1`` of flood as fractions, ``loss``."""
+        from sklearn.metrics import average_precision_score
+
+        truth = gathered["target"].astype(np.int64)  # (N,)
+        scores = gathered["scores"]  # (N, 2)
+        predicted = predicted_class(scores)
+        scalars = pair_metrics(truth, predicted)
+        if "loss" in gathered:
+            scalars["loss"] = float(np.mean(gathered["loss"], dtype=np.float64))
+        per_class = []
+        for number, name in enumerate(self.classes):
+            own = pair_metrics(truth == number, predicted == number)
+            support = int((truth == number).sum())
+            average = float(average_precision_score(truth == number, scores[:, number])) if support else None
+            per_class.append(
+                {
+                    "class": name,
+                    "support": support,
+                    "predicted": int((predicted == number).sum()),
+                    "ap": average,
+                    "f1": own["f1"],
+                    "precision": own["precision"],
+                    "recall": own["recall"],
+                }
+            )
+        absent = tuple(str(row["class"]) for row in per_class if not row["support"])
+        intervals = {}
+        if bootstrap:
+
+            def evaluate(counts: np.ndarray) -> dict[str, float]:
+                return pair_metrics(truth, predicted, counts)
+
+            intervals = bootstrap_intervals(len(truth), evaluate, draws=bootstrap, seed=seed)
+        return Report(scalars=scalars, per_class=per_class, absent=absent, intervals=intervals)
+
+    def rules(self) -> tuple[Rule, ...]:
+        return (
+            Rule(
+                "checkpoint_best.pth",
+                "maximum of accuracy",
+                lambda new, best: new["acc"] > best["acc"],
+                lambda metrics: metrics["acc"],
+            ),
+        )
+
+    # Printing and pictures ---------------------------------------------------------------------------------------
+
+    def format_report(self, report: Report) -> str:
+        samples = sum(row["support"] for row in report.per_class)
+        values = report.scalars
+
+        def interval(name: str) -> str:
+            low, high = report.intervals.get(name, (None, None))
+            return "" if low is None else f"  [{low:.4f}, {high:.4f}]"
+
+        return (
+            f"Accuracy of the network on the {samples} test images: {values['acc']:.4f}%{interval('acc')}\n"
+            f"Precision: {values['precision']:.4f}{interval('precision')}\n"
+            f"Recall: {values['recall']:.4f}{interval('recall')}\n"
+            f"F1 Score: {values['f1']:.4f}{interval('f1')}"
+        )
+
+    def format_epoch(self, report: Report) -> str:
+        text = f"accuracy {report.scalars['acc']:.4f}%, F1 {report.scalars['f1']:.4f}"
+        return f"{text}, loss {report.scalars['loss']:.4f}" if "loss" in report.scalars else text
+
+    def epoch_lines(self, best: Mapping[str, Any], report: Report, *, improved: bool) -> list[str]:
+        text = self.format_report(report)
+        if self.select_on != "test":
+            text = text.replace(" test images", " held-out training images")
+        lines = [*text.splitlines(), f"Max accuracy: {best['score']:.4f}%"]
+        if improved:
+            lines.append(f"Best model saved at epoch {best['epoch']} with score {best['score']:.4f}")
+        return lines
+
+    def summary(self, best: Mapping[str, Any], report: Report, samples: int) -> str:
+        return (
+            f"Best Results Summary: Epoch {best['epoch']} Best Accuracy Score {best['score']:.4f}\n"
+            f"{self.format_report(report)}"
+        )
+
+    def write_pictures(
+        self, folder: Path, data: SarDataset, gathered: Mapping[str, np.ndarray], report: Report
+    ) -> list[Path]:
+        from sarwmix.pictures import confusion_matrix_figure, precision_recall_figure, roc_figure
+        from sarwmix.sen12flood.pictures import wrong_pairs_figure
+
+        truth = np.eye(2, dtype=np.int64)[gathered["target"].astype(np.int64)]
+        predicted = predicted_class(gathered["scores"])
+        written = []
+        for name, draw, values in (
+            ("confusion", confusion_matrix_figure, np.eye(2, dtype=np.int64)[predicted]),
+            ("roc", roc_figure, gathered["scores"]),
+            ("precision_recall", precision_recall_figure, gathered["scores"]),
+        ):
+            path = folder / f"{name}_{data.split}.png"
+            draw(path, truth, values, self.classes)
+            written.append(path)
+        if isinstance(data, PairDataset) and "loss" in gathered:
+            wrong = np.flatnonzero(predicted != gathered["target"])
+            worst = wrong[np.argsort(-gathered["loss"][wrong], kind="stable")]
+            path = folder / f"wrong_pairs_{data.split}.png"
+            wrong_pairs_figure(path, data, worst, gathered["scores"][:, FLOOD], gathered["loss"], len(wrong))
+            written.append(path)
+        return written
+
+
+def predicted_class(scores: np.ndarray) -> np.ndarray:
+    """(N, 2) probabilities -> (N,) class; a tie is no flood."""
+    return (scores[:, FLOOD] > scores[:, 1 - FLOOD]).astype(np.int64)
+
+
+def pair_metrics(truth: np.ndarray, predicted: np.ndarray, counts: np.ndarray | None = None) -> dict[str, float]:
+    """Accuracy in %, and precision, recall and F1 of class 1; 0 where nothing was predicted or is there to find.
+
+    Args:
+        truth: (N,) of 0 and 1.
+        predicted: (N,) of 0 and 1.
+        counts: How often each sample counts, (N,); once by default.
+    """
+    weight = np.ones(len(truth)) if counts is None else counts.astype(np.float64)
+    truth, predicted = truth.astype(bool), predicted.astype(bool)
+    hits = float(weight[truth & predicted].sum())
+    found, wanted = float(weight[predicted].sum()), float(weight[truth].sum())
+    return {
+        "acc": 100.0 * float(weight[truth == predicted].sum()) / float(weight.sum()),
+        "precision": hits / found if found else 0.0,
+        "recall": hits / wanted if wanted else 0.0,
+        "f1": 2 * hits / (found + wanted) if found + wanted else 0.0,
+    }
