@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from sarwmix import registry
 from sarwmix.labels import CLASSES_19, CLASSES_43
-from sarwmix.statistics import CHUNK, Moments, sample_indices
+from sarwmix.statistics import CHUNK, Moments, reading_processes, sample_indices
 from util.errors import UserError
 
 if TYPE_CHECKING:
@@ -150,23 +150,22 @@ def read_samples(
     *,
     sample: int | None,
     seed: int,
-    jobs: int,
+    jobs: int | None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Facts, Moments]:
     """Read all samples, or `sample` of them, with `jobs` processes; the result does not depend on `jobs`."""
-    if jobs < 1:
-        raise UserError(f"jobs={jobs}: expected 1 or more")
     indices = sample_indices(len(dataset), sample, seed)
+    processes = reading_processes(jobs, len(indices))
     pieces = [indices[start : start + CHUNK] for start in range(0, len(indices), CHUNK)]
     parts: list[Facts] = []
     total = Moments.empty(dataset.shape[0])
     with ExitStack() as stack:
-        if jobs == 1 or len(pieces) == 1:
+        if processes == 1 or len(pieces) == 1:
             results: Iterable[tuple[Facts, Moments]] = map(partial(measure, dataset), pieces)
         else:
             pool = stack.enter_context(
                 ProcessPoolExecutor(
-                    min(jobs, len(pieces)),
+                    min(processes, len(pieces)),
                     mp_context=get_context("spawn"),
                     initializer=_open_worker,
                     initargs=(dataset,),
@@ -467,7 +466,7 @@ def examine(
     splits: Sequence[str] | None = None,
     sample: int | None = None,
     seed: int = 0,
-    jobs: int = 1,
+    jobs: int | None = 1,
     options: Mapping[str, Any] | None = None,
     reference: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -480,7 +479,7 @@ def examine(
         splits: Splits to look at; all by default (train alone for unlabelled data).
         sample: Samples to read; None reads all.
         seed: Seed of the choice.
-        jobs: Processes that read.
+        jobs: Processes that read; None: as many as are worth it.
         options: Options of the data set.
         reference: Official metadata to compare names, labels and splits with.
         progress: Called with (samples done, samples in all).
@@ -511,7 +510,8 @@ def examine(
         if not parts:
             return result
         # One data set of all splits that exist, so that a sample is drawn from them together.
-        result.dataset = registry.build_dataset(name, data_path, "+".join(parts), **given)
+        joined = "+".join(parts)
+        result.dataset = parts[joined] if joined in parts else registry.build_dataset(name, data_path, joined, **given)
     dataset = result.dataset
     for split, expected in OFFICIAL_COUNTS.get(name, {}).items():
         if split in result.counts and result.counts[split] != expected:

@@ -198,9 +198,18 @@ def sample_indices(count: int, sample: int | None, seed: int) -> NDArray[np.int6
     return np.sort(np.random.default_rng(seed).choice(count, sample, replace=False))
 
 
-def usable_processors() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def reading_processes(jobs: int | None, samples: int) -> int:
+    """Processes to read with: as told, or as many as may be used and are worth their start (1,024 samples each).
+
+    Raises:
+        UserError: `jobs` is not positive.
+    """
+    if jobs is None:
+        usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return max(1, min(usable, samples // 1024))
+    if jobs < 1:
+        raise UserError(f"jobs={jobs}: expected 1 or more")
+    return jobs
 
 
 def compute_moments(
@@ -208,7 +217,7 @@ def compute_moments(
     *,
     sample: int | None = None,
     seed: int = 0,
-    jobs: int = 1,
+    jobs: int | None = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> Moments:
     """Read a data set, or a random sample of it, once.
@@ -219,15 +228,14 @@ def compute_moments(
         dataset: Data to read.
         sample: Samples to draw; None reads all.
         seed: Seed of the draw.
-        jobs: Processes that read.
+        jobs: Processes that read; None: as many as are worth it.
         progress: Called with (samples done, samples in all).
 
     Raises:
         UserError: `sample` or `jobs` is out of range.
     """
-    if jobs < 1:
-        raise UserError(f"jobs={jobs}: expected 1 or more")
     indices = sample_indices(len(dataset), sample, seed)
+    processes = reading_processes(jobs, len(indices))
     pieces = [indices[start : start + CHUNK] for start in range(0, len(indices), CHUNK)]
     total = Moments.empty(dataset.shape[0])
 
@@ -237,12 +245,12 @@ def compute_moments(
             if progress is not None:
                 progress(total.samples + len(total.unreadable), len(indices))
 
-    if jobs == 1 or len(pieces) == 1:
+    if processes == 1 or len(pieces) == 1:
         collect(read_moments(dataset, piece) for piece in pieces)
     else:
         # Spawned, because a forked copy of a process with threads (torch has some) can hang.
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(min(jobs, len(pieces)), mp_context=context, initializer=_open_worker,
+        with ProcessPoolExecutor(min(processes, len(pieces)), mp_context=context, initializer=_open_worker,
                                  initargs=(dataset,)) as pool:
             collect(pool.map(_work, pieces))
     return total

@@ -37,7 +37,11 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--sample", type=int, default=None, metavar="N", help="read N random samples instead of all")
     result.add_argument("--seed", type=int, default=0, help="seed of the random sample (default %(default)s)")
     result.add_argument(
-        "--jobs", type=int, default=None, metavar="N", help="reading processes (default: all usable processors)"
+        "--jobs",
+        type=int,
+        default=None,
+        metavar="N",
+        help="reading processes (default: usable processors, one for 1,024 samples at most)",
     )
     result.add_argument(
         "--reference",
@@ -139,7 +143,7 @@ def main() -> int:
     if not Path(args.data_path).exists():
         raise UserError(f"data path {args.data_path} does not exist; give an existing folder or store")
 
-    from sarwmix import data_check, statistics
+    from sarwmix import data_check
     from util.files import make_directory, write_json
 
     shown = -1
@@ -150,14 +154,13 @@ def main() -> int:
             shown = 10 * done // total
             print(f"{done:,}/{total:,} samples", flush=True)
 
-    jobs = args.jobs if args.jobs is not None else statistics.usable_processors()
     found = data_check.examine(
         args.dataset,
         args.data_path,
         splits=splits,
         sample=args.sample,
         seed=args.seed,
-        jobs=jobs,
+        jobs=args.jobs,
         options=options,
         reference=args.reference,
         progress=progress,

@@ -25,7 +25,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--sample", type=int, default=None, metavar="N", help="read N random samples instead of all")
     result.add_argument("--seed", type=int, default=0, help="seed of the random sample (default %(default)s)")
     result.add_argument("--jobs", type=int, default=None, metavar="N",
-                        help="reading processes (default: all usable processors)")
+                        help="reading processes (default: usable processors, one for 1,024 samples at most)")
     result.add_argument("--out", required=True, metavar="FILE.json", help="file to write")
     result.add_argument("--data_option", action="append", default=[], metavar="NAME=VALUE",
                         help="option of the data set, e.g. unit=linear for s1_scenes; may be repeated")
@@ -55,8 +55,7 @@ def main() -> None:
             shown = 10 * done // total
             print(f"{done}/{total} samples", flush=True)
 
-    jobs = args.jobs if args.jobs is not None else statistics.usable_processors()
-    moments = statistics.compute_moments(dataset, sample=args.sample, seed=args.seed, jobs=jobs, progress=progress)
+    moments = statistics.compute_moments(dataset, sample=args.sample, seed=args.seed, jobs=args.jobs, progress=progress)
     content = statistics.report(dataset, moments, drawn=args.sample is not None and args.sample < len(dataset))
     write_json(out, content)
     for number, band in enumerate(content["bands"]):
