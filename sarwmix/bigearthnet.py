@@ -319,9 +319,29 @@ def _guess_label_column(columns: list[str], header: list[str] | None, frame) -> 
 
 
 def _check_names(names: NameList, path: Path, *, first_row: int) -> None:
+    if _plainly_good(names):
+        return
     for row, name in enumerate(names):
         if not _NAME.fullmatch(name) or ".." in name or name.startswith("S2"):
             check_name(name, f"metadata file {path} row {row + first_row}")
+
+
+def _plainly_good(names: NameList) -> bool:
+    """Whether all names pass check_name, decided on all bytes at once; False: look at each of them."""
+    text, offsets = names.buffer, names.offsets
+    if len(names) == 0 or int(np.diff(offsets).min()) < 2:
+        return False
+    allowed = np.zeros(256, dtype=bool)
+    allowed[np.frombuffer(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._-", dtype=np.uint8)] = True
+    mark = (text == ord("_")) | (text == ord(".")) | (text == ord("-"))
+    return bool(
+        allowed[text].all()
+        and not (mark[1:] & mark[:-1]).any()
+        and not mark[offsets[:-1]].any()
+        and not mark[offsets[1:] - 1].any()
+        and int(np.add.reduceat(text == ord("_"), offsets[:-1], dtype=np.uint16).min()) >= SCENE_PARTS
+        and not ((text[offsets[:-1]] == ord("S")) & (text[offsets[:-1] + 1] == ord("2"))).any()
+    )
 
 
 def find_metadata(

@@ -7,6 +7,7 @@ Python object writes its reference count, which makes every loader process copy 
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -82,26 +83,22 @@ class NameList(Sequence[str]):
     def take(self, indices: np.ndarray) -> NameList:
         """The names at the given positions, in that order."""
         indices = np.asarray(indices, dtype=np.int64)
-        starts = self.offsets[indices]
-        lengths = self.offsets[indices + 1] - starts
+        starts, stops = self.offsets[indices], self.offsets[indices + 1]
         offsets = np.zeros(len(indices) + 1, dtype=np.int64)
-        np.cumsum(lengths, out=offsets[1:])
-        # Position j of the new buffer belongs to name i: it comes from starts[i] + (j - offsets[i]).
-        source = np.arange(offsets[-1], dtype=np.int64) + np.repeat(starts - offsets[:-1], lengths)
-        return NameList(np.asarray(self.buffer)[source], offsets)
+        np.cumsum(stops - starts, out=offsets[1:])
+        return NameList(np.frombuffer(b"".join(self._pieces(starts, stops)), dtype=np.uint8), offsets)
+
+    def _pieces(self, starts: np.ndarray, stops: np.ndarray) -> list[bytes]:
+        # Short-lived objects: quicker than index arithmetic on every byte, and gone before a process is forked.
+        text = self.buffer.tobytes()
+        return [text[start:stop] for start, stop in zip(starts.tolist(), stops.tolist(), strict=True)]
 
     def first_duplicate(self) -> str | None:
         """A name that appears more than once, or None."""
-        width = int(np.max(np.diff(self.offsets), initial=0))
-        if len(self) < 2 or width == 0:
-            return None if len(self) < 2 else self[0]
-        table = np.zeros((len(self), width), dtype=np.uint8)
-        lengths = np.diff(self.offsets)
-        rows = np.repeat(np.arange(len(self)), lengths)
-        table[rows, np.arange(int(self.offsets[-1])) - np.repeat(self.offsets[:-1], lengths)] = self.buffer
-        order = np.sort(table.view(f"S{width}").ravel())
-        same = np.flatnonzero(order[1:] == order[:-1])
-        return bytes(order[same[0]]).decode() if len(same) else None
+        pieces = self._pieces(self.offsets[:-1], self.offsets[1:])
+        if len(set(pieces)) == len(pieces):
+            return None
+        return next(name for name, count in Counter(pieces).items() if count > 1).decode()
 
     def digest(self) -> str:
         """SHA-256 over all names and their order."""

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -357,6 +357,56 @@ print(len(list(loader)), len(opened))
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["6", "0"]
+
+
+class FakeEvent:
+    """Stands for a CUDA event: records what waits for what."""
+
+    log: ClassVar[list[str]] = []
+
+    def record(self, stream: object) -> None:
+        FakeEvent.log.append("copy")
+
+    def query(self) -> bool:
+        return True
+
+
+class FakeStream:
+    def __init__(self, device: object = None) -> None:
+        pass
+
+    def __enter__(self) -> FakeStream:
+        return self
+
+    def __exit__(self, *arguments: object) -> None:
+        pass
+
+    def wait_event(self, event: FakeEvent) -> None:
+        FakeEvent.log.append("wait")
+
+
+def test_copies_run_ahead_of_the_computation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order of copies and waits, without a GPU; values on a GPU are compared in the test below."""
+    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", FakeStream)
+    FakeEvent.log = []
+    loader = make("thread")
+    loader.device = torch.device("cpu")
+    seen = []
+    for batch in loader:
+        FakeEvent.log.append("step")
+        seen.append(batch["index"].tolist())
+    loader.device = None
+    assert seen == indices(loader)
+    # Two copies are under way before the first step, and each step starts one more.
+    copy, wait, step = "copy", "wait", "step"
+    assert FakeEvent.log == [copy, copy] + [wait, copy, step] * 3 + [wait, step] * 2
+    loader.device = torch.device("cpu")
+    for batch in loader:  # leaving early ends the reader thread too
+        assert len(batch["index"]) == 4
+        break
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
