@@ -383,10 +383,7 @@ def train(
         start_step = 0
         if not result.finished:
             saver.save_and_stop(epoch - 1, result.steps_done)
-            loader.close()
-            judge.close()
-            bench.processes.close()
-            raise SystemExit(EXIT_PREEMPTED)
+            break
         evaluation = bench.evaluate(trained, task.select_on, judge)
         report = task.report(evaluation.outputs)
         improved = selector.update(epoch, report.scalars)
@@ -395,10 +392,17 @@ def train(
         if improved or due:
             names = [*improved, *(["checkpoint.pth"] if due else [])]
             saver.save(epoch, 0, names, recent=due, wait=epoch + 1 == end_epoch)
-    saver.close()
+        if saver.stopping and epoch + 1 < end_epoch:
+            saver.save_and_stop(epoch, 0)
+            break
+    else:
+        saver.close()
     journal.close()
     loader.close()
     judge.close()
+    if saver.stopped:
+        bench.processes.close()
+        raise SystemExit(EXIT_PREEMPTED)
     bench.processes.barrier()  # the best checkpoints are on disk before anybody reads them
     results.finish(bench, model, module, selector, seconds=spent + time.monotonic() - began)
 

@@ -13,12 +13,13 @@ import argparse
 import datetime
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sarwmix import registry
 from util import args as groups
-from util.errors import EXIT_PREEMPTED, UserError, run_cli
+from util.errors import EXIT_OK, EXIT_PREEMPTED, UserError, run_cli
 from util.files import make_directory, write_json
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from sarwmix.datasets import SarDataset
     from sarwmix.transforms import SarTransform
     from util.distributed import Processes
+    from util.resume import Batch
 
 TEST_RUN_STEPS = 3
 
@@ -75,8 +77,6 @@ def get_parser() -> argparse.ArgumentParser:
 def main() -> int | None:
     args = get_parser().parse_args()
     check_args(args)
-
-    import torch
 
     from sarwmix.weighting import WeightOptions
     from util.distributed import setup_processes
@@ -136,11 +136,20 @@ def main() -> int | None:
             "statistics": dataset.statistics.as_dict(),
         },
         "weighting": {**asdict(weighting), "mask_ratio": args.mask_ratio},
-        "schedule": {"epochs": args.epochs, "warmup_epochs": args.warmup_epochs, "lr": lr, "min_lr": args.min_lr},
+        # The peak rate follows from --lr or --blr and the effective batch, which may change when a run is resumed.
+        "schedule": {
+            "epochs": args.epochs,
+            "warmup_epochs": args.warmup_epochs,
+            "lr": args.lr,
+            "blr": args.blr,
+            "min_lr": args.min_lr,
+        },
+        "seed": args.seed,
     }
-    train(args, processes, dataset, transform, model, lr=lr, run=run)
-    torch.manual_seed(args.seed)
+    code = train(args, processes, dataset, transform, model, lr=lr, run=run)
     processes.close()
+    if code != EXIT_OK:
+        raise SystemExit(code)
     return None
 
 
@@ -151,7 +160,7 @@ def check_args(args: argparse.Namespace) -> None:
             f"--batch_size {args.batch_size} is odd: the partner of sample i is sample B-1-i, so the middle sample "
             "would be mixed with itself; use an even number"
         )
-    if args.resume and args.finetune:
+    if args.finetune and args.resume not in ("", "auto"):  # a job that is submitted again may name both
         raise UserError("--resume continues a run and --finetune starts a new one from its weights; give one of them")
     if args.stop_epoch is not None and args.stop_epoch > args.epochs:
         raise UserError(f"--stop_epoch {args.stop_epoch} lies behind the schedule's end, --epochs {args.epochs}")
@@ -220,18 +229,17 @@ def train(
     *,
     lr: float,
     run: dict[str, Any],
-) -> None:
-    """Everything from loader to last checkpoint."""
+) -> int:
+    """Everything from loader to last checkpoint; returns the exit code."""
     from engine_pretrain import BadSamples, FiniteGuard, train_one_epoch
     from sarwmix.loader import build_loader
-    from util.checkpoint import CheckpointManager, resolve_resume
     from util.distributed import data_parallel
     from util.log import EpochLog, Progress, ScalarWriter, format_duration, get_logger, memory_mib
     from util.optim import build_adamw, parameter_groups
-    from util.resume import check_same_run
+    from util.precision import precision
+    from util.resume import Batch, find_checkpoint, new_run_id
+    from util.saving import RunSaver
     from util.schedule import learning_rate
-    from util.seeding import rng_state
-    from util.signals import StopRequest
 
     log, device, output_dir = get_logger(), processes.device, make_directory(args.output_dir)
     loader = build_loader(
@@ -246,20 +254,18 @@ def train(
         pin_memory=args.pin_mem and device.type == "cuda",
     )
     steps = min(TEST_RUN_STEPS, len(loader)) if args.test_run else len(loader)
+    batch = Batch(args.batch_size, args.accum_iter, processes.world_size, lr)
     optimizer = build_adamw(parameter_groups(model, weight_decay=args.weight_decay), lr=lr, betas=(0.9, 0.95))
     amp_dtype, scaler = precision(args.amp, device)
 
-    start_epoch, start_step, bad_found = 0, 0, []
-    resume = resolve_resume(args.resume, output_dir)
+    bad_found: list[tuple[str, str]] = []
+    start_epoch, start_step, run_id = 0, 0, new_run_id()
+    resume = find_checkpoint(args.resume, output_dir, processes)
     if resume is not None:
-        checkpoint = load_weights(model, str(resume))
-        check_same_run(checkpoint, run, path=str(resume), allow_mismatch=args.allow_mismatch)
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        if scaler is not None and checkpoint.get("scaler"):
-            scaler.load_state_dict(checkpoint["scaler"])
-        start_epoch, start_step = int(checkpoint["epoch"]) + 1, int(checkpoint.get("step", 0))
-        bad_found = [tuple(item) for item in checkpoint.get("bad_samples", [])]
-        log.info("resumed %s: epoch %d, step %d", resume, start_epoch, start_step)
+        start_epoch, start_step, bad_found, run_id = restore(
+            resume, model, optimizer, scaler, processes,
+            batch=batch, steps=steps, run=run, allow_mismatch=args.allow_mismatch,
+        )  # fmt: skip
     elif args.finetune:
         load_weights(model, args.finetune)
         log.info("started from the weights of %s", args.finetune)
@@ -269,53 +275,32 @@ def train(
     if args.compile:
         model.compile_blocks()
     trained = data_parallel(model, processes)
-    manager = CheckpointManager(output_dir, keep=args.keep_checkpoints) if processes.is_main else None
-    epoch_log = EpochLog(output_dir) if processes.is_main else None
-    scalars = ScalarWriter((args.log_dir or output_dir / "tensorboard") if processes.is_main else None)
     guard = FiniteGuard(optimizer, allowed=args.skip_nonfinite, device=device)
     bad_samples = BadSamples(limit=args.max_bad_samples, found=bad_found)
-    stop_request = StopRequest().install()
+    saver = RunSaver(
+        output_dir,
+        processes=processes,
+        is_main=processes.is_main,
+        keep=args.keep_checkpoints,
+        minutes=args.save_minutes,
+        hang_timeout=args.hang_timeout,
+        seed=args.seed,
+        batch=batch,
+        run_id=run_id,
+        fixed={**run, "args": groups.args_to_dict(args), "best": {}},
+        model=model,
+        optimizer=optimizer,
+        scaler=scaler,
+        changing=lambda: {"bad_samples": [list(item) for item in bad_samples.found]},
+    )
+    epoch_log = EpochLog(output_dir, start_epoch=start_epoch) if processes.is_main else None
+    scalars = ScalarWriter(
+        (args.log_dir or output_dir / "tensorboard") if processes.is_main else None,
+        start=1000 * start_epoch if resume is not None else None,
+    )
     end_epoch = min(args.epochs, args.stop_epoch or args.epochs)
     if args.test_run:
         end_epoch = min(end_epoch, start_epoch + 2)
-    last_save = time.monotonic()
-
-    def save(epoch: int, step: int, names: tuple[str, ...], *, wait: bool) -> None:
-        """``epoch`` finished, ``step`` steps of the next one done."""
-        nonlocal last_save
-        rng = dict(enumerate(processes.all_gather_objects(rng_state())))
-        last_save = time.monotonic()
-        if manager is None:
-            return
-        state = {
-            "format": "sarwmix/1",
-            **run,
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "scaler": scaler.state_dict() if scaler is not None else {},
-            "epoch": epoch,
-            "step": step,
-            "args": groups.args_to_dict(args),
-            "rng": rng,
-            "sampler": {"seed": args.seed, "epoch": epoch + 1, "position": step},
-            "best": {},
-            "bad_samples": [list(item) for item in bad_samples.found],
-            "world_size": processes.world_size,
-        }
-        manager.save(state, names=names, wait=wait)
-
-    def dump(facts: dict[str, Any]) -> str:
-        path = output_dir / f"nonfinite_rank{processes.rank}.json"
-        write_json(path, facts)
-        return str(path)
-
-    def on_step(steps_done: int) -> bool:
-        """Agree on a stop or a timed save; True ends the epoch."""
-        due = args.save_minutes > 0 and time.monotonic() - last_save > 60 * args.save_minutes
-        stop, due_now = processes.maximum([int(stop_request.requested), int(due and processes.is_main)])
-        if due_now and not stop and steps_done < steps:
-            save(epoch - 1, steps_done, (), wait=False)
-        return bool(stop)
 
     log.info("training epochs %d to %d of %d, %d steps each", start_epoch, end_epoch - 1, args.epochs, steps)
     began = time.monotonic()
@@ -324,7 +309,7 @@ def train(
         progress = Progress(steps, title=f"Epoch {epoch + 1}/{end_epoch}", start=start_step, enabled=processes.is_main)
         result: EpochResult = train_one_epoch(
             trained,
-            loader.iter_from(start_step),
+            saver.watch(loader.iter_from(start_step)),
             optimizer,
             transform=transform,
             device=device,
@@ -346,22 +331,19 @@ def train(
             bad_samples=bad_samples,
             all_gather=processes.all_gather_objects,
             all_reduce_mean=processes.all_reduce_mean,
-            dump=dump,
+            dump=saver.dump,
             progress=progress,
-            on_step=on_step,
+            on_step=partial(saver.after_step, epoch, steps),
         )
         start_step = 0
         if not result.finished:
-            save(epoch - 1, result.steps_done, ("checkpoint.pth",), wait=True)
-            log.info("stopped on request after step %d of epoch %d; --resume auto continues", result.steps_done, epoch)
-            loader.close()
-            processes.close()
-            raise SystemExit(EXIT_PREEMPTED)
+            saver.save_and_stop(epoch - 1, result.steps_done)
+            return EXIT_PREEMPTED
         done = epoch + 1
         names = ["checkpoint.pth"] if done % args.save_every == 0 or done == end_epoch else []
         names += [f"checkpoint_{done}.pth"] if done in args.save_epochs else []
         if names:
-            save(epoch, 0, tuple(names), wait=done == end_epoch)
+            saver.save(epoch, 0, names, wait=done == end_epoch)
         record = {"epoch": epoch, **result.stats, "memory_mib": max(memory_mib())}
         if epoch_log is not None:
             epoch_log.write(record)
@@ -376,22 +358,43 @@ def train(
             record["images_per_s"],
             format_duration(left),
         )
-    if manager is not None:
-        manager.close()
+        if saver.stopping and done < end_epoch:
+            saver.save_and_stop(epoch, 0)
+            return EXIT_PREEMPTED
+    saver.close()
     scalars.close()
     loader.close()
     log.info("Training time %s; results in %s", datetime.timedelta(seconds=int(time.monotonic() - began)), output_dir)
+    return EXIT_OK
 
 
-def precision(amp: str, device: torch.device) -> tuple[torch.dtype | None, torch.amp.GradScaler | None]:
-    """Autocast type and gradient scaler: auto is bf16 on CUDA and full precision on the CPU."""
-    import torch
+def restore(
+    path: Path,
+    model: MixMIM,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler | None,
+    processes: Processes,
+    *,
+    batch: Batch,
+    steps: int,
+    run: dict[str, Any],
+    allow_mismatch: bool,
+) -> tuple[int, int, list[tuple[str, str]], str]:
+    """Bring everything back to where a checkpoint stands: (epoch, step, unreadable samples so far, run id)."""
+    from util.checkpoint import load_model_state
+    from util.log import get_logger
+    from util.resume import check_same_run, load_verified, new_run_id, resume_position
 
-    if amp == "auto":
-        amp = "bf16" if device.type == "cuda" else "off"
-    if amp == "fp16":
-        return torch.float16, torch.amp.GradScaler(device.type)
-    return (torch.bfloat16 if amp == "bf16" else None), None
+    checkpoint = load_verified(path, processes)
+    check_same_run(checkpoint, run, path=str(path), allow_mismatch=allow_mismatch)
+    load_model_state(model, checkpoint, path=path)
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    if scaler is not None and checkpoint.get("scaler"):
+        scaler.load_state_dict(checkpoint["scaler"])
+    epoch, step = resume_position(checkpoint, batch=batch, steps=steps)
+    get_logger().info("resumed %s: epoch %d, step %d", path, epoch, step)
+    found = [(str(name), str(reason)) for name, reason in checkpoint.get("bad_samples", [])]
+    return epoch, step, found, str(checkpoint.get("run_id") or new_run_id())
 
 
 def draw_reconstructions(
@@ -399,9 +402,9 @@ def draw_reconstructions(
 ) -> None:
     """Pictures of the same batch and mask for each checkpoint."""
     import torch
-    from sarwmix.pictures import reconstruction_panel
 
     from engine_pretrain import reconstruct
+    from sarwmix.pictures import reconstruction_panel
     from util.log import get_logger
     from util.seeding import step_generator
 

@@ -1,14 +1,62 @@
-"""Whether a checkpoint belongs to the run that wants to continue it."""
+"""Continuing a run: which file, whether it belongs to this run, and where to go on."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
+from util.checkpoint import load_checkpoint, resolve_resume
+from util.distributed import Processes
 from util.errors import UserError
 from util.log import get_logger
 
 _ABSENT = "(not stored)"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples of a step."""
+
+    batch_size: int  # of one process and forward pass
+    accum_iter: int
+    world_size: int
+    lr: float  # peak learning rate that goes with it
+
+    @property
+    def per_step(self) -> int:
+        """Samples that all processes take in one forward pass."""
+        return self.batch_size * self.world_size
+
+    @property
+    def effective(self) -> int:
+        """Samples of an optimizer step."""
+        return self.per_step * self.accum_iter
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for the checkpoint."""
+        return {**asdict(self), "effective": self.effective}
+
+
+def new_run_id() -> str:
+    """Identity of a run that starts afresh: tells its checkpoints from those of an older run in the same folder."""
+    return os.urandom(8).hex()
+
+
+def find_checkpoint(resume: str, output_dir: str | os.PathLike[str], processes: Processes) -> Path | None:
+    """The file that `--resume` means, the same on all processes: rank 0 looks for it and verifies it for all."""
+    found = resolve_resume(resume, output_dir) if processes.is_main else None
+    name = processes.broadcast_object(str(found) if found is not None else "")
+    return Path(name) if name else None
+
+
+def load_verified(path: Path, processes: Processes) -> dict[str, Any]:
+    """Load the file that `find_checkpoint` returned; its hash was checked by rank 0."""
+    checkpoint = load_checkpoint(path, verify=False)
+    processes.barrier()
+    return checkpoint
 
 
 def differences(saved: Any, current: Any, where: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -46,3 +94,46 @@ def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any], *, path
             "continue all the same; to start a new run from its weights use --finetune instead of --resume"
         )
     get_logger().warning("resuming a different run (--allow_mismatch): %s", text)
+
+
+def resume_position(checkpoint: Mapping[str, Any], *, batch: Batch, steps: int) -> tuple[int, int]:
+    """Where a resumed run continues.
+
+    With the same batch and number of processes: exactly where the checkpoint stands. With others the position in the
+    epoch is kept in samples and rounded down to a whole optimizer step, so that nothing is left out and less than one
+    effective batch is seen twice; what changes is said.
+
+    Args:
+        checkpoint: its `epoch`, `step`, `sampler` and `batch` are read.
+        batch: of this run.
+        steps: forward passes of an epoch in this run.
+
+    Returns:
+        (epoch, forward passes of it already done).
+    """
+    epoch, step = int(checkpoint["epoch"]) + 1, int(checkpoint.get("step", 0))
+    old = checkpoint.get("batch")
+    if not isinstance(old, Mapping):
+        return epoch, step
+    changed = {
+        name: (old.get(name), value)
+        for name, value in batch.as_dict().items()
+        if name != "lr" and old.get(name) != value
+    }
+    if not changed:
+        return epoch, step
+    log = get_logger()
+    log.warning(
+        "resuming with %s; effective batch %s -> %d, peak lr %.4g -> %.4g (without --lr: lr = blr * effective / 256; "
+        "give --lr to keep the old one)",
+        ", ".join(f"{name} {new} instead of {was}" for name, (was, new) in changed.items() if name != "effective"),
+        old.get("effective"),
+        batch.effective,
+        float(old.get("lr", 0.0)),
+        batch.lr,
+    )
+    seen = int(checkpoint.get("sampler", {}).get("samples", 0))
+    step = min(seen // batch.effective * batch.accum_iter, steps)
+    if seen:
+        log.warning("%d samples of epoch %d were done; %d are done again", seen, epoch, seen - step * batch.per_step)
+    return epoch, step

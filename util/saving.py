@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from util.checkpoint import FORMAT, CheckpointManager
-from util.distributed import Processes
-from util.files import write_json
+from util.distributed import FlagExchange, Processes
+from util.files import WriteError, write_json
+from util.log import get_logger
+from util.resume import Batch
 from util.seeding import rng_state
 from util.signals import StopRequest
+from util.watchdog import Watchdog
+
+T = TypeVar("T")
 
 
 class RunSaver:
     """Puts the state of a training run together and hands it to the checkpoint manager of rank 0.
 
-    Every process calls the same methods at the same steps; only rank 0 writes.
+    Every process calls the same methods at the same steps; only rank 0 writes. It also listens to stop requests and
+    ends the job when a process hangs.
     """
 
     def __init__(
@@ -31,7 +37,10 @@ class RunSaver:
         is_main: bool,
         keep: int,
         minutes: float,
+        hang_timeout: float,
         seed: int,
+        batch: Batch,
+        run_id: str,
         fixed: Mapping[str, Any],
         model: torch.nn.Module,
         optimizer: torch.optim.Optimizer,
@@ -45,7 +54,10 @@ class RunSaver:
             is_main: whether this process writes.
             keep: how many files stay in `recent/`.
             minutes: save in mid-epoch when the last save is older; 0: never.
+            hang_timeout: seconds without progress after which the job is ended; 0: never.
             seed: of the sampler.
+            batch: samples of a step; tells where a resumed run with another batch or other processes continues.
+            run_id: see `util.resume.new_run_id`.
             fixed: what identifies the run (data, model, schedule, args, ...).
             model, optimizer, scaler: what is saved; the model unwrapped.
             changing: further entries, asked at each save (best scores, counts).
@@ -56,49 +68,94 @@ class RunSaver:
         self._manager = CheckpointManager(output_dir, keep=keep) if is_main else None
         self._minutes = minutes
         self._seed = seed
-        self._fixed = dict(fixed)
+        self._batch = batch
+        self._fixed = {**fixed, "run_id": run_id, "world_size": processes.world_size}
         self._model, self._optimizer, self._scaler = model, optimizer, scaler
         self._changing = changing
         self._stop = StopRequest().install()
+        self._flags = FlagExchange(processes, 2)
+        self._watchdog = Watchdog(processes, limit=hang_timeout)
         self._last = time.monotonic()
+        self.stopping = False  # all processes have agreed to stop
+        self.stopped = False  # ... and have saved
+
+    def watch(self, batches: Iterator[T]) -> Iterator[T]:
+        """Pass batches on, ending the job when a process does not get one, or does not come for the next."""
+        return self._watchdog.watch(batches)
 
     def save(self, epoch: int, step: int, names: Sequence[str], *, recent: bool = True, wait: bool = False) -> None:
         """Save with `epoch` finished and `step` steps of the next one done; see `CheckpointManager.save`."""
-        rng = dict(enumerate(self._processes.all_gather_objects(rng_state())))
-        if recent:
-            self._last = time.monotonic()
-        if self._manager is None:
-            return
-        state = {
-            "format": FORMAT,
-            **self._fixed,
-            "model": self._model.state_dict(),
-            "optimizer": self._optimizer.state_dict(),
-            "scaler": self._scaler.state_dict() if self._scaler is not None else {},
-            "epoch": epoch,
-            "step": step,
-            "rng": rng,
-            "sampler": {"seed": self._seed, "epoch": epoch + 1, "position": step},
-            **self._changing(),
-        }
-        self._manager.save(state, names=names, recent=recent, wait=wait)
+        with self._watchdog.paused():
+            rng = dict(enumerate(self._processes.all_gather_objects(rng_state())))
+            if recent:
+                self._last = time.monotonic()
+            if self._manager is not None:
+                state = {
+                    "format": FORMAT,
+                    **self._fixed,
+                    "model": self._model.state_dict(),
+                    "optimizer": self._optimizer.state_dict(),
+                    "scaler": self._scaler.state_dict() if self._scaler is not None else {},
+                    "epoch": epoch,
+                    "step": step,
+                    "rng": rng,
+                    "sampler": {
+                        "seed": self._seed,
+                        "epoch": epoch + 1,
+                        "position": step,
+                        "samples": step * self._batch.per_step,
+                    },
+                    "batch": self._batch.as_dict(),
+                    **self._changing(),
+                }
+                self._manager.save(state, names=names, recent=recent, wait=wait)
+            self._processes.barrier()  # rank 0 may have waited for its previous write; nobody shall be blamed for that
 
     def after_step(self, epoch: int, steps: int, steps_done: int) -> bool:
-        """Agree with the others after step `steps_done` of `steps` in `epoch`: save when it is time; True: stop now."""
-        due = self._minutes > 0 and time.monotonic() - self._last > 60 * self._minutes
-        stop, due_now = self._processes.maximum([int(self._stop.requested), int(due and self._is_main)])
-        if due_now and not stop and steps_done < steps:
+        """Agree with the others after step `steps_done` of `steps` in `epoch`: save when it is time; True: stop now.
+
+        With several processes the decision is one step old: it travels while the next step computes.
+        """
+        due = (
+            self._manager is not None
+            and self._minutes > 0
+            and time.monotonic() - self._last > 60 * self._minutes
+            and not self._manager.busy
+        )
+        stop, due_now = self._flags.post([int(self._stop.requested), int(due)])
+        self.stopping = self.stopping or bool(stop)
+        if steps_done == steps:
+            return False  # the epoch is complete; whoever runs the epochs looks at `stopping`
+        if due_now and not self.stopping:
             self.save(epoch - 1, steps_done, [])
-        return bool(stop)
+        return self.stopping
+
+    def save_and_stop(self, epoch: int, steps_done: int) -> None:
+        """Save a run that was asked to stop, with `epoch` finished and `steps_done` steps of the next one done."""
+        self.save(epoch, steps_done, ["checkpoint.pth"], wait=True)
+        self.stopped = True
+        get_logger().info(
+            "stopped on request: %d epochs and %d steps done; --resume auto continues", epoch + 1, steps_done
+        )
+        self.close()
 
     def dump(self, facts: dict[str, Any]) -> str:
-        """Write the facts about a step that was not finite; returns the file's path."""
+        """Write the facts about a step that was not finite; returns the file's path, or why there is none."""
         path = self._folder / f"nonfinite_rank{self._processes.rank}.json"
-        write_json(path, facts)
+        try:
+            write_json(path, facts)
+        except WriteError as error:  # the message about the step must not be lost to a full disk
+            return f"nothing ({error})"
         return str(path)
 
     def close(self) -> None:
-        """Wait until everything is on disk."""
+        """Wait until everything is on disk.
+
+        Raises:
+            WriteError: the last checkpoint could not be written.
+        """
+        self._watchdog.close()
+        self._flags.collect()
         self._stop.restore()
         if self._manager is not None:
             self._manager.close()
