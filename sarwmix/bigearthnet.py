@@ -21,7 +21,7 @@ from sarwmix.datasets import NameList, SarDataset, UnreadableSample, finish_imag
 from sarwmix.geotiff import GeoTiffError, PatchReader
 from sarwmix.labels import CLASSES_19, class_codes, parse_label_list
 from sarwmix.lmdb_source import LmdbPatches, is_lmdb
-from sarwmix.registry import DatasetSpec, Statistics, parse_split
+from sarwmix.registry import DatasetSpec, EmptySplit, Statistics, parse_split
 from sarwmix.zarr_source import ZarrPatches, is_zarr
 from util.errors import UserError
 
@@ -669,7 +669,7 @@ def _build(
     table = read_metadata(paths, splits, id_col=id_col)
     for code, name in enumerate(splits):
         if not (table.split == code).any():
-            raise UserError(f"split {name!r} is empty in {', '.join(map(str, paths))}")
+            raise EmptySplit(f"split {name!r} is empty in {', '.join(map(str, paths))}")
     if exclude:
         table = table.select(np.flatnonzero(~table.flagged))
         if len(table.names) == 0:

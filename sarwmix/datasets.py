@@ -15,7 +15,7 @@ from typing import Any, overload
 import numpy as np
 import torch
 
-from sarwmix.registry import DatasetSpec, Statistics
+from sarwmix.registry import DatasetSpec, EmptySplit, Statistics
 from util.errors import UserError
 
 Replaced = list[tuple[str, str]]
@@ -148,7 +148,7 @@ class SarDataset(torch.utils.data.Dataset):
         self.on_error = on_error
         self.source = str(source)
         if len(self.names) == 0:
-            raise UserError(f"split {split!r} of data set {spec.name!r} in {source} is empty: no sample was found")
+            raise EmptySplit(f"split {split!r} of data set {spec.name!r} in {source} is empty: no sample was found")
         if labels is not None and len(labels) != len(self.names):
             raise UserError(f"{source}: {len(labels)} labels for {len(self.names)} samples")
         duplicate = self.names.first_duplicate()

@@ -39,7 +39,7 @@ from typing import Any
 import numpy as np
 
 from sarwmix.datasets import NameList, SarDataset, UnreadableSample
-from sarwmix.registry import DatasetSpec, Statistics, parse_split
+from sarwmix.registry import DatasetSpec, EmptySplit, Statistics, parse_split
 from util.errors import UserError
 from util.files import atomic_write, write_json
 
@@ -303,7 +303,7 @@ class PackedDataset(SarDataset):
         parts = []
         for name in wanted:
             if name not in manifest.splits:
-                raise UserError(
+                raise EmptySplit(
                     f"packed store {store} has no split {name!r}; it has: {', '.join(manifest.splits)}; "
                     "pack the data again with that split"
                 )

@@ -39,6 +39,10 @@ ON_ERROR = ("raise", "replace")
 NORMAL_1_PERCENT = 2.3263  # the 1 % quantile of a normal distribution lies this many deviations below its mean
 
 
+class EmptySplit(UserError):
+    """The data have no sample of the split that was asked for; other splits may be there."""
+
+
 @dataclass(frozen=True)
 class Statistics:
     """Mean, standard deviation and 1 % / 99 % percentiles of each band.
@@ -350,10 +354,10 @@ BENV1_STATISTICS = Statistics.from_normal(
     "the deviations look like within-image deviations",
 )
 DEMO_STATISTICS = Statistics(
-    (-17.5727, -11.6917),
-    (3.6814, 3.8585),
-    (-26.5555, -22.4032),
-    (-9.0093, -2.6230),
+    (-17.5800, -11.6996),
+    (3.6750, 3.8483),
+    (-26.5557, -22.4032),
+    (-9.0494, -2.7155),
     "computed over all pixels of the 624 train and validation patches of the default demo data (768 patches, seed 0)",
 )
 SPLITS = ("train", "val", "test")

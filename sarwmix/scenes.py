@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sarwmix.datasets import SarDataset, UnreadableSample, finish_image
-from sarwmix.registry import parse_split
+from sarwmix.registry import EmptySplit, parse_split
 from util.errors import UserError
 from util.log import get_logger
 
@@ -32,6 +32,8 @@ SUFFIXES = (".tif", ".tiff")
 UNITS = ("dB", "linear")
 OPEN_FILES = 16
 """Files that a reading thread keeps open."""
+BLOCK_CACHE = 128 << 20
+"""Bytes of decoded blocks that GDAL keeps in each process."""
 _NAMED = 5
 """Items that a message lists before it says how many more there are."""
 
@@ -135,7 +137,7 @@ def _read_header(path: Path) -> _Header | str:
     from rasterio.errors import RasterioError
 
     try:
-        with rasterio.open(path) as source:
+        with rasterio.Env(GDAL_CACHEMAX=BLOCK_CACHE), rasterio.open(path) as source:
             return _Header(path, source.count, tuple(text or "" for text in source.descriptions), source.dtypes[0],
                            source.height, source.width, source.crs.to_wkt() if source.crs else "",
                            tuple(source.transform)[:6])
@@ -281,7 +283,9 @@ class SceneReader:
         if path in sources:
             sources.move_to_end(path)
         else:
-            sources[path] = rasterio.open(path)
+            # GDAL would keep 5 % of the machine's memory in each process for blocks that are hardly read twice.
+            with rasterio.Env(GDAL_CACHEMAX=BLOCK_CACHE):
+                sources[path] = rasterio.open(path)
             if len(sources) > OPEN_FILES:
                 sources.popitem(last=False)[1].close()
         return sources[path]
@@ -528,8 +532,8 @@ def build(
     draw = _number("seed", seed, kind=int, low=0, high=2**63, expected="a number of 0 or more")
     wanted = parse_split(spec, split)
     if held == 0 and wanted != ("train",):
-        raise UserError(f"split {split!r}: without holdout all scenes of {data_path} are in split 'train'; ask for "
-                        "that, or give for example holdout=0.2 to keep 10 % of the scenes each for val and test")
+        raise EmptySplit(f"split {split!r}: without holdout all scenes of {data_path} are in split 'train'; ask for "
+                         "that, or give for example holdout=0.2 to keep 10 % of the scenes each for val and test")
 
     scenes, ignored = find_scenes(data_path, spec.bands, _parse_band_order(band_order, spec.bands))
     skipped = Skipped(files=ignored)

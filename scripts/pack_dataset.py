@@ -83,7 +83,7 @@ def open_splits(args: argparse.Namespace) -> list[SarDataset]:
     for split in spec.splits:
         try:
             found.append(registry.build_dataset(args.dataset, args.data_path, split, **options))
-        except UserError as error:
+        except registry.EmptySplit as error:
             problems.append(f"{split}: {error}")
     if not found:
         raise UserError(f"no split of {args.dataset!r} can be opened; {problems[0]}")

@@ -432,6 +432,11 @@ def test_no_manifest(store: Path) -> None:
 Command = Callable[..., str]
 
 
+def pack_train(tree: Path, folder: Path) -> Path:
+    pack(open_splits(tree, "train"), folder / "train_only")
+    return folder / "train_only"
+
+
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
     """Runs the command in this process and returns what it printed."""
@@ -460,6 +465,12 @@ def test_command_packs_verifies_and_refuses(tree: Path, tmp_path: Path, run: Com
     assert "1 blocks written, 5 kept" in run(*source, "--output", store, "--repair", "--verify")
     with pytest.raises(UserError, match="--dataset and --data_path are needed"):
         run("--output", store)
+    broken = Path(shutil.copytree(tree, tmp_path / "broken"))
+    band_path(broken, 3).unlink()
+    with pytest.raises(UserError, match="listed but absent"):  # a split that is there but wrong is not left out
+        run("--dataset", "benv2", "--data_path", broken, "--output", tmp_path / "t")
+    part = pack_train(tree, tmp_path)
+    assert "left out test" in run("--dataset", "benv2", "--data_path", part, "--output", tmp_path / "u")
     with pytest.raises(UserError, match="no option 'metdata'"):
         run(*source, "--output", store, "--data_option", "metdata=x")
     with pytest.raises(UserError, match="--repair is for --format packed"):
