@@ -137,7 +137,7 @@ def _read_header(path: Path) -> _Header | str:
     from rasterio.errors import RasterioError
 
     try:
-        with rasterio.Env(GDAL_CACHEMAX=BLOCK_CACHE), rasterio.open(path) as source:
+        with rasterio.open(path) as source:
             return _Header(path, source.count, tuple(text or "" for text in source.descriptions), source.dtypes[0],
                            source.height, source.width, source.crs.to_wkt() if source.crs else "",
                            tuple(source.transform)[:6])
@@ -283,9 +283,7 @@ class SceneReader:
         if path in sources:
             sources.move_to_end(path)
         else:
-            # GDAL would keep 5 % of the machine's memory in each process for blocks that are hardly read twice.
-            with rasterio.Env(GDAL_CACHEMAX=BLOCK_CACHE):
-                sources[path] = rasterio.open(path)
+            sources[path] = rasterio.open(path)
             if len(sources) > OPEN_FILES:
                 sources.popitem(last=False)[1].close()
         return sources[path]
@@ -300,6 +298,7 @@ class SceneReader:
         Raises:
             OSError: The pixels cannot be read.
         """
+        import rasterio
         from rasterio.enums import MaskFlags
         from rasterio.errors import RasterioError
         from rasterio.windows import Window
@@ -308,10 +307,12 @@ class SceneReader:
         result = np.empty((len(scene.bands), height, width), dtype=np.float32)
         for out, band in zip(result, scene.bands, strict=True):
             try:
-                source = self._open(band.path)
-                values = source.read(band.number, window=window)
-                flags = source.mask_flag_enums[band.number - 1]
-                mask = None if MaskFlags.all_valid in flags else source.read_masks(band.number, window=window)
+                # GDAL would keep 5 % of the machine's memory in each process for blocks that are hardly read twice.
+                with rasterio.Env(GDAL_CACHEMAX=BLOCK_CACHE):
+                    source = self._open(band.path)
+                    values = source.read(band.number, window=window)
+                    flags = source.mask_flag_enums[band.number - 1]
+                    mask = None if MaskFlags.all_valid in flags else source.read_masks(band.number, window=window)
             except RasterioError as error:
                 raise OSError(f"cannot be read (truncated or damaged?): {error}") from error
             scale, offset = source.scales[band.number - 1], source.offsets[band.number - 1]
