@@ -556,10 +556,11 @@ class BigEarthNet(SarDataset):
             path = self.patches.missing(self.names[int(position)])
             if path is not None:
                 lost.append(path)
-        if lost and (self.on_error == "raise" or len(lost) == count):
+        if lost:
             raise UserError(
                 f"{len(lost)} of {count} patches looked for are listed but absent in {self.source}; the first is "
-                f"{lost[0]}. Complete the data, or train with on_error=replace to put neighbours in their places"
+                f"{lost[0]}. Complete the data or shorten the metadata (--data_option check=none does not look; "
+                "absent patches then count as unreadable ones)"
             )
 
     def _read_labels(self) -> np.ndarray:

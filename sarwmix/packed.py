@@ -22,7 +22,6 @@ import errno
 import fcntl
 import hashlib
 import json
-import mmap
 import multiprocessing
 import os
 import shutil
@@ -354,14 +353,6 @@ class PackedDataset(SarDataset):
         name = self.names[index]
         reason = self.manifest.unreadable.get(name, "could not be read when the store was packed")
         return UnreadableSample(name, f"{self.store} row {int(self.rows[index])}", reason)
-
-    def will_need(self) -> None:
-        """Ask the system to read the images of the whole store ahead, for the time when they are not yet in memory."""
-        base = self.images
-        while isinstance(base, np.ndarray) and base.base is not None:
-            base = base.base  # type: ignore[assignment]
-        if isinstance(base, mmap.mmap):
-            base.madvise(mmap.MADV_WILLNEED)
 
 
 def build(

@@ -235,7 +235,9 @@ def test_absent_patch_is_found_before_training(own_tree: Path) -> None:
     dataset = build_dataset("benv2", own_tree, "train", check="none")
     with pytest.raises(UnreadableSample, match="does not exist"):
         dataset[1]
-    batch = build_dataset("benv2", own_tree, "train", on_error="replace").get_batch(np.array([1]))
+    with pytest.raises(UserError, match="1 of 7 patches"):  # what is known before training is not left to it
+        build_dataset("benv2", own_tree, "train", on_error="replace")
+    batch = build_dataset("benv2", own_tree, "train", check="none", on_error="replace").get_batch(np.array([1]))
     assert batch["name"] == [patch_name(4)]
     assert batch["replaced"][0][0] == patch_name(2)
 
@@ -419,6 +421,16 @@ def test_real_patches_are_the_same_from_every_storage(real_index: list[dict[str,
     write_lmdb(tmp_path / "x.lmdb", tiff.names, lambda name: tiff.read(list(tiff.names).index(name)))
     lmdb_set = build_dataset("benv2", tmp_path / "x.lmdb", "train+val+test", metadata=metadata, check="all")
     assert np.array_equal(lmdb_set.get_batch(np.arange(10))["image"].numpy(), everything)
+
+
+@needs_realdata
+def test_v1_as_geotiff_with_its_json_labels(real_index: list[dict[str, str]], tmp_path: Path) -> None:
+    with_json = [row for row in real_index if row["v1_labels43"]]
+    names = write_csv(tmp_path / "n_train.csv", [["s1_name"], *[[row["s1_name"]] for row in with_json]])
+    dataset = build_dataset("benv1", REALDATA / "bigearthnet_s1", "train", metadata=names, check="all")
+    assert dataset.labels is not None
+    for labels_of, row in zip(dataset.labels, with_json, strict=True):
+        assert labels.names_of(labels_of) == row["v1_labels19"].split("|")
 
 
 @needs_realdata

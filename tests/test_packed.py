@@ -502,6 +502,32 @@ def test_command_writes_other_formats(tree: Path, tmp_path: Path, form: str, run
         assert np.array_equal(build_dataset("benv1", target, "train", metadata=names).labels, source.labels)
 
 
+@pytest.mark.slow
+def test_delivery_is_much_quicker_than_opening_files(tree: Path, tmp_path: Path) -> None:
+    """On one core from memory: at least 40 times opening two GeoTIFFs with rasterio."""
+    import rasterio
+
+    pack(open_splits(tree), tmp_path / "s")
+    source = build_dataset("benv2", tree, "train+val+test")
+    store = build_dataset("benv2", tmp_path / "s", "train+val+test")
+    paths = [source.patches.folder(name) + f"/{name}_{band}.tif" for name in source.names for band in ("VH", "VV")]  # type: ignore[attr-defined]
+    indices = np.resize(np.arange(len(store)), 256)
+    out = np.empty((256, 2, 120, 120), np.float32)
+    ratios = []
+    for _ in range(5):  # interleaved, so that other work on the machine meets both
+        start = time.process_time()
+        for path in paths:
+            with rasterio.open(path) as file:
+                file.read(1)
+        files = (time.process_time() - start) / len(store)
+        start = time.process_time()
+        for _ in range(20):
+            store.get_batch(indices, out)
+        ratios.append(files / ((time.process_time() - start) / (20 * 256)))
+    print("times quicker:", [round(ratio) for ratio in ratios])
+    assert sorted(ratios)[2] >= 40
+
+
 def test_demo_data_can_be_packed(demo_root: Path, tmp_path: Path) -> None:
     spec = registry.get_spec("demo")
     splits = [build_dataset("demo", demo_root, split) for split in spec.splits]
