@@ -531,9 +531,7 @@ class BigEarthNet(SarDataset):
         check: str = "sample",
         data_path: str | Path = "",
     ) -> None:
-        super().__init__(
-            spec, split, statistics, metadata.names, metadata.labels, on_error=on_error, source=data_path
-        )
+        super().__init__(spec, split, statistics, metadata.names, metadata.labels, on_error=on_error, source=data_path)
         self.metadata = metadata
         self.patches = source
         self._check_presence(check)
@@ -676,6 +674,4 @@ def _build(
         if len(table.names) == 0:
             raise UserError(f"all patches of {split!r} are flagged with snow or cloud; use exclude_snow_cloud=False")
     source = open_source(data_path, spec.bands, spec.size, table.names[0])
-    return BigEarthNet(
-        spec, split, statistics, table, source, on_error=on_error, check=check, data_path=data_path
-    )
+    return BigEarthNet(spec, split, statistics, table, source, on_error=on_error, check=check, data_path=data_path)

@@ -36,17 +36,32 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--output", required=True, metavar="DIR", help="the store to write, or to --verify")
     result.add_argument("--splits", default=None, metavar="A+B", help="splits to pack (default: all that are there)")
     result.add_argument("--format", choices=FORMATS, default="packed", help="what to write (default %(default)s)")
-    result.add_argument("--dtype", choices=("float32", "float16"), default="float32",
-                        help="float16 halves a packed store; errors reach 0.004 dB below |16| dB, 0.008 dB below |32| "
-                        "dB, 0.016 dB beyond (default %(default)s: values unchanged)")
-    result.add_argument("--jobs", type=non_negative_int, default=0, metavar="N",
-                        help="processes that pack (default 0: one for each usable processor)")
-    result.add_argument("--mark_unreadable", action="store_true",
-                        help="pack what can be read and mark the rest, instead of stopping at the first bad sample")
+    result.add_argument(
+        "--dtype",
+        choices=("float32", "float16"),
+        default="float32",
+        help="float16 halves a packed store; errors reach 0.004 dB below |16| dB, 0.008 dB below |32| "
+        "dB, 0.016 dB beyond (default %(default)s: values unchanged)",
+    )
+    result.add_argument(
+        "--jobs",
+        type=non_negative_int,
+        default=0,
+        metavar="N",
+        help="processes that pack (default 0: one for each usable processor)",
+    )
+    result.add_argument(
+        "--mark_unreadable",
+        action="store_true",
+        help="pack what can be read and mark the rest, instead of stopping at the first bad sample",
+    )
     result.add_argument("--overwrite", action="store_true", help="replace a packed store of other content")
     result.add_argument("--repair", action="store_true", help="write damaged blocks of a finished store anew")
-    result.add_argument("--verify", action="store_true",
-                        help="compare every byte of the store with its checksums (alone, or after packing)")
+    result.add_argument(
+        "--verify",
+        action="store_true",
+        help="compare every byte of the store with its checksums (alone, or after packing)",
+    )
     result.add_argument("--data_option", action="append", default=[], metavar="NAME=VALUE",
                         help="option of the data set, e.g. metadata=FILE; may be repeated")  # fmt: skip
     return result

@@ -37,15 +37,25 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument("--v1_lists", metavar="DIR", help="folder with the official v1 lists train, val and test .csv")
     result.add_argument("--v1_mapping", metavar="FILE", help="table s1_name,s2_name of all v1 patches")
-    result.add_argument("--v1_labels", metavar="STORE",
-                        help="Zarr store or GeoTIFF tree of v1: adds a labels column, so that training starts without "
-                        "reading the labels of every patch")
+    result.add_argument(
+        "--v1_labels",
+        metavar="STORE",
+        help="Zarr store or GeoTIFF tree of v1: adds a labels column, so that training starts without "
+        "reading the labels of every patch",
+    )
     result.add_argument("--v2_metadata", metavar="FILE", help="official metadata.parquet of v2: check its counts")
     result.add_argument("--v2_csv", action="store_true", help="also write benv2_{train,val,test}.csv")
-    result.add_argument("--label_indices", metavar="FILE",
-                        help="official label_indices.json: check the class order and the 43-to-19 grouping against it")
-    result.add_argument("--output", default=str(ROOT / "datasets"), metavar="DIR",
-                        help="where the files go (default: datasets/ of the repository, where they are looked for)")
+    result.add_argument(
+        "--label_indices",
+        metavar="FILE",
+        help="official label_indices.json: check the class order and the 43-to-19 grouping against it",
+    )
+    result.add_argument(
+        "--output",
+        default=str(ROOT / "datasets"),
+        metavar="DIR",
+        help="where the files go (default: datasets/ of the repository, where they are looked for)",
+    )
     result.add_argument("--any_count", action="store_true",
                         help="accept other counts, for a part of the data")  # fmt: skip
     return result
