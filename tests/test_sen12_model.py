@@ -3,32 +3,18 @@
 from __future__ import annotations
 
 import json
-import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import parity_weights
 
 from models_sen12_ft import MixMIMPair
 from util.errors import UserError
 
 PARITY = Path(__file__).parent / "parity"
 SMALL = {"img_size": 128, "embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 4, 8)}
-
-
-def parity_weights(model: torch.nn.Module, salt: int) -> None:
-    """The weights that the recorded numbers were made with; position tables keep their constructed values."""
-    state = model.state_dict()
-    for key, value in state.items():
-        if "relative_position_index" in key or "pos_embed" in key:
-            continue
-        drawn = np.random.default_rng(zlib.crc32(key.encode()) + salt).standard_normal(tuple(value.shape))
-        drawn = drawn.astype(np.float32) * np.float32(0.05)
-        if "norm" in key and key.endswith("weight"):
-            drawn = drawn + 1
-        state[key] = torch.from_numpy(drawn)
-    model.load_state_dict(state)
 
 
 def recorded() -> dict[str, np.ndarray]:

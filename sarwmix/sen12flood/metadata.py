@@ -128,6 +128,9 @@ def parse_s1list(data: bytes, path: Path) -> Catalogue:
     if not isinstance(content, dict) or not content or not all(isinstance(v, dict) for v in content.values()):
         raise UserError(f"{path} holds no table of sequences; expected an object of folder id -> frames, as {S1LIST}")
     catalogue = Catalogue({})
+    for key in getattr(content, "repeated", []):
+        message = f"folder {key!r} appears twice in {path.name}; the first is used; remove one"
+        catalogue.problems.append(Problem("listed twice", key, message))
     for key, entry in content.items():
         folder = key.strip()
         if folder != key:

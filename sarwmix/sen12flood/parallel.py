@@ -28,6 +28,16 @@ def _watch_parent(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+def storage_error(where: str, error: OSError) -> UserError:
+    """What a failed system call means for the user."""
+    if error.errno in FULL:
+        return UserError(
+            f"{where}: cannot write {error.filename or 'the output'}: the disk is full ({error.strerror}). Files "
+            "written so far are whole; free space and run the same command again: it continues"
+        )
+    return UserError(f"{where}: {error}; put it right and run the same command again: it continues")
+
+
 def run_stage(
     title: str,
     function: Callable[..., Any],
@@ -61,12 +71,7 @@ def run_stage(
             progress.update(done)
             yield index, result
     except OSError as error:
-        if error.errno in FULL:
-            raise UserError(
-                f"{title}: cannot write {error.filename or 'the output'}: the disk is full ({error.strerror}). Files "
-                "written so far are whole; free space and run the same command again: it continues"
-            ) from error
-        raise UserError(f"{title}: {error}; put it right and run the same command again: it continues") from error
+        raise storage_error(title.strip(), error) from error
     finally:
         progress.close()
 

@@ -50,7 +50,7 @@ from sarwmix.sen12flood.metadata import (
     read_s1list,
     resolve_split,
 )
-from sarwmix.sen12flood.parallel import run_stage
+from sarwmix.sen12flood.parallel import run_stage, storage_error
 from sarwmix.sen12flood.workspace import OutFolder, WorkFolder
 from util.errors import UserError
 from util.files import atomic_write, make_directory, remove_partial_files, write_json
@@ -156,6 +156,8 @@ def prepare(options: PrepareOptions) -> Summary:
         else:
             summary = _build(options, archive, work, out, catalogue, split, problems)
         _clean_up(options, work)
+    except OSError as error:
+        raise storage_error("preparation", error) from error
     finally:
         out.release()
         work.lock.release()
