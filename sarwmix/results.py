@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from engine_finetune import Evaluation
@@ -18,7 +20,7 @@ from sarwmix.protocols import Workbench
 from sarwmix.selection import Selector
 from sarwmix.tasks import Task, per_class_text
 from util.checkpoint import load_checkpoint
-from util.files import make_directory, write_json
+from util.files import atomic_write, make_directory, write_json
 from util.log import EpochLog, ScalarWriter, format_duration, get_logger, memory_mib
 
 
@@ -120,7 +122,16 @@ class Results:
         log.info("%s", self.task.format_report(report))
         folder = make_directory(self.output_dir / "pictures")
         self.task.write_pictures(folder, data, evaluation.outputs, report)
+        self.keep_predictions(evaluation)
         return report
+
+    def keep_predictions(self, evaluation: Evaluation) -> None:
+        """Write `predictions_<split>.npz`: `names` and the outputs of each sample, for reports and later questions."""
+        buffer = io.BytesIO()
+        arrays: dict[str, Any] = {"names": np.array(list(evaluation.names)), **evaluation.outputs}
+        np.savez_compressed(buffer, **arrays)
+        with atomic_write(self.output_dir / f"predictions_{evaluation.split}.npz") as stream:
+            stream.write(buffer.getvalue())
 
     def write(self, filename: str = "metrics.json", **extra: Any) -> None:
         """Write everything as JSON."""
