@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sarwmix.weighting import WeightOptions, compute_weights, spread_to_pixels
+from sarwmix.weighting import WeightOptions, compute_weights, is_all_finite, spread_to_pixels
 
 
 class SarBatch(NamedTuple):
@@ -40,10 +40,14 @@ def draw_flips(batch: int, generator: torch.Generator) -> Tensor:
 
 
 def apply_flips(images: Tensor, flips: Tensor) -> Tensor:
-    """Flip columns where ``flips[:, 0]`` and rows where ``flips[:, 1]``. (B, C, H, W) -> the same shape."""
-    shape = (-1, *[1] * (images.ndim - 1))
-    images = torch.where(flips[:, 0].view(shape), images.flip(-1), images)
-    return torch.where(flips[:, 1].view(shape), images.flip(-2), images)
+    """Flip columns where ``flips[:, 0]`` and rows where ``flips[:, 1]``. (B, C, H, W) -> the same shape.
+
+    ``flips`` stays on the CPU: so the number of flipped samples is known without waiting for a GPU.
+    """
+    for column, axis in ((0, -1), (1, -2)):
+        chosen = flips[:, column].nonzero().flatten().to(images.device, non_blocking=True)
+        images = images.index_copy(0, chosen, images.index_select(0, chosen).flip(axis))
+    return images
 
 
 def resize(images: Tensor, size: int) -> Tensor:
@@ -104,24 +108,22 @@ class SarTransform:
 
         Args:
             image: (B, bands, H, W) dB; NaN or infinity marks invalid pixels.
-            flips: (B, 2) bool from :func:`draw_flips`, or None.
+            flips: (B, 2) bool on the CPU, from :func:`draw_flips`, or None.
         """
         if image.device != self._mean.device:
             self.to_device(image.device)
-        valid: Tensor | None = torch.isfinite(image)
-        assert valid is not None
-        num_invalid = valid.numel() - valid.sum()
-        # Asking is free on the CPU and would be a host synchronisation on a GPU.
-        if image.device.type == "cpu" and not num_invalid:
-            valid = None
+        valid: Tensor | None = None
+        if is_all_finite(image):
+            num_invalid = torch.zeros((), dtype=torch.int64)
             db = resize(image, self.size)
         else:
+            valid = torch.isfinite(image)
+            num_invalid = valid.numel() - valid.sum()
             db = resize(torch.where(valid, image, self._mean), self.size)
             # A resized pixel is valid when all pixels it was interpolated from are.
             valid = resize(valid.to(torch.float32), self.size) > 1.0 - 1e-4
             db = torch.where(valid, db, self._mean)
         if flips is not None:
-            flips = flips.to(image.device, non_blocking=True)
             db = apply_flips(db, flips)
             valid = None if valid is None else apply_flips(valid, flips)
         images = self.standardise(db)

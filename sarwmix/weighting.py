@@ -9,6 +9,7 @@ Everything is batched and runs on the device of its input; nothing here needs gr
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -104,32 +105,53 @@ def compute_weights(
         raise ValueError(f"mode {mode!r} / level {level!r}: expected one of {MODES} and one of {LEVELS}")
     if sar.ndim < 3:
         raise ValueError(f"sar has shape {tuple(sar.shape)}, expected (..., bands, H, W)")
-    valid = torch.isfinite(sar) if valid is None else valid.expand_as(sar)
-    inside = valid.to(torch.float32)
+    if valid is not None:
+        valid = valid.expand_as(sar)
+    elif not is_all_finite(sar):
+        valid = torch.isfinite(sar)
     if mode == "none":
-        weights = inside
+        weights = torch.ones_like(sar, dtype=torch.float32)
     else:
-        power = torch.where(valid, torch.pow(10.0, sar.float() / 10.0), 0.0)
+        # 10**(dB / 10) as one exponential
+        power = without(torch.exp(sar.float() * (math.log(10.0) / 10.0)), valid)
         if mode == "shared_intensity":
-            bands = inside.sum(dim=-3, keepdim=True)
-            power = power.sum(dim=-3, keepdim=True) / bands.clamp(min=1)
-            weights = exponential_weights(power, bands > 0, exp_scale, clip, linear_range, shared=True).expand_as(sar)
+            power = band_mean(power, valid)
+            any_band = None if valid is None else valid.any(dim=-3, keepdim=True)
+            weights = exponential_weights(power, any_band, exp_scale, clip, linear_range, shared=True).expand_as(sar)
         else:
             weights = exponential_weights(power, valid, exp_scale, clip, linear_range, shared=False)
             if mode == "shared_avg":
-                bands = inside.sum(dim=-3, keepdim=True)
-                weights = ((weights * inside).sum(dim=-3, keepdim=True) / bands.clamp(min=1)).expand_as(sar)
-        weights = weights * inside
+                weights = band_mean(weights, valid).expand_as(sar)
+    weights = without(weights, valid)
     if renorm:
         image = (-3, -2, -1)
+        inside = torch.ones_like(weights) if valid is None else valid.to(weights.dtype)
         mean = weights.sum(dim=image, keepdim=True) / inside.sum(dim=image, keepdim=True).clamp(min=1)
         weights = weights / mean.clamp(min=EPS)
-    return token_weights(weights, inside) if level == "token" else weights
+    return token_weights(weights, valid) if level == "token" else weights
+
+
+def is_all_finite(values: Tensor) -> bool:
+    """Whether no value is NaN or infinite, where asking costs nothing; False on a GPU, where it would wait for it."""
+    # A sum is finite only if its terms are: one pass without a mask.
+    return values.device.type == "cpu" and bool(torch.isfinite(values.sum()))
+
+
+def without(values: Tensor, valid: Tensor | None) -> Tensor:
+    """``values`` with 0 where not ``valid``; None means valid everywhere."""
+    return values if valid is None else torch.where(valid, values, 0.0)
+
+
+def band_mean(values: Tensor, valid: Tensor | None) -> Tensor:
+    """Mean over the valid bands of each pixel: (..., bands, H, W) -> (..., 1, H, W), 0 where no band is valid."""
+    if valid is None:
+        return values.mean(dim=-3, keepdim=True)
+    return without(values, valid).sum(dim=-3, keepdim=True) / valid.sum(dim=-3, keepdim=True).clamp(min=1)
 
 
 def exponential_weights(
     power: Tensor,
-    valid: Tensor,
+    valid: Tensor | None,
     exp_scale: float,
     clip: float,
     linear_range: tuple[Tensor, Tensor] | None,
@@ -144,17 +166,18 @@ def exponential_weights(
     elif clip > 0:
         low, high = percentiles(power, valid, clip)
     else:
-        low = torch.where(valid, power, torch.inf).amin(dim=(-2, -1), keepdim=True)
-        high = torch.where(valid, power, -torch.inf).amax(dim=(-2, -1), keepdim=True)
+        low = (power if valid is None else torch.where(valid, power, torch.inf)).amin(dim=(-2, -1), keepdim=True)
+        high = (power if valid is None else torch.where(valid, power, -torch.inf)).amax(dim=(-2, -1), keepdim=True)
     if linear_range is not None or clip > 0:
         power = torch.maximum(torch.minimum(power, high), low)
-    x = (power - low) / (high - low + EPS)
+    x = (power - low).div_(high - low + EPS)
     # An image without a single valid pixel has low = inf: its x is NaN and its weights are 0, not NaN.
-    return torch.where(valid, torch.exp(exp_scale * (1.0 - x)), 0.0)
+    return without(x.neg_().add_(1.0).mul_(exp_scale).exp_(), valid)
 
 
-def percentiles(power: Tensor, valid: Tensor, clip: float) -> tuple[Tensor, Tensor]:
+def percentiles(power: Tensor, valid: Tensor | None, clip: float) -> tuple[Tensor, Tensor]:
     """The ``clip`` and ``100 - clip`` percentiles (linear interpolation) over valid pixels, each (..., bands, 1, 1)."""
+    valid = torch.ones_like(power, dtype=torch.bool) if valid is None else valid
     values = torch.where(valid, power, torch.inf).flatten(-2).sort(dim=-1).values
     count = valid.flatten(-2).sum(dim=-1, keepdim=True)
 
@@ -168,7 +191,7 @@ def percentiles(power: Tensor, valid: Tensor, clip: float) -> tuple[Tensor, Tens
     return at(clip), at(100.0 - clip)
 
 
-def token_weights(weights: Tensor, inside: Tensor) -> Tensor:
+def token_weights(weights: Tensor, valid: Tensor | None) -> Tensor:
     """Mean weight of each 32 x 32 cell over its valid pixels: (..., bands, H, W) -> (..., cells, bands).
 
     Raises:
@@ -179,8 +202,8 @@ def token_weights(weights: Tensor, inside: Tensor) -> Tensor:
         raise ValueError(f"token weights need sides that are multiples of {CELL} px, got {height} x {width}")
     cells = (*lead, bands, height // CELL, CELL, width // CELL, CELL)
     total = weights.reshape(cells).sum(dim=(-3, -1))
-    count = inside.reshape(cells).sum(dim=(-3, -1))
-    return (total / count.clamp(min=1)).flatten(-2).transpose(-2, -1)
+    count = CELL**2 if valid is None else valid.reshape(cells).sum(dim=(-3, -1)).clamp(min=1)
+    return (total / count).flatten(-2).transpose(-2, -1)
 
 
 def spread_to_pixels(tokens: Tensor, valid: Tensor) -> Tensor:
