@@ -26,6 +26,8 @@ import torch
 import torch.distributed as dist
 
 from util.errors import EXIT_LOST, UserError, set_failure_hook
+from util.log import record_in_file
+from util.memory import keep_freed_memory
 
 DEFAULT_TIMEOUT = 600.0  # seconds one collective may take; longer than any checkpoint load or evaluation on rank 0
 _CONNECT_TIMEOUT = 300.0  # seconds for all processes to find each other
@@ -137,6 +139,7 @@ class Processes:
         sys.stdout.flush()
         sys.stderr.write(f"{prefix}{message.rstrip()}\n")
         sys.stderr.flush()
+        record_in_file(message.rstrip())  # the launcher may drop what a dying process says
         if self._communicator is not None and self.world_size > 1:
             time.sleep(0.2)  # the launcher stops forwarding output once a process has called Abort
             self._communicator.Abort(code)
@@ -479,6 +482,8 @@ def setup_processes(
         )
     limit_threads(start.local_world_size)
     processes.device = _choose_device(device, start)
+    if processes.device.type == "cpu":
+        keep_freed_memory()
     if processes.device.type == "cuda":
         torch.cuda.set_device(processes.device)
     if start.world_size > 1:

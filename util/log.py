@@ -54,6 +54,14 @@ def setup_logging(output_dir: str | os.PathLike[str] | None = None, *, rank: int
     return logger
 
 
+def record_in_file(message: str) -> None:
+    """Write an error to `run.log` alone (rank 0), for what has been said on the console already."""
+    entry = logging.LogRecord(LOGGER_NAME, logging.ERROR, "", 0, message, None, None)
+    for handler in get_logger().handlers:
+        if isinstance(handler, logging.FileHandler):
+            handler.emit(entry)
+
+
 class _File(logging.FileHandler):
     """A record that may be lost: a full disk must not fill the console with tracebacks, or end the run."""
 
