@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from sarwmix import bigearthnet, labels
 from sarwmix.datasets import SarDataset, UnreadableSample
 from sarwmix.registry import build_dataset
-from sarwmix.zarr_source import write_zarr
+from sarwmix.zarr_source import ZarrPatches, write_zarr
 from tests.bigearthnet_fixtures import (
     REALDATA,
     expected_indices,
@@ -361,18 +362,70 @@ def test_missing_chunk_with_another_fill_value(tmp_path: Path) -> None:
         dataset[0]
 
 
-def test_compressed_and_chunked_zarr_reads_the_same(tmp_path: Path) -> None:
+def zarr_variants(zarr_format: int) -> dict[str, dict[str, Any]]:
+    from numcodecs import GZip, Zstd
+    from zarr.codecs import BloscCodec, Crc32cCodec, GzipCodec, ZstdCodec
+
+    plain: dict[str, dict[str, Any]] = {"default": {}, "none": {"compressors": None}}
+    if zarr_format == 2:
+        from numcodecs import Blosc
+
+        plain |= {"blosc": {"compressors": Blosc()}, "zstd": {"compressors": Zstd()}, "gzip": {"compressors": GZip()}}
+        other: dict[str, dict[str, Any]] = {"fortran": {"order": "F"}}
+    else:
+        plain |= {"blosc": {"compressors": BloscCodec()}, "gzip": {"compressors": GzipCodec()}}
+        other = {"two": {"compressors": [ZstdCodec(), Crc32cCodec()]}, "sharded": {"shards": (120, 120)}}
+        other["sharded"]["chunks"] = (60, 60)
+    other["chunked"] = {"chunks": (60, 120)}
+    other["float64"] = {"dtype": "float64"}
+    return {f"plain {name}": settings for name, settings in plain.items()} | other
+
+
+@pytest.mark.parametrize("zarr_format", [2, 3])
+def test_every_zarr_layout_reads_the_same(zarr_format: int, tmp_path: Path) -> None:
+    """Directly where a single chunk allows it, through zarr otherwise."""
     import zarr
 
-    for zarr_format in (2, 3):
-        store = tmp_path / f"{zarr_format}.zarr"
-        group = zarr.open_group(str(store), mode="w", zarr_format=zarr_format)
-        group = group.require_group(f"sentinel1/{patch_name(0)}")
+    store = tmp_path / "x.zarr"
+    root = zarr.open_group(str(store), mode="w", zarr_format=zarr_format)  # type: ignore[arg-type]
+    variants = zarr_variants(zarr_format)
+    for number, settings in enumerate(variants.values()):
+        group = root.require_group(f"sentinel1/{patch_name(number)}")
+        settings = dict(settings)
+        dtype = settings.pop("dtype", "float32")
         for channel, band in enumerate(("VH", "VV")):
-            group.create_array(band, data=patch_image(0)[channel], chunks=(60, 120))
-        group.attrs["labels"] = ["Pastures"]
-        write_csv(tmp_path / "benv1_train.csv", [[patch_name(0)]])
-        assert np.array_equal(build_dataset("benv1", store, "train")[0]["image"].numpy(), patch_image(0))
+            options = {"chunks": (120, 120), **settings}
+            group.create_array(band, data=patch_image(number)[channel].astype(dtype), **options)
+    direct, through = ZarrPatches(store, ("VH", "VV"), 120), ZarrPatches(store, ("VH", "VV"), 120, plain=False)
+    out = np.empty((2, 120, 120), np.float32)
+    for number, variant in enumerate(variants):
+        folder = f"{store}/sentinel1/{patch_name(number)}/VH"
+        assert direct._read_plain(patch_name(number), folder, out[0]) == variant.startswith("plain"), variant
+        for patches in (direct, through):
+            out[...] = 0
+            patches.read_into(patch_name(number), out)
+            assert np.array_equal(out, patch_image(number)), variant
+
+
+@pytest.mark.parametrize("codec", ["Blosc", "Zstd", "GZip", "LZ4", "Zlib"])
+def test_truncated_compressed_chunk(codec: str, tmp_path: Path) -> None:
+    import numcodecs
+    import zarr
+
+    store = tmp_path / "x.zarr"
+    group = zarr.open_group(str(store), mode="w", zarr_format=2).require_group(f"sentinel1/{patch_name(0)}")
+    for channel, band in enumerate(("VH", "VV")):
+        compressor = getattr(numcodecs, codec)()
+        group.create_array(band, data=patch_image(0)[channel], chunks=(120, 120), compressors=compressor)
+    chunk = store / f"sentinel1/{patch_name(0)}/VV/0.0"
+    whole = chunk.read_bytes()
+    patches, out = ZarrPatches(store, ("VH", "VV"), 120), np.empty((2, 120, 120), np.float32)
+    patches.read_into(patch_name(0), out)
+    assert np.array_equal(out, patch_image(0))
+    for keep in (0, 3, 1000, len(whole) - 1):
+        chunk.write_bytes(whole[:keep])
+        with pytest.raises(UnreadableSample, match=f"{patch_name(0)}/VV/0.0: cannot be read"):
+            patches.read_into(patch_name(0), out)
 
 
 # Real patches -----------------------------------------------------------------------------------------------------
