@@ -1,0 +1,359 @@
+"""The fine-tuning script end to end on the demo data: outputs, resume, protocols, processes, refusals."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import engine_finetune
+import main_finetune
+from models_mixmim import MixMIM, model_config
+from models_mixmim_ft import MixMIMClassifier
+from tests.conftest import ROOT, Runner, clean_environment
+from util.checkpoint import load_checkpoint, save_checkpoint
+from util.errors import EXIT_PREEMPTED, UserError
+
+Script = Callable[..., None]
+TRAIN = ("--batch_size", 16, "--epochs", 4, "--warmup_epochs", 1, "--lr", 1e-3, "--save_every", 2)
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch, demo_root: Path, tmp_path: Path) -> Iterator[Script]:
+    """Run main_finetune in this process on the demo data; `out` is the output folder's name."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the model is tiny: a second thread mostly waits
+
+    def run(*args: object, out: str = "run") -> None:
+        command = ["main_finetune.py", "--dataset", "demo", "--data_path", demo_root, "--model", "mixmim_tiny"]
+        command += ["--num_workers", 0, "--device", "cpu", "--output_dir", tmp_path / out, *args]
+        monkeypatch.setattr(sys, "argv", [str(word) for word in command])
+        main_finetune.main()
+
+    yield run
+    torch.set_num_threads(threads)
+
+
+def metrics_of(folder: Path, name: str = "metrics.json") -> dict[str, Any]:
+    return json.loads((folder / name).read_text())
+
+
+@pytest.fixture(scope="session")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pretraining checkpoint as published ones are: weights and an argparse.Namespace."""
+    torch.manual_seed(5)
+    path = tmp_path_factory.mktemp("pretrained") / "checkpoint.pth"
+    model = MixMIM(**model_config("mixmim_tiny"))
+    torch.save({"model": model.state_dict(), "epoch": 3, "args": argparse.Namespace(model="mixmim_tiny")}, path)
+    return path
+
+
+def test_a_run_leaves_what_the_guide_says(script: Script, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    script(*TRAIN, "--bootstrap", 10, "--mixup", 0.8, "--cutmix", 1.0, "--smoothing", 0.1, "--reprob", 0.2)
+    output, run = capsys.readouterr().out, tmp_path / "run"
+
+    assert "training from random initialisation" in output
+    lines = output.strip().splitlines()
+    assert re.fullmatch(r"Training time \d+:\d\d:\d\d", lines[-1])
+    start = next(i for i, line in enumerate(lines) if line.startswith("Best Results Summary: Epoch "))
+    assert [cell.strip() for cell in lines[start + 1].split("|")] == ["Metric", "Macro", "Micro"]
+    assert [lines[start + k].split("|")[0].strip() for k in (3, 4, 5)] == ["Average precision", "F1", "Precision"]
+    named = next(line for line in lines if line.startswith("checkpoint_best.pth: protocol"))
+    for word in ("protocol finetune", "data set demo", "split test", "statistics", "seed 0", "test 8"):
+        assert word in named
+
+    epochs = [json.loads(line) for line in (run / "log.txt").read_text().splitlines()]
+    assert [record["epoch"] for record in epochs] == [0, 1, 2, 3]
+    for key in (
+        "train_loss",
+        "train_lr",
+        "val_ap_macro",
+        "val_ap_micro",
+        "val_f1_macro",
+        "val_precision_micro",
+        "val_loss",
+    ):
+        assert all(key in record for record in epochs), key
+    assert epochs[0]["best"] == ["checkpoint_best.pth", "checkpoint_best_default.pth", "checkpoint_best_mbr.pth"]
+
+    result = metrics_of(run)
+    assert result["initialisation"] == "random"
+    assert result["samples"] == {"train": 64, "val": 24, "test": 8}
+    assert set(result["results"]) == {"checkpoint_best.pth", "checkpoint_best_default.pth", "checkpoint_best_mbr.pth"}
+    best = result["results"]["checkpoint_best.pth"]
+    assert best["epoch"] == result["best_epoch"] == int(lines[start].rsplit(" ", 1)[1])
+    assert set(best["test"]["intervals_95"]) >= {"ap_macro", "f1_micro"}
+    assert len(best["test"]["per_class"]) == 19
+    assert best["test"]["absent_classes"]
+    assert best["val_scalars"] == {k.removeprefix("val_"): v for k, v in epochs[best["epoch"]].items() if "val_" in k}
+    assert sorted(path.name for path in (run / "pictures").iterdir()) == [
+        "per_class_test.png",
+        "precision_recall_test.png",
+    ]
+    assert list((run / "tensorboard").iterdir())
+
+    files = {name: run / name for name in ("checkpoint.pth", *result["results"])}
+    contents = {name: torch.load(path, weights_only=True) for name, path in files.items()}
+    for one in files:
+        for other in files:  # an epoch is stored once, whatever it is called
+            assert files[one].samefile(files[other]) == (contents[one]["epoch"] == contents[other]["epoch"])
+    final = contents["checkpoint.pth"]
+    assert (final["kind"], final["protocol"], final["epoch"], final["step"]) == ("finetune", "finetune", 3, 0)
+    assert final["args"]["mixup"] == 0.8
+    assert len(final["classes"]) == 19
+    assert set(final["best"]) == set(result["results"])
+
+
+def test_eval_repeats_the_result_and_changes_nothing(
+    script: Script, tmp_path: Path, pretrained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script(*TRAIN, "--epochs", 1, "--warmup_epochs", 0, "--finetune", pretrained)
+    assert "entries left out (decoder, mask token)" in capsys.readouterr().out
+    best = tmp_path / "run" / "checkpoint_best.pth"
+    before = best.read_bytes()
+    script("--eval", "--resume", best, "--batch_size", 7, out="eval")
+    again = metrics_of(tmp_path / "eval", "metrics_eval.json")["results"][str(best)]
+    trained = metrics_of(tmp_path / "run")["results"]["checkpoint_best.pth"]
+    for name, value in trained["test"]["scalars"].items():
+        assert again["test"]["scalars"][name] == pytest.approx(value, abs=1e-6 if name == "loss" else 0), name
+    assert again["val"]["scalars"]["ap_macro"] == trained["val_scalars"]["ap_macro"]
+    assert best.read_bytes() == before
+    assert not (tmp_path / "eval" / "checkpoint.pth").exists()
+
+
+def test_stopped_and_resumed_run_has_the_same_best_checkpoints(
+    script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped by SIGTERM in the middle of an epoch, resumed, killed after an epoch that was not saved, resumed."""
+    options = (*TRAIN, "--mixup", 0.5, "--drop_path", 0.2)
+    script(*options, out="whole")
+
+    real, steps = engine_finetune.optimizer_step, 0
+
+    def step_and_stop(*args: Any, **kwargs: Any) -> torch.Tensor:
+        nonlocal steps
+        steps += 1
+        if steps == 6:  # step 2 of epoch 1
+            os.kill(os.getpid(), signal.SIGTERM)
+        if steps == 13:  # epoch 3; the last save is that of epoch 1
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(engine_finetune, "optimizer_step", step_and_stop)
+    with pytest.raises(SystemExit) as caught:
+        script(*options, out="parts")
+    assert caught.value.code == EXIT_PREEMPTED
+    assert load_checkpoint(tmp_path / "parts" / "checkpoint.pth")["step"] > 0
+    with pytest.raises(KeyboardInterrupt):
+        script(*options, "--resume", "auto", out="parts")
+    script(*options, "--resume", "auto", out="parts")
+
+    for name in ("checkpoint.pth", "checkpoint_best.pth", "checkpoint_best_default.pth", "checkpoint_best_mbr.pth"):
+        whole, parts = (load_checkpoint(tmp_path / run / name) for run in ("whole", "parts"))
+        assert whole["epoch"] == parts["epoch"], name
+        assert whole["best"] == parts["best"], name
+        for key, value in whole["model"].items():
+            assert torch.equal(value, parts["model"][key]), (name, key)
+        for number, state in whole["optimizer"]["state"].items():
+            for key, value in state.items():
+                assert torch.equal(value, parts["optimizer"]["state"][number][key]), (name, number, key)
+    first, second = (metrics_of(tmp_path / run)["results"] for run in ("whole", "parts"))
+    assert first == second
+    epochs = [json.loads(line)["epoch"] for line in (tmp_path / "parts" / "log.txt").read_text().splitlines()]
+    assert epochs == [0, 1, 2, 3]
+
+
+def test_frozen_protocols_share_cached_features(
+    script: Script, tmp_path: Path, pretrained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = ("--feature_cache", tmp_path / "cache", "--finetune", pretrained)
+    script("--protocol", "knn", *cache, out="knn")
+    assert "computed" in capsys.readouterr().out
+    script("--protocol", "linear", "--epochs", 3, "--batch_size", 16, *cache, out="linear")
+    output = capsys.readouterr().out
+    assert output.count("(cached)") == 3
+    assert "computed," not in output
+    script("--protocol", "linear", "--probe_solver", "lbfgs", *cache, out="lbfgs")
+    script("--protocol", "frozen", "--epochs", 2, "--batch_size", 16, *cache, out="frozen")
+    script("--protocol", "knn", *cache, "--seed", 3, "--train_frac", 0.5, out="half")
+    assert len((tmp_path / "half" / "train_ids.txt").read_text().splitlines()) == 32
+    for run in ("knn", "linear", "lbfgs", "frozen", "half"):
+        result = metrics_of(tmp_path / run)
+        for entry in result["results"].values():
+            assert 0 < entry["test"]["scalars"]["ap_macro"] <= 1
+    assert metrics_of(tmp_path / "lbfgs")["protocol"] == "linear (lbfgs)"
+    assert len(metrics_of(tmp_path / "lbfgs")["c_sweep"]) == 8
+    saved = load_checkpoint(tmp_path / "linear" / "checkpoint.pth")
+    encoder = load_checkpoint(pretrained)["model"]
+    assert torch.equal(saved["model"]["norm.weight"], encoder["norm.weight"])  # frozen
+    # a probe's checkpoint is a whole model: it can be evaluated on images
+    best = tmp_path / "linear" / "checkpoint_best.pth"
+    script("--eval", "--resume", best, "--protocol", "linear", out="eval")
+    again = metrics_of(tmp_path / "eval", "metrics_eval.json")["results"][str(best)]["test"]["scalars"]
+    on_features = metrics_of(tmp_path / "linear")["results"]["checkpoint_best.pth"]["test"]["scalars"]
+    assert again["ap_macro"] == on_features["ap_macro"]
+    with pytest.raises(UserError, match="trained with --protocol linear"):
+        script("--eval", "--resume", best, out="eval")
+
+
+def test_train_frac_names_a_class_that_vanishes(
+    script: Script, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script("--protocol", "knn", "--train_frac", 0.1, "--output_dir", tmp_path / "frac")
+    output = capsys.readouterr().out
+    assert "leaves no training sample of:" in output
+    assert len((tmp_path / "frac" / "train_ids.txt").read_text().splitlines()) == 6
+    with pytest.raises(SystemExit):
+        script("--train_frac", 0)
+
+
+def finetuned(path: Path, **changes: Any) -> Path:
+    classes = changes.pop("num_classes", 19)
+    config = {k: v for k, v in model_config("mixmim_tiny").items() if not k.startswith("decoder")}
+    model = MixMIMClassifier(classes, **{**config, **changes})
+    save_checkpoint(path, {"format": "sarwmix/1", "kind": "finetune", "model": model.state_dict(), "epoch": 0})
+    return path
+
+
+def test_bad_input_is_one_clear_error(script: Script, tmp_path: Path, pretrained: Path) -> None:
+    cases: list[tuple[tuple[object, ...], str]] = [
+        (("--eval",), "--resume CKPT"),
+        (("--eval", "--resume", tmp_path / "no.pth"), "no.pth does not exist"),
+        (("--eval", "--resume", "auto"), "found no checkpoint"),
+        (("--finetune", tmp_path / "no.pth"), "no.pth does not exist"),
+        (("--finetune", pretrained, "--model", "mixmim_base"), "mixmim_tiny .* but the model is mixmim_base"),
+        (("--finetune", finetuned(tmp_path / "b1.pth", in_chans=1)), "1 band, the data set has 2"),
+        (("--finetune", finetuned(tmp_path / "c5.pth", num_classes=5)), "5 classes, the data set has 19"),
+        (("--eval", "--resume", finetuned(tmp_path / "d5.pth", num_classes=5)), "5 classes, the data set has 19"),
+        (("--eval", "--resume", pretrained), "missing: head.weight"),
+        (("--new_head",), "--finetune"),
+        (("--protocol", "linear", "--mixup", 0.8), "cached features"),
+        (("--probe_solver", "lbfgs"), "--protocol linear"),
+        (("--patch_op", "max"), "patch_op is not an option of the multilabel task"),
+        (("--val_frac", 0.1), "val_frac"),
+        (("--stop_epoch", 60), "--stop_epoch 60"),
+        (("--warmup_epochs", 60), "--warmup_epochs 60"),
+        (("--batch_size", 100), "batch size of at most 64"),
+        (("--statistics", "nonsense"), "no statistics preset 'nonsense'"),
+        (("--data_option", "metadata"), "NAME=VALUE"),
+    ]
+    for args, words in cases:
+        with pytest.raises(UserError, match=words):
+            script(*args)
+
+
+def test_other_classes_and_other_bands_are_refused_by_name(script: Script, tmp_path: Path) -> None:
+    path = finetuned(tmp_path / "x.pth")
+    state = load_checkpoint(path)
+    names = [f"class {k}" for k in range(19)]
+    save_checkpoint(path, {**state, "classes": names})
+    with pytest.raises(UserError, match="knows the classes class 0, class 1"):
+        script("--eval", "--resume", path)
+    save_checkpoint(path, {**state, "data": {"bands": ["VV", "VH"]}})
+    with pytest.raises(UserError, match="bands VV, VH, the data set delivers VH, VV"):
+        script("--finetune", path)
+
+
+def test_checkpoints_that_hold_code_are_refused(script: Script, tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[Any, tuple[str]]:
+            return os.system, (f"touch {tmp_path / 'ran'}",)
+
+    torch.save({"model": {}, "args": Evil()}, tmp_path / "evil.pth")
+    with pytest.raises(UserError, match="holds an object of type"):
+        script("--finetune", tmp_path / "evil.pth")
+    assert not (tmp_path / "ran").exists()
+
+
+def copied(demo_root: Path, target: Path) -> Path:
+    shutil.copytree(demo_root, target, copy_function=os.link)
+    return target
+
+
+def test_a_split_whose_patches_are_missing(script: Script, demo_root: Path, tmp_path: Path) -> None:
+    root = copied(demo_root, tmp_path / "data")
+    for path in root.rglob("*.tif"):
+        path.unlink()
+    with pytest.raises(UserError):
+        script(*TRAIN, "--epochs", 1, "--warmup_epochs", 0, "--data_path", root)
+
+
+def test_labels_that_are_unknown_or_empty(script: Script, demo_root: Path, tmp_path: Path) -> None:
+    import pandas
+
+    root = copied(demo_root, tmp_path / "data")
+    table = pandas.read_parquet(root / "metadata.parquet")
+    (root / "metadata.parquet").unlink()
+    unknown = table.copy()
+    unknown.at[3, "labels"] = ["Moon dust"]
+    unknown.to_parquet(root / "metadata.parquet")
+    with pytest.raises(UserError, match="Moon dust"):
+        script(*TRAIN, "--data_path", root)
+    empty = table.copy()
+    empty["labels"] = [[] for _ in range(len(empty))]
+    empty.to_parquet(root / "metadata.parquet")
+    with pytest.raises(UserError, match="label"):
+        script("--protocol", "knn", "--data_path", root)
+
+
+@pytest.mark.mpi
+def test_evaluation_is_the_same_with_1_2_and_3_processes(
+    script: Script, run_script: Runner, demo_root: Path, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    path = finetuned(tmp_path / "checkpoint.pth")
+    state = load_checkpoint(path)
+    torch.nn.init.normal_(state["model"]["head.weight"], std=3.0)
+    save_checkpoint(path, state)
+    script("--eval", "--resume", path, "--batch_size", 64, out="np1")
+    common = ("--dataset", "demo", "--data_path", demo_root, "--model", "mixmim_tiny", "--device", "cpu")
+    for processes, batch in ((2, 7), (3, 1)):
+        out = tmp_path / f"np{processes}"
+        run_script(
+            "main_finetune.py", *common, "--num_workers", 0, "--output_dir", out, "--eval", "--resume", path,
+            "--batch_size", batch, processes=processes,
+        )  # fmt: skip
+        expected = metrics_of(tmp_path / "np1", "metrics_eval.json")["results"][str(path)]
+        found = metrics_of(out, "metrics_eval.json")["results"][str(path)]
+        for split in ("val", "test"):
+            assert found[split]["scalars"].pop("loss") == pytest.approx(expected[split]["scalars"]["loss"], abs=1e-6)
+            assert found[split]["scalars"] == {k: v for k, v in expected[split]["scalars"].items() if k != "loss"}
+            assert found[split]["per_class"] == expected[split]["per_class"]
+
+
+@pytest.mark.mpi
+def test_training_under_mpirun_and_torchrun(run_script: Runner, demo_root: Path, tmp_path: Path) -> None:
+    common = ("--dataset", "demo", "--data_path", demo_root, "--model", "mixmim_tiny", "--device", "cpu", "--test_run")
+    common += ("--num_workers", "0", "--batch_size", "8", "--warmup_epochs", "0", "--mixup", "0.8")
+    run_script("main_finetune.py", *common, "--output_dir", tmp_path / "mpi", processes=2)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(ROOT / "main_finetune.py")]
+    done = subprocess.run(
+        [*command, *map(str, common), "--output_dir", str(tmp_path / "torchrun")],
+        capture_output=True, text=True, timeout=300, env=clean_environment(), cwd=ROOT, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    first, second = (metrics_of(tmp_path / name)["results"] for name in ("mpi", "torchrun"))
+    assert first == second  # the launcher makes no difference
+
+
+def test_help_is_quick_and_names_every_protocol() -> None:
+    import time
+
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "main_finetune.py"), "--help"], capture_output=True, text=True, check=True
+    )
+    assert time.monotonic() - began < 3  # 0.1 s on an idle machine
+    for word in ("finetune", "linear", "frozen", "knn", "--train_frac", "--bootstrap", "blr 0.125"):
+        assert word in done.stdout
