@@ -544,13 +544,29 @@ def choose_cache(cache: str, dataset: SarDataset, device: torch.device | None) -
     plain = isinstance(dataset, SarDataset) and type(dataset).get_batch is SarDataset.get_batch
     if cache in ("host", "device") and not plain:
         raise UserError(f"cache={cache} does not suit {type(dataset).__name__}: its batches are made in its own way")
-    if cache != "auto":
-        return cache
-    if device is None or device.type != "cuda" or not plain:
-        return "none"
     size = 4 * len(dataset) * int(np.prod(dataset.shape))
-    free, total = torch.cuda.mem_get_info(device)
-    return "device" if size <= min(DEVICE_SHARE * total, 0.9 * free) else "none"
+    on_gpu = device is not None and device.type == "cuda"
+    free, total = torch.cuda.mem_get_info(device) if on_gpu else (0, 0)
+    if cache == "auto":
+        return "device" if on_gpu and plain and size <= min(DEVICE_SHARE * total, 0.9 * free) else "none"
+    if not on_gpu or cache == "host":
+        free = _free_host_memory()
+    if cache != "none" and size > free:
+        raise UserError(
+            f"cache={cache} needs {size / 1e9:.1f} GB for {len(dataset)} samples, and {free / 1e9:.1f} GB are free; "
+            "use cache=none"
+        )
+    return cache
+
+
+def _free_host_memory() -> int:
+    """Bytes that can be had without swapping; a very large number where the system does not tell."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            lines = dict(line.split(":", 1) for line in file)
+        return 1024 * int(lines["MemAvailable"].split()[0])
+    except (OSError, KeyError, ValueError):
+        return sys.maxsize
 
 
 def build_loader(

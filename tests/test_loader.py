@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from sarwmix import loader as loading
 from sarwmix import registry
 from sarwmix.datasets import SarDataset, UnreadableSample
 from sarwmix.loader import BufferPool, DeviceLoader, Loader, Plan, ThreadLoader, WorkerLoader, build_loader, epoch_order
@@ -185,6 +186,28 @@ def test_impossible_plans_are_refused() -> None:
         make("plain", cache="disk")
     with pytest.raises(UserError, match="needs a device"):
         make("plain", cache="device", device=None)
+
+
+def test_cache_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "_free_host_memory", lambda: 2900)
+    for kind in ("host", "device"):
+        with pytest.raises(UserError, match=f"cache={kind} needs 0.0 GB for 23 samples.*use cache=none"):
+            make(kind)
+    monkeypatch.setattr(loading, "_free_host_memory", lambda: 23 * 2 * 4 * 4 * 4)
+    make("host")
+
+
+class OwnBatches(Numbers):
+    def get_batch(self, indices: np.ndarray, out: np.ndarray | None = None) -> dict[str, Any]:
+        return {"index": torch.from_numpy(indices), "own": True}
+
+
+def test_data_sets_with_own_batches_are_not_cached() -> None:
+    dataset = OwnBatches(8)
+    loader = build_loader(dataset, batch_size=2, shuffle=False, drop_last=False, cache="auto", device="cpu")
+    assert all(batch["own"] for batch in loader)
+    with pytest.raises(UserError, match="cache=host does not suit OwnBatches"):
+        build_loader(dataset, batch_size=2, shuffle=False, drop_last=False, cache="host")
 
 
 @pytest.mark.parametrize("kind", OPTIONS)
