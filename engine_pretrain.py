@@ -183,9 +183,10 @@ def train_one_epoch(
     """
     model.train()
     parameters = [p for p in model.parameters() if p.requires_grad]
-    totals = torch.zeros(3, device=device, dtype=torch.float64)  # loss, gradient norm, optimizer steps
+    # Sum of finite losses, their number, sum of gradient norms, optimizer steps; on the device, read now and then.
+    totals = torch.zeros(4, device=device, dtype=torch.float64)
     invalid = torch.zeros((), device=device, dtype=torch.int64)
-    images_seen, batches, waited, learning_rate = 0, 0, 0.0, 0.0
+    images_seen, waited, learning_rate = 0, 0.0, 0.0
     sync_every = 1 if device.type == "cpu" else SYNC_EVERY
     began = time.perf_counter()
     names_of_group: list[str] = []
@@ -218,20 +219,21 @@ def train_one_epoch(
             scaled = loss / group_size
             (scaled if scaler is None else scaler.scale(scaled)).backward()
 
-        totals[0] += loss.detach()
+        finite = torch.isfinite(loss.detach())  # the log shows what was learned from; other steps are counted apart
+        totals[0] += torch.where(finite, loss.detach(), 0.0)
+        totals[1] += finite
         invalid += sar.num_invalid
         images_seen += image.shape[0] * world_size
-        batches += 1
         steps_done = step + 1
         if last:
             norm = optimizer_step(optimizer, parameters, loss, scaler, clip_grad, guard, names_of_group, step)
-            totals[1] += norm
-            totals[2] += 1
+            totals[2] += norm
+            totals[3] += 1
             if steps_done % sync_every == 0:
                 guard.check(all_gather, dump)
             stop = on_step(steps_done)
         if steps_done == steps or (progress.wants and steps_done % sync_every == 0):
-            values = {"loss": float(totals[0]) / batches, "lr": learning_rate}
+            values = {"loss": float(totals[0] / totals[1].clamp(min=1)), "lr": learning_rate}
             progress.update(steps_done, samples=images_seen, values=values)
         if stop:
             break
@@ -241,7 +243,7 @@ def train_one_epoch(
     elapsed = max(time.perf_counter() - began, 1e-9)
     mean = all_reduce_mean(
         {
-            "train_loss": float(totals[0]) / max(batches, 1),
+            "train_loss": float(totals[0] / totals[1].clamp(min=1)),
             "invalid_pixels": float(invalid),
             "unreadable_samples": float(len(bad_samples.found)),
             "data_wait": waited / elapsed,
@@ -250,7 +252,7 @@ def train_one_epoch(
     stats = {
         "train_loss": mean["train_loss"],
         "train_lr": learning_rate,
-        "grad_norm": float(totals[1]) / max(float(totals[2]), 1.0),
+        "grad_norm": float(totals[2] / totals[3].clamp(min=1)),
         "images_per_s": images_seen / elapsed,
         "data_wait": mean["data_wait"],
         "invalid_pixels": mean["invalid_pixels"] * world_size,
