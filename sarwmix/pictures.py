@@ -408,6 +408,8 @@ def curves_figure(
         marks: Text -> place of vertical lines (end of warm-up, the cut).
         log_panels: Panels with a logarithmic axis.
     """
+    from matplotlib.ticker import MaxNLocator
+
     figure = _figure(8.4, 2.5 * len(panels) + 0.9)
     figure.suptitle(_wrap(title, 7.8, 10), fontsize=10, weight="bold", x=0.02, ha="left")
     axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
@@ -437,6 +439,7 @@ def curves_figure(
         axes[0].legend(fontsize=7.5, frameon=False, loc="lower left", bbox_to_anchor=(0.0, 1.0),
                        ncols=min(len(names), 3))
     axes[-1].set_xlabel(x_label)
+    axes[-1].xaxis.set_major_locator(MaxNLocator(9, integer=True))
     figure.tight_layout()
     return _save(figure, path)
 
