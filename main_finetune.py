@@ -24,10 +24,8 @@ if TYPE_CHECKING:
     import torch
 
     from models_mixmim_ft import MixMIMClassifier
-    from sarwmix.datasets import SarDataset
     from sarwmix.protocols import Workbench
     from sarwmix.results import Results
-    from sarwmix.tasks import Task
 
 TEST_RUN_STEPS = 3
 KNN_NEIGHBOURS = 5
@@ -67,7 +65,7 @@ def main() -> int | None:
 
     from models_mixmim import encoder_config
     from models_mixmim_ft import load_start
-    from sarwmix.protocols import Workbench
+    from sarwmix.protocols import Workbench, open_splits
     from sarwmix.results import Results
     from sarwmix.tasks import build_task
     from sarwmix.transforms import SarTransform
@@ -89,7 +87,17 @@ def main() -> int | None:
     spec = registry.get_spec(args.dataset)
     pair_options = {"patch_op": args.patch_op, "legacy_tiling": args.legacy_tiling or None, "val_frac": args.val_frac}
     task = build_task(spec.task, spec.classes, pair_options)
-    splits = open_splits(args, task)
+    splits = open_splits(
+        args.dataset,
+        args.data_path,
+        ([] if args.eval else ["train"]) + [task.select_on, "test"],
+        options={"statistics": args.statistics, "val_frac": args.val_frac}
+        | groups.parse_data_options(args.data_option),
+        train_frac=args.train_frac,
+        seed=args.seed,
+        output_dir=args.output_dir,
+        limit=TEST_RUN_STEPS * args.batch_size if args.test_run else None,
+    )
     statistics = splits["test"].statistics
     model = task.build_model(
         encoder_config(args.model), input_size=args.input_size, in_chans=len(spec.bands), drop_path_rate=args.drop_path
@@ -105,6 +113,7 @@ def main() -> int | None:
         seed=args.seed,
         num_workers=args.num_workers,
         pin_memory=args.pin_mem and processes.device.type == "cuda",
+        cache=args.cache,
     )
     facts = {
         "protocol": args.protocol if args.probe_solver == "sgd" else f"{args.protocol} ({args.probe_solver})",
@@ -120,7 +129,7 @@ def main() -> int | None:
     results = Results(facts, Path(args.output_dir), task, bootstrap=args.bootstrap, seed=args.seed)
     get_logger().info("%s; %s", processes.describe(), results.line("+".join(splits)))
     if args.eval:
-        evaluate_checkpoint(args, bench, model, results)
+        results.evaluate_checkpoint(bench, model, args.resume, protocol=args.protocol)
     else:
         facts["initialisation"] = args.finetune or "random"
         load_start(model, args.finetune, bands=spec.bands, statistics=statistics.as_dict(), new_head=args.new_head)
@@ -154,53 +163,9 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError(f"--stop_epoch {args.stop_epoch} lies behind the schedule's end, --epochs {args.epochs}")
 
 
-def open_splits(args: argparse.Namespace, task: Task) -> dict[str, SarDataset]:
-    """Train (or a fraction of it), the split that selects, and test; --eval needs no train."""
-    import numpy as np
-
-    from sarwmix.label_fraction import take_fraction
-    from util.log import get_logger
-
-    wanted = dict.fromkeys([*([] if args.eval else ["train"]), task.select_on, "test"])
-    options = {"statistics": args.statistics, "val_frac": args.val_frac, **groups.parse_data_options(args.data_option)}
-    splits = {}
-    for name in wanted:
-        # Replacing an unreadable sample is for training; in an evaluation it would count another one twice.
-        on_error = "replace" if name == "train" else "raise"
-        splits[name] = registry.build_dataset(args.dataset, args.data_path, name, on_error=on_error, **options)
-    if task.select_on == "test":
-        get_logger().info("the best epoch is selected on the test split, as published; --val_frac 0.1 avoids that")
-    if args.train_frac < 1 and "train" in splits:
-        ids = make_directory(args.output_dir) / "train_ids.txt"
-        splits["train"] = take_fraction(splits["train"], args.train_frac, seed=args.seed, ids_file=ids)
-    if args.test_run:
-        few = TEST_RUN_STEPS * args.batch_size
-        splits = {n: d if n == "train" else d.subset(np.arange(min(few, len(d)))) for n, d in splits.items()}
-    return splits
-
-
-def evaluate_checkpoint(args: argparse.Namespace, bench: Workbench, model: MixMIMClassifier, results: Results) -> None:
-    """--eval: val and test of one fine-tuned checkpoint."""
-    from models_mixmim_ft import load_trained
-    from util.checkpoint import load_checkpoint, resolve_resume
-
-    path = resolve_resume(args.resume, args.output_dir)
-    if path is None:
-        raise UserError(f"--eval --resume auto found no checkpoint in {args.output_dir}")
-    checkpoint = load_checkpoint(path)
-    load_trained(model, checkpoint, source=str(path), protocol=args.protocol, classes=bench.task.classes)
-    for split in bench.splits:
-        evaluation = bench.evaluate(model, split)
-        if bench.processes.is_main:
-            results.show(str(path), evaluation, bench.splits[split], epoch=checkpoint.get("epoch"))
-    if bench.processes.is_main:
-        results.write("metrics_eval.json")
-
-
 def run_protocol(args: argparse.Namespace, bench: Workbench, model: MixMIMClassifier, results: Results) -> None:
     """Train what the protocol trains; report test."""
     from models_mixmim_ft import use_probe
-    from sarwmix.features import fit_logistic_probe
 
     if args.protocol == "finetune":
         train(args, bench, model, model, results)
@@ -208,21 +173,12 @@ def run_protocol(args: argparse.Namespace, bench: Workbench, model: MixMIMClassi
     bench = bench.with_features(model, Path(args.feature_cache or Path(args.output_dir) / "features"))
     if args.protocol == "linear":
         use_probe(model)
-    if args.protocol != "knn" and args.probe_solver == "sgd":
+    if args.protocol == "knn":
+        results.report_knn(bench, k=KNN_NEIGHBOURS)
+    elif args.probe_solver == "lbfgs":
+        results.report_logistic_probe(bench, model)
+    else:
         train(args, bench, model, model.head, results)
-        return
-    began = time.monotonic()
-    if args.protocol == "linear":
-        results.facts["c_sweep"] = fit_logistic_probe(
-            bench.task, model.head, bench.splits["train"], bench.splits[bench.task.select_on]
-        )
-    for split in [name for name in bench.splits if name != "train"]:
-        knn = args.protocol == "knn"
-        evaluation = bench.knn(split, k=KNN_NEIGHBOURS) if knn else bench.evaluate(model.head, split)
-        if bench.processes.is_main:
-            results.show(args.protocol, evaluation, bench.splits[split])
-    if bench.processes.is_main:
-        results.write(seconds=time.monotonic() - began)
 
 
 def train(

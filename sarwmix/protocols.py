@@ -2,23 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from engine_finetune import Evaluation, evaluate, extract_features
+from sarwmix import registry
 from sarwmix.datasets import SarDataset
 from sarwmix.features import FeatureDataset, feature_key, feature_path, knn_scores, load_features, save_features
 from sarwmix.features import whole_split as all_of
+from sarwmix.label_fraction import take_fraction
 from sarwmix.loader import Loader, build_loader
 from sarwmix.tasks import Task
 from sarwmix.transforms import SarTransform
 from util.distributed import Processes
+from util.files import make_directory
 from util.log import get_logger
+
+
+def open_splits(
+    dataset: str,
+    data_path: str,
+    names: Sequence[str],
+    *,
+    options: Mapping[str, Any],
+    train_frac: float,
+    seed: int,
+    output_dir: str,
+    limit: int | None,
+) -> dict[str, SarDataset]:
+    """Open the splits of a run.
+
+    Args:
+        dataset: registered name.
+        data_path: root of the data.
+        names: "train" where something is trained, the split that selects, "test".
+        options: of the data set.
+        train_frac: share of the training labels; below 1 the chosen names go to train_ids.txt.
+        seed: decides the share.
+        output_dir: the run's folder.
+        limit: evaluate on that many samples only (test runs).
+    """
+    splits = {}
+    for name in dict.fromkeys(names):
+        # Replacing an unreadable sample is for training; in an evaluation it would count another one twice.
+        on_error = "replace" if name == "train" else "raise"
+        splits[name] = registry.build_dataset(dataset, data_path, name, on_error=on_error, **options)
+    if "val" not in splits and "train" in splits:
+        get_logger().info("the best epoch is selected on the test split, as published; --val_frac 0.1 avoids that")
+    if train_frac < 1 and "train" in splits:
+        ids = make_directory(output_dir) / "train_ids.txt"
+        splits["train"] = take_fraction(splits["train"], train_frac, seed=seed, ids_file=ids)
+    if limit is not None:
+        for name in set(splits) - {"train"}:
+            splits[name] = splits[name].subset(np.arange(min(limit, len(splits[name]))))
+    return splits
 
 
 @dataclass(frozen=True)
@@ -37,6 +80,7 @@ class Workbench:
         seed: of the training order.
         num_workers: reading processes of each training process.
         pin_memory: page-locked batches.
+        cache: where the images of the training split are kept, see `sarwmix.loader.build_loader`.
     """
 
     task: Task
@@ -49,6 +93,7 @@ class Workbench:
     seed: int = 0
     num_workers: int = 0
     pin_memory: bool = False
+    cache: str = "none"
 
     @property
     def device(self) -> torch.device:
@@ -69,6 +114,8 @@ class Workbench:
             world_size=self.group.world_size,
             num_workers=0 if cached else self.num_workers,
             pin_memory=self.pin_memory,
+            device=self.device,
+            cache=self.cache if train and not cached else "none",
         )
 
     def evaluate(self, model: nn.Module, split: str, loader: Loader | None = None) -> Evaluation:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,16 @@ from torch import nn
 from engine_finetune import Evaluation
 from models_mixmim_ft import MixMIMClassifier, load_trained
 from sarwmix.datasets import SarDataset
+from sarwmix.features import fit_logistic_probe
 from sarwmix.metrics import Report
 from sarwmix.protocols import Workbench
 from sarwmix.selection import Selector
 from sarwmix.tasks import Task, per_class_text
 from util.checkpoint import load_checkpoint
+from util.errors import UserError
 from util.files import atomic_write, make_directory, write_json
 from util.log import EpochLog, ScalarWriter, format_duration, get_logger, memory_mib
+from util.resume import find_checkpoint, load_verified
 
 
 class EpochJournal:
@@ -57,7 +61,7 @@ class EpochJournal:
         if self._log is not None:
             self._log.write({**record, "best": list(improved)})
         perf = {f"perf/{split}_{name}": value for name, value in report.scalars.items()}
-        self._scalars.add(1000 * epoch, {"train_loss": stats["train_loss"], "lr": stats["train_lr"], **perf})
+        self._scalars.add(1000 * epoch, {"loss": stats["train_loss"], "lr": stats["train_lr"], **perf})
         get_logger().info(
             "Epoch %d  loss %.4f  lr %.3g  %.1f samples/s  %s: %s%s",
             epoch,
@@ -136,6 +140,51 @@ class Results:
     def write(self, filename: str = "metrics.json", **extra: Any) -> None:
         """Write everything as JSON."""
         write_json(self.output_dir / filename, {**self.facts, **extra, "results": self.entries})
+
+    def evaluate_checkpoint(self, bench: Workbench, model: MixMIMClassifier, resume: str, *, protocol: str) -> None:
+        """Val and test of one fine-tuned checkpoint. Called by every process.
+
+        Args:
+            bench: the splits to evaluate.
+            model: takes the weights.
+            resume: path, or "auto" for the newest one of the run.
+            protocol: with which the checkpoint must have been trained.
+
+        Raises:
+            UserError: no such checkpoint, or one that does not fit.
+        """
+        path = find_checkpoint(resume, self.output_dir, bench.processes)
+        if path is None:
+            raise UserError(f"--eval --resume auto found no checkpoint in {self.output_dir}")
+        checkpoint = load_verified(path, bench.processes)
+        load_trained(model, checkpoint, source=str(path), protocol=protocol, classes=self.task.classes)
+        for split in bench.splits:
+            evaluation = bench.evaluate(model, split)
+            if bench.processes.is_main:
+                self.show(str(path), evaluation, bench.splits[split], epoch=checkpoint.get("epoch"))
+        if bench.processes.is_main:
+            self.write("metrics_eval.json")
+
+    def report_knn(self, bench: Workbench, *, k: int) -> None:
+        """Nearest neighbours on cached features. Called by every process."""
+        began = time.monotonic()
+        self._report_untrained(bench, lambda split: bench.knn(split, k=k), "knn", began)
+
+    def report_logistic_probe(self, bench: Workbench, model: MixMIMClassifier) -> None:
+        """Linear probe by L-BFGS on cached features; the model's head becomes the probe. Called by every process."""
+        began = time.monotonic()
+        train, val = bench.splits["train"], bench.splits[self.task.select_on]
+        self.facts["c_sweep"] = fit_logistic_probe(self.task, model.head, train, val)
+        self._report_untrained(bench, lambda split: bench.evaluate(model.head, split), "linear (lbfgs)", began)
+
+    def _report_untrained(
+        self, bench: Workbench, evaluate: Callable[[str], Evaluation], name: str, began: float
+    ) -> None:
+        for split in bench.splits:
+            if split != "train" and bench.processes.is_main:
+                self.show(name, evaluate(split), bench.splits[split])
+        if bench.processes.is_main:
+            self.write(seconds=time.monotonic() - began)
 
     def finish(
         self, bench: Workbench, model: MixMIMClassifier, module: nn.Module, selector: Selector, *, seconds: float
