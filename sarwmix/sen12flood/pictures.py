@@ -16,32 +16,34 @@ SHOWN = 6  # pairs on the picture
 SIDE = 384  # pixels of an image on the picture are at most this many; larger images are thinned
 
 
-def wrong_pairs_figure(
-    path: Path, data: PairDataset, worst: np.ndarray, flood: np.ndarray, loss: np.ndarray, wrong: int
-) -> None:
+def wrong_pairs_figure(path: Path, data: PairDataset, wrong: np.ndarray, flood: np.ndarray, loss: np.ndarray) -> None:
     """Draw wrongly classified pairs, highest loss first: VH and VV of both dates side by side, and the change in VV.
+
+    Where no pair is wrong, the pairs with the highest loss are drawn, and the heading says so.
 
     Args:
         path: PNG file.
         data: The split.
-        worst: Numbers of wrong pairs, highest loss first; the first 6 are drawn.
+        wrong: (N,) bool.
         flood: (N,) probability of flood.
         loss: (N,) loss of each pair.
-        wrong: Number of wrong pairs in the split.
     """
     from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    shown = worst[:SHOWN]
-    rows = max(1, len(shown))
+    count = int(wrong.sum())
+    candidates = np.flatnonzero(wrong) if count else np.arange(len(data))
+    shown = candidates[np.argsort(-loss[candidates], kind="stable")][:SHOWN]
+    rows = len(shown)
     figure = Figure(figsize=(13, 0.9 + 2.75 * rows), facecolor="white")
     FigureCanvasAgg(figure)
+    found = f"{count} of {len(data)} pairs of split {data.split} are classified wrongly; drawn: "
+    drawn = f"the {rows} of them with the highest loss" if count else f"the {rows} right ones with the highest loss"
     figure.suptitle(
-        f"{wrong} of {len(data)} pairs of split {data.split} are classified wrongly"
-        + (f"; the {len(shown)} with the highest loss" if wrong > len(shown) else "")
-        + f" (dB; VH {GREY_DB['VH'][0]:g} to {GREY_DB['VH'][1]:g}, VV {GREY_DB['VV'][0]:g} to {GREY_DB['VV'][1]:g}; "
-        "change: blue = darker in the second image, -10 to 10 dB; light blue: not covered)",
+        f"{found}{drawn}\n"
+        f"dB, VH {GREY_DB['VH'][0]:g} to {GREY_DB['VH'][1]:g}, VV {GREY_DB['VV'][0]:g} to {GREY_DB['VV'][1]:g}; "
+        "change from -10 (blue: second image darker) to 10 dB (red); light blue: not covered",
         fontsize=9,
     )
     axes = figure.subplots(rows, 5, squeeze=False)
@@ -49,11 +51,9 @@ def wrong_pairs_figure(
         for axis in line:
             axis.set_xticks([])
             axis.set_yticks([])
-    grey = colormaps["gray"].copy()
-    grey.set_bad(NO_DATA)
-    change = colormaps["RdBu_r"].copy()
-    change.set_bad(NO_DATA)
-    for line, index in zip(axes, shown, strict=False):
+    grey = colormaps["gray"].with_extremes(bad=NO_DATA)
+    change = colormaps["RdBu_r"].with_extremes(bad=NO_DATA)
+    for line, index in zip(axes, shown, strict=True):
         pair = np.empty((2, *data.shape), dtype=np.float32)
         data.read_into(int(index), pair)
         step = max(1, -(-data.size // SIDE))
@@ -69,8 +69,6 @@ def wrong_pairs_figure(
             line[place].set_title(f"{data.spec.bands[band]}  {_date((first, second)[time])}", fontsize=8)
         line[4].imshow(db[1, 1] - db[0, 1], cmap=change, vmin=-10, vmax=10, interpolation="nearest")
         line[4].set_title("VV second - first", fontsize=8)
-    if not len(shown):
-        axes[0, 2].set_title("no pair is classified wrongly", fontsize=10)
     figure.tight_layout(rect=(0, 0, 1, 0.97))
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=90)

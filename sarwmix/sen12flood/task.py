@@ -275,22 +275,17 @@ class PairTask(Task):
         from sarwmix.pictures import confusion_matrix_figure, precision_recall_figure, roc_figure
         from sarwmix.sen12flood.pictures import wrong_pairs_figure
 
-        truth = np.eye(2, dtype=np.int64)[gathered["target"].astype(np.int64)]
-        predicted = predicted_class(gathered["scores"])
-        written = []
-        for name, draw, values in (
-            ("confusion", confusion_matrix_figure, np.eye(2, dtype=np.int64)[predicted]),
-            ("roc", roc_figure, gathered["scores"]),
-            ("precision_recall", precision_recall_figure, gathered["scores"]),
-        ):
-            path = folder / f"{name}_{data.split}.png"
-            draw(path, truth, values, self.classes)
-            written.append(path)
+        split, scores, truth = data.split, gathered["scores"], gathered["target"].astype(np.int64)
+        predicted = predicted_class(scores)
+        one_hot = np.eye(2, dtype=np.int64)[truth]
+        written = [
+            confusion_matrix_figure(folder / f"confusion_{split}.png", truth, predicted, self.classes),
+            roc_figure(folder / f"roc_{split}.png", one_hot, scores, self.classes),
+            precision_recall_figure(folder / f"precision_recall_{split}.png", one_hot, scores, self.classes),
+        ]
         if isinstance(data, PairDataset) and "loss" in gathered:
-            wrong = np.flatnonzero(predicted != gathered["target"])
-            worst = wrong[np.argsort(-gathered["loss"][wrong], kind="stable")]
-            path = folder / f"wrong_pairs_{data.split}.png"
-            wrong_pairs_figure(path, data, worst, gathered["scores"][:, FLOOD], gathered["loss"], len(wrong))
+            path = folder / f"wrong_pairs_{split}.png"
+            wrong_pairs_figure(path, data, predicted != truth, scores[:, FLOOD], gathered["loss"])
             written.append(path)
         return written
 
