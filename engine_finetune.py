@@ -96,9 +96,10 @@ def train_one_epoch(
     """
     model.train()
     parameters = [p for p in model.parameters() if p.requires_grad]
-    totals = torch.zeros(3, device=device, dtype=torch.float64)  # loss, gradient norm, optimizer steps
+    # Sum of finite losses, their number, sum of gradient norms, optimizer steps; on the device, read now and then.
+    totals = torch.zeros(4, device=device, dtype=torch.float64)
     sync_every = 1 if device.type == "cpu" else SYNC_EVERY
-    samples_seen, batches, learning_rate = 0, 0, 0.0
+    samples_seen, learning_rate = 0, 0.0
     names: list[str] = []
     steps_done, stop = start_step, False
     began = time.perf_counter()
@@ -130,18 +131,19 @@ def train_one_epoch(
             scaled = loss / group_size
             (scaled if scaler is None else scaler.scale(scaled)).backward()
 
-        totals[0] += loss.detach()
+        finite = torch.isfinite(loss.detach())  # the log shows what was learned from; other steps are counted apart
+        totals[0] += torch.where(finite, loss.detach(), 0.0)
+        totals[1] += finite
         samples_seen += len(target) * world_size
-        batches += 1
         steps_done = step + 1
         if last:
-            totals[1] += optimizer_step(optimizer, parameters, loss, scaler, clip_grad, guard, names, step)
-            totals[2] += 1
+            totals[2] += optimizer_step(optimizer, parameters, loss, scaler, clip_grad, guard, names, step)
+            totals[3] += 1
             if steps_done % sync_every == 0:
                 guard.check(all_gather, dump)
             stop = on_step(steps_done)
         if steps_done == steps or (progress.wants and steps_done % sync_every == 0):
-            values = {"loss": float(totals[0]) / batches, "lr": learning_rate}
+            values = {"loss": float(totals[0] / totals[1].clamp(min=1)), "lr": learning_rate}
             progress.update(steps_done, samples=samples_seen, values=values)
         if stop:
             break
@@ -149,13 +151,12 @@ def train_one_epoch(
 
     guard.check(all_gather, dump)
     elapsed = max(time.perf_counter() - began, 1e-9)
-    mean = all_reduce_mean(
-        {"train_loss": float(totals[0]) / max(batches, 1), "unreadable_samples": float(len(bad_samples.found))}
-    )
+    train_loss = float(totals[0] / totals[1].clamp(min=1))
+    mean = all_reduce_mean({"train_loss": train_loss, "unreadable_samples": float(len(bad_samples.found))})
     stats = {
         "train_loss": mean["train_loss"],
         "train_lr": learning_rate,
-        "grad_norm": float(totals[1]) / max(float(totals[2]), 1.0),
+        "grad_norm": float(totals[2] / totals[3].clamp(min=1)),
         "images_per_s": samples_seen / elapsed,
         "unreadable_samples": mean["unreadable_samples"] * world_size,
         "skipped_steps": float(guard.skipped),
