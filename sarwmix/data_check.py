@@ -115,7 +115,7 @@ def measure(dataset: SarDataset, indices: NDArray[np.int64]) -> tuple[Facts, Mom
     images = images[keep]
     moments = Moments.of(images)
     moments.unreadable = [(error.name, f"{error.path}: {error.reason}") for _, error in bad]
-    pixels = images.reshape(*images.shape[:2], -1)
+    pixels = images.reshape(*images.shape[:2], images.shape[2] * images.shape[3])
     valid = np.isfinite(pixels)
     count = np.maximum(valid.sum(axis=2), 1)
     filled = np.where(valid, pixels, 0.0).astype(np.float64)
@@ -456,6 +456,11 @@ def compare_statistics(dataset: SarDataset, moments: Moments) -> list[Finding]:
     return findings
 
 
+def _is_absent(reason: str) -> bool:
+    """Whether a sample's files are not there, by the words of the readers."""
+    return any(words in reason for words in ("does not exist", "is not in the store", "is not in the LMDB"))
+
+
 # All -------------------------------------------------------------------------------------------------------------
 
 
@@ -498,7 +503,7 @@ def examine(
             result.findings += _check_lists(
                 name, Path(data_path), wanted, given, None if reference is None else Path(reference), Path(folder)
             )
-        if "check" in spec.options:
+        if "check" in spec.options and not registry.is_packed(data_path):
             given.setdefault("check", "none")  # reading tells more than looking for files
         parts: dict[str, SarDataset] = {}
         for split in wanted:
@@ -523,15 +528,10 @@ def examine(
                 )
             )
     result.facts, result.moments = read_samples(dataset, sample=sample, seed=seed, jobs=jobs, progress=progress)
-    unreadable = result.moments.unreadable
-    if unreadable:
-        result.findings.append(
-            _error(
-                "unreadable",
-                f"{len(unreadable)} sample(s) cannot be used",
-                tuple(f"{one} ({reason})" for one, reason in unreadable),
-            )
-        )
+    for topic, absent, what in (("missing", True, "have no file"), ("unreadable", False, "cannot be used")):
+        listed = [f"{one} ({reason})" for one, reason in result.moments.unreadable if _is_absent(reason) == absent]
+        if listed:
+            result.findings.append(_error(topic, f"{len(listed)} sample(s) {what}", listed))
     if result.moments.samples:
         result.findings += check_samples(dataset.names, result.facts, dataset.shape[1] * dataset.shape[2])
         result.findings += compare_statistics(dataset, result.moments)

@@ -416,7 +416,8 @@ table { border-collapse: collapse; font-size: .88rem; width: max-content; }
 th, td { max-width: 24rem; border-bottom: 1px solid #ddd; padding: .3rem .6rem; text-align: left; vertical-align: top; }
 th { background: #f3f3f3; } td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 tr.differs td:first-child::after { content: " *"; color: #b00; }
-figure { margin: 1rem 0; } figure img { max-width: 100%; height: auto; border: 1px solid #e5e5e5; box-sizing: border-box; }
+figure { margin: 1rem 0; }
+figure img { max-width: 100%; height: auto; border: 1px solid #e5e5e5; box-sizing: border-box; }
 /* On a phone a figure keeps a readable size and is scrolled sideways. */
 @media (max-width: 44rem) { figure img { max-width: none; width: 44rem; } }
 figcaption, .note { font-size: .85rem; color: #555; }
