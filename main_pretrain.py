@@ -252,6 +252,8 @@ def train(
         world_size=processes.world_size,
         num_workers=args.num_workers,
         pin_memory=args.pin_mem and device.type == "cuda",
+        device=device,
+        cache=args.cache,
     )
     steps = min(TEST_RUN_STEPS, len(loader)) if args.test_run else len(loader)
     batch = Batch(args.batch_size, args.accum_iter, processes.world_size, lr)

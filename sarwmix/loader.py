@@ -33,6 +33,7 @@ CACHES = ("none", "host", "device", "auto")
 PREFETCH = 4  # batches read ahead
 DEVICE_AHEAD = 2  # batches on their way to the GPU while one is computed
 DEVICE_SHARE = 0.45  # of a GPU's memory that cache="auto" gives to the data; the rest is for model and activations
+DEVICE_MOST = 0.6  # share of a GPU's memory that may be in use after the data have been put there
 _CACHE_ROWS = 256  # samples read at once while a cache is filled
 
 
@@ -548,7 +549,9 @@ def choose_cache(cache: str, dataset: SarDataset, device: torch.device | None) -
     on_gpu = device is not None and device.type == "cuda"
     free, total = torch.cuda.mem_get_info(device) if on_gpu else (0, 0)
     if cache == "auto":
-        return "device" if on_gpu and plain and size <= min(DEVICE_SHARE * total, 0.9 * free) else "none"
+        # What lies there already (other splits, the model) counts too, so that 40 % stay for the computation.
+        fits = size <= DEVICE_SHARE * total and total - free + size <= DEVICE_MOST * total
+        return "device" if on_gpu and plain and fits else "none"
     if not on_gpu or cache == "host":
         free = _free_host_memory()
     if cache != "none" and size > free:

@@ -119,6 +119,9 @@ def add_data_args(
                          help="page-locked host memory for faster copies to the GPU (no effect on CPU)")
     pinning.add_argument("--no_pin_mem", dest="pin_mem", action="store_false", default=argparse.SUPPRESS,
                          help="ordinary host memory")
+    group.add_argument("--cache", choices=("auto", "device", "host", "none"), default="auto",
+                       help="where training images are kept: in GPU memory, in the memory of each process, or nowhere; "
+                            "auto: in GPU memory when they take at most 45%% of it")
     group.add_argument("--max_bad_samples", type=non_negative_int, default=100, metavar="N",
                        help="unreadable samples are named, counted and replaced by another one; "
                             "more than N in a run end it")  # fmt: skip
