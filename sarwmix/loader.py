@@ -17,6 +17,7 @@ from __future__ import annotations
 import queue
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator
 from typing import Any
@@ -34,6 +35,7 @@ PREFETCH = 4  # batches read ahead
 DEVICE_AHEAD = 2  # batches on their way to the GPU while one is computed
 DEVICE_SHARE = 0.45  # of a GPU's memory that cache="auto" gives to the data; the rest is for model and activations
 DEVICE_MOST = 0.6  # share of a GPU's memory that may be in use after the data have been put there
+_SAY_EVERY = 20.0  # seconds between two lines while a cache is filled
 _CACHE_ROWS = 256  # samples read at once while a cache is filled
 
 
@@ -464,7 +466,11 @@ def _read_all(
         timeout=timeout if num_workers and not dataset.gathers else 0,
     )
     bad: dict[int, UnreadableSample] = {}
+    said = time.monotonic()
     for piece, item in zip(pieces, workers, strict=True):
+        if time.monotonic() - said > _SAY_EVERY:
+            said = time.monotonic()
+            get_logger().info("%d of %d samples read", piece[0], len(dataset))
         if isinstance(item, UserError):
             raise item
         images, errors = item
