@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Compute mean, standard deviation and percentiles of a data set, for `statistics=FILE.json`."""
+"""Compute mean, standard deviation and percentiles of a data set, for `--statistics FILE.json`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--dataset", required=True, choices=registry.names(), help="registered data set")
     result.add_argument("--data_path", required=True, metavar="DIR", help="root of the data, or a packed store")
     result.add_argument("--split", default=None,
-                        help="split, or several joined by + (default: train+val, what pretraining sees)")
+                        help="split, or several joined by + (default: what pretraining sees, all but test)")
     result.add_argument("--sample", type=int, default=None, metavar="N", help="read N random samples instead of all")
     result.add_argument("--seed", type=int, default=0, help="seed of the random sample (default %(default)s)")
     result.add_argument("--jobs", type=int, default=None, metavar="N",
@@ -45,7 +45,7 @@ def main() -> None:
     from util.files import write_json
 
     spec = registry.get_spec(args.dataset)
-    wanted = args.split or "+".join(split for split in ("train", "val") if split in spec.splits)
+    wanted = args.split or ("train" if spec.task == "unlabelled" else "train+val")
     dataset = registry.build_dataset(args.dataset, args.data_path, wanted, **registry.parse_options(args.data_option))
     shown = -1
 
@@ -66,7 +66,7 @@ def main() -> None:
         print(f"unreadable, left out: {line}")
     if len(content["unreadable"]) > 10:
         print(f"... and {len(content['unreadable']) - 10} more, listed in {out}")
-    print(f"written to {out}; use it as statistics={out}")
+    print(f"written to {out}; use it with --statistics {out}")
 
 
 if __name__ == "__main__":

@@ -139,6 +139,18 @@ def test_command_line(demo_root: Path, tmp_path: Path, run_script) -> None:
     assert list(dataset.statistics.mean) == content["mean"]
 
 
+def test_default_split_is_what_pretraining_sees(
+    realdata: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = realdata / "ssl4eo_s12" / "s1"
+    out = tmp_path / "s.json"
+    monkeypatch.setattr(sys, "argv", ["x", "--dataset", "s1_scenes", "--data_path", str(data), "--out", str(out)])
+    compute_statistics.main()
+    content = json.loads(out.read_text())
+    assert content["split"] == "train"
+    assert content["samples"] == 8
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
     (("--out", "s.txt"), "ends with .json"),
     (("--out", "nowhere/s.json"), "does not exist"),
