@@ -529,13 +529,15 @@ class BigEarthNet(SarDataset):
         *,
         on_error: str = "raise",
         check: str = "sample",
+        with_labels: bool = True,
         data_path: str | Path = "",
     ) -> None:
-        super().__init__(spec, split, statistics, metadata.names, metadata.labels, on_error=on_error, source=data_path)
+        labels = metadata.labels if with_labels else None
+        super().__init__(spec, split, statistics, metadata.names, labels, on_error=on_error, source=data_path)
         self.metadata = metadata
         self.patches = source
         self._check_presence(check)
-        if self.labels is None:
+        if self.labels is None and with_labels:
             self.labels = self._read_labels()
 
     def read_into(self, index: int, out: np.ndarray) -> None:
@@ -570,7 +572,8 @@ class BigEarthNet(SarDataset):
             stored = self.patches.labels(name)
             if stored is None:
                 raise UserError(
-                    f"neither the metadata nor {self.source} has labels for {name}; give metadata with a labels column"
+                    f"neither the metadata nor {self.source} has labels for {name}; give metadata with labels, "
+                    "or labels=none for pretraining"
                 )
             return class_codes(stored, where=f"{where} {name}", nomenclature="any")
 
@@ -606,6 +609,7 @@ def build_benv2(
     id_col: int | str | None = None,
     exclude_snow_cloud: bool | str = True,
     check: str = "sample",
+    labels: str = "needed",
 ) -> SarDataset:
     """Open BigEarthNet v2 (also the demo data, which have its layout).
 
@@ -620,6 +624,7 @@ def build_benv2(
         exclude_snow_cloud: Leave out patches flagged with seasonal snow, cloud or cloud shadow. The official
             metadata.parquet holds none of them; they are in a second file that may be named beside it.
         check: Whether the listed patches exist is looked up for a ``"sample"`` of them, for ``"all"``, or ``"none"``.
+        labels: ``"needed"``, or ``"none"`` for pretraining: labels are neither read nor delivered.
     """
     return _build(
         "benv2",
@@ -632,6 +637,7 @@ def build_benv2(
         id_col,
         parse_switch("exclude_snow_cloud", exclude_snow_cloud),
         check,
+        labels,
     )
 
 
@@ -645,10 +651,11 @@ def build_benv1(
     metadata: str | Path | Sequence[str | Path] | None = None,
     id_col: int | str | None = None,
     check: str = "sample",
+    labels: str = "needed",
 ) -> SarDataset:
     """Open BigEarthNet v1; arguments as in :func:`build_benv2`. Labels come from the split lists when these have a
     labels column, else from the store (43 names, grouped into 19; a patch outside the 19 has an empty label row)."""
-    return _build("benv1", spec, data_path, split, statistics, on_error, metadata, id_col, False, check)
+    return _build("benv1", spec, data_path, split, statistics, on_error, metadata, id_col, False, check, labels)
 
 
 def _build(
@@ -662,7 +669,10 @@ def _build(
     id_col: int | str | None,
     exclude: bool,
     check: str,
+    labels: str,
 ) -> SarDataset:
+    if labels not in ("needed", "none"):
+        raise UserError(f"option labels must be needed or none, not {labels!r}")
     splits = parse_split(spec, split)
     paths = find_metadata(data_path, metadata, splits, dataset=family)
     table = read_metadata(paths, splits, id_col=id_col)
@@ -674,4 +684,14 @@ def _build(
         if len(table.names) == 0:
             raise UserError(f"all patches of {split!r} are flagged with snow or cloud; use exclude_snow_cloud=False")
     source = open_source(data_path, spec.bands, spec.size, table.names[0])
-    return BigEarthNet(spec, split, statistics, table, source, on_error=on_error, check=check, data_path=data_path)
+    return BigEarthNet(
+        spec,
+        split,
+        statistics,
+        table,
+        source,
+        on_error=on_error,
+        check=check,
+        with_labels=labels == "needed",
+        data_path=data_path,
+    )

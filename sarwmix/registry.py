@@ -374,7 +374,7 @@ register(
         size=120,
         builder="sarwmix.bigearthnet:build_benv2",
         description="BigEarthNet v2 (reBEN) Sentinel-1: GeoTIFF tree or LMDB, with metadata.parquet or CSV",
-        options=("metadata", "id_col", "exclude_snow_cloud", "check"),
+        options=("metadata", "id_col", "exclude_snow_cloud", "check", "labels"),
     )
 )
 register(
@@ -389,7 +389,7 @@ register(
         size=120,
         builder="sarwmix.bigearthnet:build_benv1",
         description="BigEarthNet v1 Sentinel-1: Zarr store (format 2 or 3) with CSV split lists",
-        options=("metadata", "id_col", "check"),
+        options=("metadata", "id_col", "check", "labels"),
     )
 )
 register(

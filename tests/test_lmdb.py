@@ -130,6 +130,19 @@ def test_data_set_with_workers(tmp_path: Path) -> None:
     assert names == [patch_name(i) for i in (0, 2, 4, 5)]
 
 
+def test_labels_are_not_needed_for_pretraining(tmp_path: Path) -> None:
+    write_lmdb(tmp_path / "a", NAMES, read_patch)
+    metadata = tmp_path / "names_train.csv"
+    metadata.write_text("\n".join(NAMES))
+    with pytest.raises(UserError, match="has labels for .* or labels=none for pretraining"):
+        build_dataset("benv1", tmp_path / "a", "train", metadata=metadata)
+    dataset = build_dataset("benv1", tmp_path / "a", "train", metadata=metadata, labels="none")
+    assert dataset.labels is None
+    assert "label" not in dataset.get_batch(np.arange(6))
+    with pytest.raises(UserError, match="labels must be needed or none"):
+        build_dataset("benv1", tmp_path / "a", "train", metadata=metadata, labels="maybe")
+
+
 def test_no_lmdb(tmp_path: Path) -> None:
     (tmp_path / "data.mdb").write_bytes(b"no database")
     with pytest.raises(UserError, match="cannot be opened"):
