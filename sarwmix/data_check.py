@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from sarwmix import registry
 from sarwmix.labels import CLASSES_19, CLASSES_43
+from sarwmix.pair_images import single_images
 from sarwmix.statistics import CHUNK, Moments, reading_processes, sample_indices
 from util.errors import UserError
 
@@ -496,7 +497,13 @@ def examine(
     given = dict(options or {})
     if reference is not None and name not in _TABLES:
         raise UserError(f"--reference compares metadata of {', '.join(_TABLES)}; data set {name!r} has none")
-    wanted = tuple(splits) if splits else (("train",) if spec.task == "unlabelled" else spec.splits)
+    if splits:
+        wanted = tuple(splits)
+    elif spec.task == "unlabelled":
+        wanted = ("train",)
+    else:
+        # Pairs have no validation split of their own, only one that is held out on request.
+        wanted = tuple(one for one in spec.splits if one != "val" or spec.task != "pair" or "val_frac" in given)
     result = Examination(None, None, None)
     with tempfile.TemporaryDirectory() as folder:
         if name in _TABLES and Path(data_path).exists() and not registry.is_packed(data_path):
@@ -517,7 +524,8 @@ def examine(
         # One data set of all splits that exist, so that a sample is drawn from them together.
         joined = "+".join(parts)
         result.dataset = parts[joined] if joined in parts else registry.build_dataset(name, data_path, joined, **given)
-    dataset = result.dataset
+    # Statistics and pictures of pairs are about their images, each once and in dB.
+    dataset = result.dataset = single_images(result.dataset)
     for split, expected in OFFICIAL_COUNTS.get(name, {}).items():
         if split in result.counts and result.counts[split] != expected:
             result.findings.append(

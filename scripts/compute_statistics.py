@@ -42,11 +42,13 @@ def main() -> None:
         raise UserError(f"--out {out}: the folder {out.absolute().parent} does not exist; make it first")
 
     from sarwmix import statistics
+    from sarwmix.pair_images import single_images
     from util.files import write_json
 
     spec = registry.get_spec(args.dataset)
-    wanted = args.split or ("train" if spec.task == "unlabelled" else "train+val")
-    dataset = registry.build_dataset(args.dataset, args.data_path, wanted, **registry.parse_options(args.data_option))
+    wanted = args.split or ("train" if spec.task in ("unlabelled", "pair") else "train+val")
+    options = registry.parse_options(args.data_option)
+    dataset = single_images(registry.build_dataset(args.dataset, args.data_path, wanted, **options))
     shown = -1
 
     def progress(done: int, total: int) -> None:
