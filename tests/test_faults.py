@@ -251,6 +251,34 @@ def test_a_signal_from_outside_and_a_second_one(start: Start, tmp_path: Path) ->
     assert "leaving at once" in output
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_to_the_launch_script_saves(demo_root: Path, tmp_path: Path, name: str) -> None:
+    """run_local.sh hands the request through mpirun to every rank."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/bash\nshift\nexec {sys.executable} {PROGRAM} \'{{"slow": 0.3}}\' "$@"\n')
+    python.chmod(0o755)
+    settings = {"PYTHON": str(python), "MPIRUN": mpirun_command(1)[0], "NPROC": "2", "DATA_PATH": str(demo_root)}
+    settings |= {"DATASET": "demo", "MODEL": "mixmim_tiny", "EPOCH": "3", "OUT": str(tmp_path / "run")}
+    flags = ["--batch_size", "4", "--num_workers", "0", "--warmup_epochs", "1", "--lr", "1e-3"]
+    job = subprocess.Popen(
+        ["bash", str(ROOT / "scripts" / "run_local.sh"), "--", *flags], env=clean_environment(settings), cwd=tmp_path,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+    assert job.stdout is not None
+    while "Epoch 1/3" not in job.stdout.readline():
+        assert job.poll() is None
+    job.send_signal(getattr(signal, name))
+    sent = time.monotonic()
+    code, output = finish(job)
+    assert code == 75, output
+    assert time.monotonic() - sent < 30
+    assert "the same command continues" in output
+    info = verify_checkpoint(tmp_path / "run" / "checkpoint.pth")
+    assert info is not None
+    assert 0 < info.step < 11
+
+
 # ------------------------------------------------------------------------------------------- kill -9
 
 
@@ -349,7 +377,9 @@ def test_a_loss_that_is_not_finite_stops_all_with_names(start: Start, tmp_path: 
     assert len(names[1].split(", ")) == 4
     dumps = sorted((tmp_path / "run").glob("nonfinite_rank*.json"))
     assert dumps
-    assert json.loads(dumps[0].read_text())["culprits_by_rank"][1] == names[1].split(", ")
+    culprits = json.loads(dumps[0].read_text())["culprits_by_rank"]
+    assert culprits[0] == []
+    assert sorted(culprits[1]) == names[1].split(", ")
     assert load_checkpoint(tmp_path / "run" / "checkpoint.pth")["epoch"] == 0  # the last good one
 
 

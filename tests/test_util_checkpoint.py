@@ -328,6 +328,28 @@ def test_manager_snapshots_before_it_writes(tmp_path, monkeypatch):
     assert ck.load_checkpoint(tmp_path / "checkpoint.pth")["model"]["weight"].eq(1.0).all()
 
 
+def test_snapshots_keep_every_type_and_are_used_again(tmp_path):
+    state = {
+        "epoch": 0,
+        "model": {
+            "float": torch.randn(3, 5),
+            "half": torch.randn(7).bfloat16(),
+            "turned": torch.randn(4, 6).t(),
+            "whole": torch.arange(3),
+            "flag": torch.tensor(True),
+            "scalar": torch.tensor(2.5),
+            "empty": torch.zeros(0, 4),
+        },
+        "nested": [(torch.ones(2), "x"), {"y": torch.zeros(1, dtype=torch.uint8)}],
+    }
+    manager = ck.CheckpointManager(tmp_path)
+    for value in (1.0, 2.0):
+        state["model"]["float"].fill_(value)
+        manager.save(state, names=["checkpoint.pth"])
+        manager.wait()
+        assert _same(ck.load_checkpoint(tmp_path / "checkpoint.pth"), state)
+
+
 def test_manager_cleans_up_after_a_kill(tmp_path):
     (tmp_path / ck.RECENT).mkdir()
     (tmp_path / ck.RECENT / ".epochs_0001_step_000000.pth.abc.partial").write_bytes(b"half")

@@ -199,7 +199,7 @@ def test_lost_peer_is_told_apart_from_an_error_of_ours(monkeypatch):
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("count", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_mpirun(program, count):
     done = _run([*mpirun_command(count), sys.executable, program, "ok"])
     assert done.returncode == 0, done.stderr
@@ -216,6 +216,7 @@ def test_torchrun(program):
 
 
 @pytest.mark.mpi
+@pytest.mark.slow
 def test_two_jobs_at_once_do_not_collide(program):
     command = [*mpirun_command(2), sys.executable, program, "ok"]
     jobs = [
@@ -261,10 +262,10 @@ def test_manual_tcp_and_a_port_in_use(program):
     ("mode", "code", "text"),
     [
         ("all refuse", 2, "error: no such folder: x"),
-        ("one refuses", 2, "error: disk 7 is missing"),
+        pytest.param("one refuses", 2, "error: disk 7 is missing", marks=pytest.mark.slow),
         ("exception", 1, "ValueError: boom"),
-        ("exit", None, ""),
-        ("sys.exit", 4, "left in the middle of the run"),
+        pytest.param("exit", None, "", marks=pytest.mark.slow),
+        pytest.param("sys.exit", 4, "left in the middle of the run", marks=pytest.mark.slow),
         ("kill", None, ""),
         ("preempted", 75, ""),
     ],

@@ -18,11 +18,12 @@ import threading
 import time
 import zipfile
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import torch
 
 from util.errors import UserError
@@ -330,37 +331,54 @@ def save_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> None
         writer.finish(str(plain.get("run_id", "")), int(plain.get("epoch", -1)), int(plain.get("step", 0)))
 
 
-def _clone_to_device(value: Any, keep_on_device: bool) -> Any:
-    """Copy of a nested value whose tensors share nothing with the training state."""
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """All tensors inside a nested value, in a fixed order."""
     if isinstance(value, torch.Tensor):
-        if value.is_cuda and not keep_on_device:
-            return value.detach().to("cpu")
-        return value.detach().clone()
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _replaced(value: Any, tensors: Iterator[torch.Tensor]) -> Any:
+    """Copy of a nested value with the next of `tensors` in place of each of its own."""
+    if isinstance(value, torch.Tensor):
+        return next(tensors)
     if isinstance(value, dict):
-        return {key: _clone_to_device(item, keep_on_device) for key, item in value.items()}
+        return {key: _replaced(item, tensors) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_clone_to_device(item, keep_on_device) for item in value)
+        return type(value)(_replaced(item, tensors) for item in value)
     return value
 
 
-def _to_cpu(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.to("cpu")
-    if isinstance(value, dict):
-        return {key: _to_cpu(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_to_cpu(item) for item in value)
-    return value
+class _HostCopy:
+    """Copies of tensors in one block of host memory that is used again by the next checkpoint.
 
+    The block is what makes the copy quick: filling memory for the first time costs several times the copy itself, and a
+    large block comes in huge pages.
+    """
 
-def _cuda_bytes(value: Any) -> int:
-    if isinstance(value, torch.Tensor):
-        return value.numel() * value.element_size() if value.is_cuda else 0
-    if isinstance(value, dict):
-        return sum(_cuda_bytes(item) for item in value.values())
-    if isinstance(value, (list, tuple)):
-        return sum(_cuda_bytes(item) for item in value)
-    return 0
+    _ALIGNMENT = 64
+
+    def __init__(self) -> None:
+        self._block = np.empty(0, dtype=np.uint8)
+
+    def take(self, value: Any) -> Any:
+        """A copy of `value` whose tensors lie in the block; valid until the next call."""
+        tensors = list(_tensors(value))
+        sizes = [tensor.numel() * tensor.element_size() for tensor in tensors]
+        starts = np.cumsum([0, *(-(-size // self._ALIGNMENT) * self._ALIGNMENT for size in sizes)])
+        if len(self._block) < starts[-1]:
+            self._block = np.empty(int(starts[-1]), dtype=np.uint8)
+        copies = []
+        for tensor, start, size in zip(tensors, starts[:-1], sizes, strict=True):
+            # A NumPy slice becomes a tensor with a storage of its own, which is what torch.save writes.
+            piece = torch.from_numpy(self._block[start : start + size])
+            copies.append(piece.view(tensor.dtype).view(tensor.shape).copy_(tensor.detach()))
+        return _replaced(value, iter(copies))
 
 
 class CheckpointManager:
@@ -398,6 +416,7 @@ class CheckpointManager:
         self._failures = 0
         self._error: Exception | None = None
         self._thread: threading.Thread | None = None
+        self._host = _HostCopy()
         for folder in (self.output_dir, self.recent_dir):
             remove_partial_files(folder)
 
@@ -423,12 +442,14 @@ class CheckpointManager:
             raise self._error
         plain = _plain(state, "state")
         if self._asynchronous and not wait:
-            needed = _cuda_bytes(plain)
-            on_device = needed > 0 and torch.cuda.mem_get_info()[0] > 2 * needed
-            snapshot = _clone_to_device(plain, on_device)
-            ready = torch.cuda.Event() if on_device else None
-            if ready is not None:
+            needed = sum(t.numel() * t.element_size() for t in _tensors(plain) if t.is_cuda)
+            ready = None
+            if needed > 0 and torch.cuda.mem_get_info()[0] > 2 * needed:
+                snapshot = _replaced(plain, (tensor.clone() for tensor in list(_tensors(plain))))
+                ready = torch.cuda.Event()
                 ready.record()
+            else:
+                snapshot = self._host.take(plain)
             self._thread = threading.Thread(
                 target=self._write, args=(snapshot, tuple(names), recent, ready), name="checkpoint-writer"
             )
@@ -469,7 +490,8 @@ class CheckpointManager:
                 side = torch.cuda.Stream()
                 side.wait_event(ready)
                 with torch.cuda.stream(side):
-                    state = _to_cpu(state)
+                    state = self._host.take(state)
+                side.synchronize()
             epoch, step = int(state.get("epoch", -1)), int(state.get("step", 0))
             if recent:
                 first = self.recent_dir / f"epochs_{epoch + 1:04d}_step_{step:06d}.pth"
