@@ -429,6 +429,10 @@ def draw_reconstructions(
             reconstruction_db=result.reconstruction,
             weights=result.weights,
             title=f"{args.model}, {Path(path).name}: weighted loss {result.loss:.4f} on this batch",
+            note="With norm_pix_loss the model predicts the pattern within a cell: mean and deviation of each cell are "
+            "the true ones."
+            if args.norm_pix_loss
+            else "",
         )
         get_logger().info("%s: loss %.4f, %d samples drawn in %s", path, result.loss, count, picture)
 

@@ -122,6 +122,7 @@ def reconstruction_panel(
     reconstruction_db: FloatArray,
     weights: FloatArray,
     title: str,
+    note: str = "",
 ) -> list[Path]:
     """Draw what the model saw, what it rebuilt and how far off it is, for each sample and band.
 
@@ -138,6 +139,7 @@ def reconstruction_panel(
         reconstruction_db: (B, C, H, W) dB; only hidden cells are shown.
         weights: (B, C, H, W) weight of each pixel's squared error.
         title: What model and checkpoint.
+        note: What a reader must know of this reconstruction; stands below the pictures.
 
     Returns:
         The files written.
@@ -165,7 +167,8 @@ def reconstruction_panel(
         part = slice(start, start + SAMPLES_PER_PAGE)
         place = Path(path) if page == 1 else Path(path).with_name(f"{Path(path).stem}_{page}{Path(path).suffix}")
         figure = _reconstruction_page(names[part], bands, original[part], np.asarray(mixed_db)[part], grid,
-                                      np.asarray(reconstruction_db)[part], np.asarray(weights)[part], limits, title)
+                                      np.asarray(reconstruction_db)[part], np.asarray(weights)[part], limits, title,
+                                      note)
         written.append(_save(figure, place))
     return written
 
@@ -180,6 +183,7 @@ def _reconstruction_page(
     weights: FloatArray,
     weight_limits: tuple[float, float],
     title: str,
+    note: str,
 ) -> Figure:
     side, gap, left, caption, bottom = 1.55, 0.06, 0.42, 0.30, 0.85  # inches
     columns = ("original", "mixed input", "mask", "reconstruction\nof hidden cells", "absolute error\nof hidden cells",
@@ -188,6 +192,9 @@ def _reconstruction_page(
     heading = _wrap(title, width - 0.4, 10)
     top = 0.5 + 0.17 * (heading.count("\n") + 1)
     block = len(bands) * (side + gap) + caption
+    legend = _wrap("Mask: black = hidden from the model, the partner's pixels stand there. Light grey: not hidden, so "
+                   f"not reconstructed. Light blue: no data. {note}".strip(), 1.14 * (width - left), 7)
+    bottom += 0.13 * legend.count("\n")
     height = top + len(names) * block + bottom
     figure = _figure(width, height)
     figure.text(0.2 / width, 1 - 0.12 / height, heading, fontsize=10, weight="bold", va="top", ha="left")
@@ -226,9 +233,9 @@ def _reconstruction_page(
     bars += [("cividis", ERROR_DB, "absolute error (dB)", "max"), ("cividis", weight_limits, "loss weight", "neither")]
     each = (width - left - 0.15) / len(bars)
     for number, (colours, limits, label, extend) in enumerate(bars):
-        _bar(figure, (left + number * each + 0.1, 0.42, each - 0.35, 0.11), colours, limits, label, extend=extend)
-    figure.text(left / width, 0.06 / height, "Mask: black = hidden from the model, the partner's pixels stand there. "
-                "Light grey: not hidden, so not reconstructed. Light blue: no data.", fontsize=7, va="bottom")
+        box = (left + number * each + 0.1, bottom - 0.43, each - 0.35, 0.11)
+        _bar(figure, box, colours, limits, label, extend=extend)
+    figure.text(left / width, 0.06 / height, legend, fontsize=7, va="bottom")
     return figure
 
 

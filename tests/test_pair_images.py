@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sen12_fixtures
 
 from sarwmix import registry
 from sarwmix.data_check import examine
 from sarwmix.pair_images import PairImages, single_images
 from sarwmix.sen12flood.dataset import PairDataset
 from sarwmix.statistics import compute_moments
-from tests import sen12_fixtures
 
 
 @pytest.fixture(scope="module")
