@@ -282,7 +282,7 @@ def _read_csv(path: Path, id_col: int | str | None, nomenclature: str) -> Metada
     _check_names(names, path, first_row=first_row)
 
     labels = None
-    label_name = "labels" if "labels" in columns else _guess_label_column(columns, header, frame)
+    label_name = "labels" if "labels" in columns else _guess_label_column(columns, frame)
     if label_name is not None:
         labels = _labels_of_texts(frame[label_name].tolist(), path, nomenclature, first_row=first_row)
     if "split" in columns:
@@ -312,8 +312,8 @@ def _guess_id_column(columns: list[str], header: list[str] | None, frame) -> str
     return columns[1] if len(columns) > 1 else columns[0]
 
 
-def _guess_label_column(columns: list[str], header: list[str] | None, frame) -> str | None:  # type: ignore[no-untyped-def]
-    if header is None and len(columns) > 1 and len(frame) and str(frame.iloc[0, 1]).startswith("["):
+def _guess_label_column(columns: list[str], frame) -> str | None:  # type: ignore[no-untyped-def]
+    if len(columns) > 1 and len(frame) and str(frame.iloc[0, 1]).startswith("["):
         return columns[1]
     return None
 

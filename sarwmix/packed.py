@@ -676,16 +676,16 @@ def _write_blocks(
         for number in todo:
             yield writer.write(number)
         return
-    # Forked processes inherit the index instead of receiving a copy; each takes the next block that nobody has.
+    # Forked processes inherit the index instead of receiving a copy. Blocks cost the same and are dealt out beforehand,
+    # so that a process that is killed holds nothing the others wait for.
     context = multiprocessing.get_context("fork")
-    following = context.Value("q", 0)
     ends: list[Connection] = []
     processes = []
     writer.parent = os.getpid()
     try:
-        for _ in range(min(jobs, len(todo))):
+        for number in range(min(jobs, len(todo))):
             here, there = context.Pipe(duplex=False)
-            process = context.Process(target=_work, args=(writer, todo, following, there), daemon=True)
+            process = context.Process(target=_work, args=(writer, todo[number::jobs], there), daemon=True)
             process.start()
             there.close()
             processes.append(process)
@@ -713,16 +713,11 @@ def _write_blocks(
             process.join()
 
 
-def _work(writer: BlockWriter, todo: Sequence[int], following: Any, end: Connection) -> None:
+def _work(writer: BlockWriter, todo: Sequence[int], end: Connection) -> None:
     """One packing process: sends a Block for each block written, or a UserError, or the text of a traceback."""
     try:
-        while True:
-            with following.get_lock():
-                position = following.value
-                following.value += 1
-            if position >= len(todo):
-                return
-            end.send(writer.write(todo[position]))
+        for number in todo:
+            end.send(writer.write(number))
     except UserError as error:
         end.send(error)
     except BrokenPipeError:

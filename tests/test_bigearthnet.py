@@ -105,6 +105,13 @@ def test_csv_without_header_one_file_a_split(benv2: Path, tmp_path: Path) -> Non
     )
 
 
+def test_columns_by_position_under_other_headers(benv2: Path, tmp_path: Path) -> None:
+    """Labels in column 1 and the name in column 4, whatever the header calls them."""
+    rows = [row for i, row in enumerate(csv_rows()) if split_of(i) == "val"]
+    path = write_csv(tmp_path / "b_val.csv", [["patch", "lbl", "part", "where", "radar"], *rows])
+    check_content(build_dataset("benv2", benv2, "val", metadata=path), expected_indices(["val"], COUNT, cloudy=True))
+
+
 def test_id_col_by_name_and_number(benv2: Path, tmp_path: Path) -> None:
     rows = [[row[4].strip(), row[1], row[2]] for row in csv_rows()]
     path = write_csv(tmp_path / "m.csv", [["sentinel", "labels", "split"], *rows])
