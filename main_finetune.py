@@ -85,8 +85,8 @@ def main() -> int | None:
     seed_everything(args.seed)
 
     spec = registry.get_spec(args.dataset)
-    pair_options = {"patch_op": args.patch_op, "legacy_tiling": args.legacy_tiling or None, "val_frac": args.val_frac}
-    task = build_task(spec.task, spec.classes, pair_options)
+    of_pairs = {"patch_op": args.patch_op, "legacy_tiling": args.legacy_tiling or None, "val_frac": args.val_frac}
+    task = build_task(spec.task, spec.classes, of_pairs)
     splits = open_splits(
         args.dataset,
         args.data_path,
@@ -206,7 +206,7 @@ def train(
     from util.schedule import check_schedule, effective_batch, learning_rate, scaled_lr
 
     log, task, group, device, is_main = get_logger(), bench.task, bench.group, bench.device, bench.processes.is_main
-    output_dir, data = make_directory(args.output_dir), bench.splits["train"]
+    output_dir, whole = make_directory(args.output_dir), args.protocol == "finetune"
     augmentation = Augmentation(
         Mixup(args.mixup, args.cutmix, args.mixup_prob, args.mixup_switch_prob, args.mixup_mode),
         erase_prob=args.reprob,
@@ -217,10 +217,9 @@ def train(
     effective = effective_batch(args.batch_size, args.accum_iter, bench.processes.world_size)
     lr = scaled_lr(args.blr, effective) if args.lr is None else args.lr
     check_schedule(lr=lr, min_lr=args.min_lr, warmup_epochs=args.warmup_epochs, epochs=args.epochs)
-    decay = args.layer_decay if args.protocol == "finetune" else None
-    groups_of = parameter_groups(module, weight_decay=args.weight_decay, layer_decay=decay)
-    optimizer = build_sgd(groups_of, lr=lr) if args.protocol == "linear" else build_adamw(groups_of, lr=lr)
-    amp_dtype, scaler = precision(args.amp, device)
+    parts = parameter_groups(module, weight_decay=args.weight_decay, layer_decay=args.layer_decay if whole else None)
+    optimizer = build_sgd(parts, lr=lr) if args.protocol == "linear" else build_adamw(parts, lr=lr)
+    amp_dtype, scaler = precision(args.amp if whole else "off", device)
     loader, judge = bench.loader("train", train=True), bench.loader(task.select_on, train=False)
     steps = min(TEST_RUN_STEPS, len(loader)) if args.test_run else len(loader)
     selector = Selector(task.rules())
@@ -229,20 +228,9 @@ def train(
         "protocol": args.protocol,
         "classes": list(task.classes),
         "model_config": {"name": args.model, "img_size": args.input_size},
-        "data": {
-            **data.identity(),
-            "bands": list(data.spec.bands),
-            "unit": data.spec.unit,
-            "statistics": data.statistics.as_dict(),
-        },
-        # The peak rate follows from --lr or --blr and the effective batch, which may change when a run is resumed.
-        "schedule": {
-            "epochs": args.epochs,
-            "warmup_epochs": args.warmup_epochs,
-            "lr": args.lr,
-            "blr": args.blr,
-            "min_lr": args.min_lr,
-        },
+        "data": bench.splits["train"].provenance(),
+        # not the peak rate, which follows from these and the effective batch: that may change when a run is resumed
+        "schedule": {name: getattr(args, name) for name in ("epochs", "warmup_epochs", "lr", "blr", "min_lr")},
         "seed": args.seed,
     }
     batch = Batch(args.batch_size, args.accum_iter, group.world_size, lr)
@@ -265,7 +253,7 @@ def train(
         start_epoch, start_step = args.start_epoch, 0
 
     trained = module
-    if args.compile and args.protocol == "finetune":
+    if args.compile and whole:
         model.compile_blocks()
     if group.world_size > 1:
         trained = torch.nn.parallel.DistributedDataParallel(
@@ -301,10 +289,7 @@ def train(
     end_epoch = min(args.epochs, args.stop_epoch or args.epochs)
     if args.test_run:
         end_epoch = min(end_epoch, start_epoch + 2)
-    log.info(
-        "effective batch %d, peak lr %.3g; epochs %d to %d, %d steps each",
-        effective, lr, start_epoch, end_epoch - 1, steps,
-    )  # fmt: skip
+    log.info("effective batch %d, peak lr %.3g, %d steps an epoch, up to epoch %d", effective, lr, steps, end_epoch - 1)
     for epoch in range(start_epoch, end_epoch):
         loader.set_epoch(epoch)
         result = train_one_epoch(

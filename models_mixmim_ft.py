@@ -58,7 +58,12 @@ class MixMIMClassifier(MixMIMEncoder):
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, in_chans, H, W) standardised -> logits (B, K)."""
-        return self.head(self.forward_features(images))
+        return self.apply_head(self.forward_features(images))
+
+    def apply_head(self, features: Tensor) -> Tensor:
+        """(B, D) -> logits (B, K), in float32 also under autocast: logits of 8 bits would tie in a ranking."""
+        with torch.autocast(features.device.type, enabled=False):
+            return self.head(features.float())
 
 
 def make_head(features: int, num_classes: int) -> nn.Linear:

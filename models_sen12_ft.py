@@ -109,7 +109,7 @@ class MixMIMPair(MixMIMClassifier):
 
     def classify(self, features1: Tensor, features2: Tensor) -> Tensor:
         """Tile features of two images, (B, T, D) each -> logits (B, K)."""
-        return self.head(self.compare(features1, features2))
+        return self.apply_head(self.compare(features1, features2))
 
     def forward_features(self, image1: Tensor, image2: Tensor) -> Tensor:  # type: ignore[override]
         """Two images (B, C, H, W), standardised, as one batch through the encoder -> (B, D)."""
@@ -120,4 +120,4 @@ class MixMIMPair(MixMIMClassifier):
 
     def forward(self, image1: Tensor, image2: Tensor) -> Tensor:  # type: ignore[override]
         """Two images (B, C, H, W), standardised -> logits (B, K). Which image comes first does not matter."""
-        return self.head(self.forward_features(image1, image2))
+        return self.apply_head(self.forward_features(image1, image2))

@@ -172,6 +172,15 @@ class SarDataset(torch.utils.data.Dataset):
             "names_sha256": self.names.digest(),
         }
 
+    def provenance(self) -> dict[str, Any]:
+        """What a checkpoint says about its data: identity, band names in order, unit, statistics."""
+        return {
+            **self.identity(),
+            "bands": list(self.spec.bands),
+            "unit": self.spec.unit,
+            "statistics": self.statistics.as_dict(),
+        }
+
     # Reading -----------------------------------------------------------------------------------------------------
 
     def read(self, index: int) -> np.ndarray:

@@ -134,9 +134,12 @@ class Workbench:
         )
 
     def with_features(self, model: nn.Module, cache: Path) -> Workbench:
-        """The same bench on the features of a frozen encoder, computed once by all processes and kept in files."""
+        """The same bench on the features of a frozen encoder, computed once by all processes and kept in files.
+
+        What is trained on them is one layer: it works in float32.
+        """
         cached = {name: self._features(model, name, cache) for name in self.splits}
-        return replace(self, splits=cached, transform=None, group=Processes(device=self.device))
+        return replace(self, splits=cached, transform=None, group=Processes(device=self.device), amp_dtype=None)
 
     def _features(self, model: nn.Module, split: str, cache: Path) -> FeatureDataset:
         assert self.transform is not None
