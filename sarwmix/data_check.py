@@ -32,11 +32,6 @@ if TYPE_CHECKING:
 
     from sarwmix.datasets import SarDataset
 
-OFFICIAL_COUNTS: dict[str, dict[str, int]] = {
-    # BigEarthNet v2: rows of the official metadata.parquet; v1: lines of the official split lists.
-    "benv2": {"train": 237_871, "val": 122_342, "test": 119_825},
-    "benv1": {"train": 269_695, "val": 123_723, "test": 125_866},
-}
 KINDS = ("error", "warning")
 _TABLES = ("benv1", "benv2", "demo")
 _EXAMPLES = 20
@@ -526,7 +521,7 @@ def examine(
         result.dataset = parts[joined] if joined in parts else registry.build_dataset(name, data_path, joined, **given)
     # Statistics and pictures of pairs are about their images, each once and in dB.
     dataset = result.dataset = single_images(result.dataset)
-    for split, expected in OFFICIAL_COUNTS.get(name, {}).items():
+    for split, expected in registry.OFFICIAL_COUNTS.get(name, {}).items():
         if split in result.counts and result.counts[split] != expected:
             result.findings.append(
                 _warning(

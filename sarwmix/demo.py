@@ -761,7 +761,7 @@ def generate(
                         f"({MINIMUM_PATCHES} sites are the least that fill all splits).")
     if seed < 0:
         raise UserError(f"seed={seed}: expected a number of 0 or more.")
-    target = Path(root).absolute()
+    target = Path(os.path.realpath(root))  # a link stays, its target is filled
     wanted = {"format": "sarwmix-demo", "version": VERSION, "patches": patches, "seed": seed}
     if target.exists():
         if not target.is_dir():
@@ -796,6 +796,8 @@ def generate(
                 if progress is not None:
                     progress(len(rows), patches)
         _write_metadata(temporary, rows, wanted)
+        if _is_complete(target, wanted):
+            return False  # another process was quicker; its data are the same
         if target.exists():
             old = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.old")
             target.rename(old)
@@ -803,6 +805,11 @@ def generate(
             shutil.rmtree(old)
         else:
             temporary.rename(target)
+    except OSError as error:
+        if _is_complete(target, wanted):
+            return False  # the other process came between
+        raise UserError(f"cannot write {target}: {error.strerror or error}. No part of the data was left behind; free "
+                        "space or name another folder, then run again.") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return True

@@ -361,6 +361,11 @@ DEMO_STATISTICS = Statistics(
     "computed over all pixels of the 624 train and validation patches of the default demo data (768 patches, seed 0)",
 )
 SPLITS = ("train", "val", "test")
+OFFICIAL_COUNTS: dict[str, dict[str, int]] = {
+    # v2: rows of the official metadata.parquet; v1: lines of the official split lists.
+    "benv2": {"train": 237_871, "val": 122_342, "test": 119_825},
+    "benv1": {"train": 269_695, "val": 123_723, "test": 125_866},
+}
 
 register(
     DatasetSpec(

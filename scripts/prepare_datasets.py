@@ -18,12 +18,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from sarwmix.labels import CLASSES_19, CLASSES_43, GROUPING_43
+from sarwmix.registry import OFFICIAL_COUNTS
 from util.errors import UserError, run_cli
 from util.files import atomic_write
 
 SPLITS = ("train", "val", "test")
-V1_COUNTS = {"train": 269_695, "val": 123_723, "test": 125_866}
-V2_COUNTS = {"train": 237_871, "val": 122_342, "test": 119_825}
 CLASS_TABLE = "bigearthnet_classes.csv"
 GROUPING_TABLE = "bigearthnet_43_to_19.csv"
 
@@ -193,7 +192,7 @@ def prepare_v1(lists: Path, mapping_file: Path, output: Path, *, labels: Path | 
     for split in SPLITS:
         path = find_list(lists, split)
         names = [row[0] for row in read_rows(path)]
-        check_count(f"{path} (v1 {split})", len(names), V1_COUNTS[split], any_count=any_count)
+        check_count(f"{path} (v1 {split})", len(names), OFFICIAL_COUNTS["benv1"][split], any_count=any_count)
         for number, name in enumerate(names, start=1):
             if name not in mapping:
                 raise UserError(f"{path} row {number}: {name!r} is not in {mapping_file}")
@@ -220,7 +219,7 @@ def prepare_v2(metadata: Path, output: Path, *, write_csv: bool, any_count: bool
     table = read_metadata([metadata], SPLITS, nomenclature="19")
     for code, split in enumerate(SPLITS):
         count = int((table.split == code).sum())
-        check_count(f"{metadata} (v2 {split})", count, V2_COUNTS[split], any_count=any_count)
+        check_count(f"{metadata} (v2 {split})", count, OFFICIAL_COUNTS["benv2"][split], any_count=any_count)
         print(f"{metadata}: {split} {count:,} patches")
     if table.labels is None:
         raise UserError(f"{metadata} has no column labels")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -194,6 +196,32 @@ def test_interruption_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(KeyboardInterrupt):
         demo.generate(tmp_path / "data", patches=5)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_full_disk_is_told_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        demo.generate(tmp_path / "data", patches=5, jobs=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_link_stays_a_link(tmp_path: Path) -> None:
+    (tmp_path / "big disk").mkdir()
+    (tmp_path / "data").symlink_to(tmp_path / "big disk")
+    demo.generate(tmp_path / "data", patches=5)
+    assert (tmp_path / "data").is_symlink()
+    assert (tmp_path / "big disk" / "metadata.parquet").is_file()
+
+
+def test_two_at_once_leave_one_whole(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        written = list(pool.map(lambda _: demo.generate(tmp_path / "data", patches=5, jobs=1), range(2)))
+    assert any(written)
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+    assert not demo.generate(tmp_path / "data", patches=5)
 
 
 @pytest.mark.parametrize(("patches", "seed", "jobs"), [(4, 0, 1), (10**7, 0, 1), (5, -1, 1), (5, 0, 0)])
