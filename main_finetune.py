@@ -201,7 +201,7 @@ def train(
     from util.log import Progress, get_logger
     from util.optim import build_adamw, build_sgd, parameter_groups
     from util.precision import precision
-    from util.resume import Batch, check_same_run, find_checkpoint, load_verified, new_run_id, resume_position
+    from util.resume import Batch, Resumed, find_checkpoint, resume_run
     from util.saving import RunSaver
     from util.schedule import check_schedule, effective_batch, learning_rate, scaled_lr
 
@@ -227,28 +227,32 @@ def train(
         "kind": "finetune",
         "protocol": args.protocol,
         "classes": list(task.classes),
-        "model_config": {"name": args.model, "img_size": args.input_size},
+        "model_config": {"name": args.model, "img_size": args.input_size, **task.model_settings},
         "data": bench.splits["train"].provenance(),
         # not the peak rate, which follows from these and the effective batch: that may change when a run is resumed
         "schedule": {name: getattr(args, name) for name in ("epochs", "warmup_epochs", "lr", "blr", "min_lr")},
         "seed": args.seed,
     }
     batch = Batch(args.batch_size, args.accum_iter, group.world_size, lr)
-    start_epoch, start_step, bad_found, spent, run_id = 0, 0, [], 0.0, new_run_id()
+    resumed, spent = Resumed(), 0.0
     resume = find_checkpoint(args.resume, output_dir, bench.processes)
     if resume is not None:
-        checkpoint = load_verified(resume, bench.processes)
-        check_same_run(checkpoint, run, path=str(resume), allow_mismatch=args.allow_mismatch)
-        load_trained(model, checkpoint, source=str(resume), protocol=args.protocol, classes=task.classes)
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        selector.load_state_dict(checkpoint["best"])
-        if scaler is not None and checkpoint.get("scaler"):
-            scaler.load_state_dict(checkpoint["scaler"])
-        start_epoch, start_step = resume_position(checkpoint, batch=batch, steps=steps)
-        bad_found, spent = [tuple(item) for item in checkpoint["bad_samples"]], float(checkpoint["seconds"])
-        run_id = checkpoint.get("run_id") or run_id
-        del checkpoint  # as large as model and optimizer together
-        log.info("resumed %s: epoch %d, step %d", resume, start_epoch, start_step)
+        resumed = resume_run(
+            resume,
+            run,
+            processes=group,
+            load_model=partial(
+                load_trained, model, source=str(resume), protocol=args.protocol, classes=task.classes
+            ),
+            optimizer=optimizer,
+            scaler=scaler,
+            batch=batch,
+            steps=steps,
+            allow_mismatch=args.allow_mismatch,
+        )
+        selector.load_state_dict(resumed.entries["best"])
+        spent = float(resumed.entries["seconds"])
+    start_epoch, start_step = resumed.epoch, resumed.step
     if args.start_epoch is not None:
         start_epoch, start_step = args.start_epoch, 0
 
@@ -263,7 +267,8 @@ def train(
             gradient_as_bucket_view=True,
         )
     guard = FiniteGuard(optimizer, allowed=args.skip_nonfinite, device=device)
-    bad_samples = BadSamples(limit=args.max_bad_samples, found=bad_found)
+    guard.skipped = resumed.skipped
+    bad_samples = BadSamples(limit=args.max_bad_samples, found=resumed.bad_samples)
     began = time.monotonic()
     saver = RunSaver(
         output_dir,
@@ -274,7 +279,7 @@ def train(
         hang_timeout=args.hang_timeout,
         seed=args.seed,
         batch=batch,
-        run_id=run_id,
+        run_id=resumed.run_id,
         fixed={**run, "args": groups.args_to_dict(args)},
         model=model,
         optimizer=optimizer,
@@ -282,6 +287,7 @@ def train(
         changing=lambda: {
             "best": selector.state_dict(),
             "bad_samples": [list(item) for item in bad_samples.found],
+            "skipped_steps": guard.skipped,
             "seconds": spent + time.monotonic() - began,
         },
     )
@@ -325,7 +331,7 @@ def train(
         if not result.finished:
             saver.save_and_stop(epoch - 1, result.steps_done)
             break
-        evaluation = bench.evaluate(trained, task.select_on, judge)
+        evaluation = bench.evaluate(trained, task.select_on, saver.watch(iter(judge), alone=True))
         report = task.report(evaluation.outputs)
         improved = selector.update(epoch, report.scalars)
         journal.write(epoch, result.stats, report, improved, selector.best[selector.rules[0].filename])

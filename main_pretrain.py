@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from sarwmix.datasets import SarDataset
     from sarwmix.transforms import SarTransform
     from util.distributed import Processes
-    from util.resume import Batch
 
 TEST_RUN_STEPS = 3
 
@@ -233,11 +232,12 @@ def train(
     """Everything from loader to last checkpoint; returns the exit code."""
     from engine_pretrain import BadSamples, FiniteGuard, train_one_epoch
     from sarwmix.loader import build_loader
+    from util.checkpoint import load_model_state
     from util.distributed import data_parallel
     from util.log import EpochLog, Progress, ScalarWriter, format_duration, get_logger, memory_mib
     from util.optim import build_adamw, parameter_groups
     from util.precision import precision
-    from util.resume import Batch, find_checkpoint, new_run_id
+    from util.resume import Batch, Resumed, find_checkpoint, resume_run
     from util.saving import RunSaver
     from util.schedule import learning_rate
 
@@ -260,17 +260,24 @@ def train(
     optimizer = build_adamw(parameter_groups(model, weight_decay=args.weight_decay), lr=lr, betas=(0.9, 0.95))
     amp_dtype, scaler = precision(args.amp, device)
 
-    bad_found: list[tuple[str, str]] = []
-    start_epoch, start_step, run_id = 0, 0, new_run_id()
+    resumed = Resumed()
     resume = find_checkpoint(args.resume, output_dir, processes)
     if resume is not None:
-        start_epoch, start_step, bad_found, run_id = restore(
-            resume, model, optimizer, scaler, processes,
-            batch=batch, steps=steps, run=run, allow_mismatch=args.allow_mismatch,
-        )  # fmt: skip
+        resumed = resume_run(
+            resume,
+            run,
+            processes=processes,
+            load_model=partial(load_model_state, model, path=resume),
+            optimizer=optimizer,
+            scaler=scaler,
+            batch=batch,
+            steps=steps,
+            allow_mismatch=args.allow_mismatch,
+        )
     elif args.finetune:
         load_weights(model, args.finetune)
         log.info("started from the weights of %s", args.finetune)
+    start_epoch, start_step = resumed.epoch, resumed.step
     if args.start_epoch is not None:
         start_epoch, start_step = args.start_epoch, 0
 
@@ -278,7 +285,8 @@ def train(
         model.compile_blocks()
     trained = data_parallel(model, processes)
     guard = FiniteGuard(optimizer, allowed=args.skip_nonfinite, device=device)
-    bad_samples = BadSamples(limit=args.max_bad_samples, found=bad_found)
+    guard.skipped = resumed.skipped
+    bad_samples = BadSamples(limit=args.max_bad_samples, found=resumed.bad_samples)
     saver = RunSaver(
         output_dir,
         processes=processes,
@@ -288,12 +296,15 @@ def train(
         hang_timeout=args.hang_timeout,
         seed=args.seed,
         batch=batch,
-        run_id=run_id,
+        run_id=resumed.run_id,
         fixed={**run, "args": groups.args_to_dict(args), "best": {}},
         model=model,
         optimizer=optimizer,
         scaler=scaler,
-        changing=lambda: {"bad_samples": [list(item) for item in bad_samples.found]},
+        changing=lambda: {
+            "bad_samples": [list(item) for item in bad_samples.found],
+            "skipped_steps": guard.skipped,
+        },
     )
     epoch_log = EpochLog(output_dir, start_epoch=start_epoch) if processes.is_main else None
     scalars = ScalarWriter(
@@ -368,35 +379,6 @@ def train(
     loader.close()
     log.info("Training time %s; results in %s", datetime.timedelta(seconds=int(time.monotonic() - began)), output_dir)
     return EXIT_OK
-
-
-def restore(
-    path: Path,
-    model: MixMIM,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler | None,
-    processes: Processes,
-    *,
-    batch: Batch,
-    steps: int,
-    run: dict[str, Any],
-    allow_mismatch: bool,
-) -> tuple[int, int, list[tuple[str, str]], str]:
-    """Bring everything back to where a checkpoint stands: (epoch, step, unreadable samples so far, run id)."""
-    from util.checkpoint import load_model_state
-    from util.log import get_logger
-    from util.resume import check_same_run, load_verified, new_run_id, resume_position
-
-    checkpoint = load_verified(path, processes)
-    check_same_run(checkpoint, run, path=str(path), allow_mismatch=allow_mismatch)
-    load_model_state(model, checkpoint, path=path)
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    if scaler is not None and checkpoint.get("scaler"):
-        scaler.load_state_dict(checkpoint["scaler"])
-    epoch, step = resume_position(checkpoint, batch=batch, steps=steps)
-    get_logger().info("resumed %s: epoch %d, step %d", path, epoch, step)
-    found = [(str(name), str(reason)) for name, reason in checkpoint.get("bad_samples", [])]
-    return epoch, step, found, str(checkpoint.get("run_id") or new_run_id())
 
 
 def draw_reconstructions(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -118,8 +118,10 @@ class Workbench:
             cache=self.cache if train and not cached else "none",
         )
 
-    def evaluate(self, model: nn.Module, split: str, loader: Loader | None = None) -> Evaluation:
-        """All outputs of a split; pass a loader to keep its workers between epochs."""
+    def evaluate(
+        self, model: nn.Module, split: str, loader: Iterable[Mapping[str, Any]] | None = None
+    ) -> Evaluation:
+        """All outputs of a split; pass batches of a loader to keep its workers between epochs."""
         return evaluate(
             model,
             loader if loader is not None else self.loader(split, train=False),

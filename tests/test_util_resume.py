@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from util.checkpoint import save_checkpoint
 from util.distributed import Processes
 from util.errors import UserError
 from util.log import setup_logging
-from util.resume import Batch, check_same_run, find_checkpoint, load_verified, new_run_id, resume_position
+from util.resume import Batch, check_same_run, find_checkpoint, load_verified, new_run_id, restore_rng, resume_position
+from util.seeding import rng_state
 
 RUN = {"kind": "pretrain", "data": {"dataset": "demo", "bands": ["VH", "VV"]}, "schedule": {"epochs": 3, "lr": None}}
 
@@ -75,6 +77,16 @@ def test_find_and_load(tmp_path):
     assert load_verified(found, alone) == {"epoch": 3}
     with pytest.raises(UserError, match="does not exist"):
         find_checkpoint(str(tmp_path / "x.pth"), tmp_path, alone)
+
+
+def test_generators_are_restored_for_the_same_number_of_processes():
+    state = {"rng": {0: rng_state()}}
+    first = torch.rand(())
+    restore_rng(state, Processes())
+    assert torch.rand(()) == first
+    restore_rng(state, Processes(world_size=2))  # another number: left alone
+    assert torch.rand(()) != first
+    restore_rng({}, Processes())
 
 
 def test_run_ids_differ():

@@ -37,18 +37,28 @@ def test_late_batch_ends_the_job_and_shows_where(ended):
 
 def test_slow_step_after_quick_ones_ends_the_job(ended):
     dog = Watchdog(Processes(world_size=2), limit=0.2)
-    for number in dog.watch(_slow_batches(0, 0, 0)):
-        time.sleep(0.8 if number == 2 else 0.01)
+    for number in dog.watch(_slow_batches(*[0] * 5)):
+        time.sleep(0.8 if number == 4 else 0.01)
     dog.close()
     assert "computing a step together" in ended[0][0]
 
 
 def test_steps_may_take_a_few_times_the_slowest(ended):
     dog = Watchdog(Processes(world_size=2), limit=0.1)
-    for number in dog.watch(_slow_batches(0, 0, 0, 0)):
-        time.sleep((0.5, 0.09, 0.3, 0.5)[number])  # the first may compile; 0.3 < 4 * 0.09; 0.5 < 4 * 0.3
+    for number in dog.watch(_slow_batches(*[0] * 6)):
+        time.sleep((0.5, 0, 0, 0.09, 0.3, 0.5)[number])  # the first three may compile; 0.3 < 4 * 0.09; 0.5 < 4 * 0.3
     dog.close()
     assert ended == []
+
+
+def test_evaluation_is_only_watched_while_it_waits(ended):
+    dog = Watchdog(Processes(world_size=2), limit=0.2)
+    for _ in dog.watch(_slow_batches(0, 0), alone=True):
+        time.sleep(0.6)
+    assert ended == []
+    list(dog.watch(_slow_batches(0.7), alone=True))
+    dog.close()
+    assert "waiting for a batch" in ended[0][0]
 
 
 @pytest.mark.parametrize(("world_size", "limit"), [(1, 0.05), (2, 0.0)])

@@ -62,6 +62,9 @@ def _fail(message: str, code: int) -> None:
     """Print `message`, end the other processes when there are some, and leave with `code`."""
     if _failure_hook is not None:
         _failure_hook(message, code)
+    log = sys.modules.get("util.log")  # not imported here: it would make `--help` slow
+    if log is not None:
+        log.record_in_file(message)
     print(message, file=sys.stderr, flush=True)  # noqa: T201 - the one place that speaks without a logger
     sys.exit(code)
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from util.checkpoint import load_checkpoint, resolve_resume
 from util.distributed import Processes
 from util.errors import UserError
 from util.log import get_logger
+from util.seeding import set_rng_state
 
 _ABSENT = "(not stored)"
 
@@ -96,6 +99,16 @@ def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any], *, path
     get_logger().warning("resuming a different run (--allow_mismatch): %s", text)
 
 
+def restore_rng(checkpoint: Mapping[str, Any], processes: Processes) -> None:
+    """Bring the global generators back, when the run has as many processes as before.
+
+    Training steps do not depend on them (see `util.seeding`); whatever else draws numbers does.
+    """
+    states = checkpoint.get("rng")
+    if isinstance(states, Mapping) and len(states) == processes.world_size and processes.rank in states:
+        set_rng_state(states[processes.rank])
+
+
 def resume_position(checkpoint: Mapping[str, Any], *, batch: Batch, steps: int) -> tuple[int, int]:
     """Where a resumed run continues.
 
@@ -137,3 +150,61 @@ def resume_position(checkpoint: Mapping[str, Any], *, batch: Batch, steps: int) 
     if seen:
         log.warning("%d samples of epoch %d were done; %d are done again", seen, epoch, seen - step * batch.per_step)
     return epoch, step
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """Where a run stands after `resume_run`, or at its start."""
+
+    epoch: int = 0
+    step: int = 0  # forward passes of the epoch already done
+    run_id: str = field(default_factory=new_run_id)
+    skipped: int = 0  # steps that were not finite
+    bad_samples: list[tuple[str, str]] = field(default_factory=list)
+    entries: Mapping[str, Any] = field(default_factory=dict)  # the checkpoint without what has been restored
+
+
+def resume_run(
+    path: Path,
+    run: Mapping[str, Any],
+    *,
+    processes: Processes,
+    load_model: Callable[[dict[str, Any]], None],
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler | None,
+    batch: Batch,
+    steps: int,
+    allow_mismatch: bool,
+) -> Resumed:
+    """Bring a run back to where a checkpoint stands.
+
+    Args:
+        path: what `find_checkpoint` returned.
+        run: what defines this run, see `check_same_run`.
+        processes: those that train together.
+        load_model: gets the checkpoint and puts its weights into the model, or refuses them.
+        optimizer, scaler: restored in place.
+        batch, steps: see `resume_position`.
+        allow_mismatch: see `check_same_run`.
+
+    Raises:
+        UserError: the checkpoint belongs to another run.
+    """
+    checkpoint = load_verified(path, processes)
+    check_same_run(checkpoint, run, path=str(path), allow_mismatch=allow_mismatch)
+    load_model(checkpoint)
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    if scaler is not None and checkpoint.get("scaler"):
+        scaler.load_state_dict(checkpoint["scaler"])
+    restore_rng(checkpoint, processes)
+    epoch, step = resume_position(checkpoint, batch=batch, steps=steps)
+    get_logger().info("resumed %s: epoch %d, step %d", path, epoch, step)
+    return Resumed(
+        epoch=epoch,
+        step=step,
+        run_id=str(checkpoint.get("run_id") or new_run_id()),
+        skipped=int(checkpoint.get("skipped_steps", 0)),
+        bad_samples=[(str(name), str(reason)) for name, reason in checkpoint.get("bad_samples", [])],
+        # Model and optimizer would stay in memory a second time.
+        entries={name: value for name, value in checkpoint.items() if name not in ("model", "optimizer")},
+    )

@@ -79,9 +79,9 @@ class RunSaver:
         self.stopping = False  # all processes have agreed to stop
         self.stopped = False  # ... and have saved
 
-    def watch(self, batches: Iterator[T]) -> Iterator[T]:
-        """Pass batches on, ending the job when a process does not get one, or does not come for the next."""
-        return self._watchdog.watch(batches)
+    def watch(self, batches: Iterator[T], *, alone: bool = False) -> Iterator[T]:
+        """Pass batches on, ending the job when a process hangs; see `Watchdog.watch`."""
+        return self._watchdog.watch(batches, alone=alone)
 
     def save(self, epoch: int, step: int, names: Sequence[str], *, recent: bool = True, wait: bool = False) -> None:
         """Save with `epoch` finished and `step` steps of the next one done; see `CheckpointManager.save`."""

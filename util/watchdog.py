@@ -22,7 +22,8 @@ T = TypeVar("T")
 
 _COMPUTE_SHARE = 1.2  # a step may take this share of the limit, so that the one that waits for data speaks first
 _SLOWEST_SHARE = 4.0  # ... or this many times the slowest step so far
-_FIRST_SHARE = 20.0  # the first step compiles kernels and may take this many limits
+_FIRST_SHARE = 20.0  # the first steps compile kernels and may take this many limits
+_FIRST_STEPS = 3
 
 
 class Watchdog:
@@ -37,7 +38,8 @@ class Watchdog:
         """
         self._processes = processes
         self._limit = limit
-        self._slowest: float | None = None
+        self._slowest = 0.0
+        self._steps = 0
         self._watched: tuple[str, float, float] | None = None  # what is done, since when, how long it may take
         self._main = threading.get_ident()
         self._closed = threading.Event()
@@ -46,8 +48,13 @@ class Watchdog:
             self._thread = threading.Thread(target=self._look, name="watchdog", daemon=True)
             self._thread.start()
 
-    def watch(self, batches: Iterator[T]) -> Iterator[T]:
-        """Pass `batches` on, watching the time each takes to come and the time until the next is asked for."""
+    def watch(self, batches: Iterator[T], *, alone: bool = False) -> Iterator[T]:
+        """Pass `batches` on, watching the time each takes to come and the time until the next is asked for.
+
+        Args:
+            batches: of a loader.
+            alone: this process computes without the others (evaluation): only the coming of batches is watched.
+        """
         try:
             while True:
                 self._watched = ("waiting for a batch from the data loader", time.monotonic(), self._limit)
@@ -55,17 +62,21 @@ class Watchdog:
                     batch = next(batches)
                 except StopIteration:
                     return
+                if alone:
+                    self._watched = None
+                    yield batch
+                    continue
                 began = time.monotonic()
                 self._watched = ("computing a step together with the other processes", began, self._patience())
                 yield batch
-                spent = time.monotonic() - began
-                # The very first step is not counted: it compiles.
-                self._slowest = max(self._slowest or 0.0, spent) if self._slowest is not None else 0.0
+                self._steps += 1
+                if self._steps > _FIRST_STEPS:
+                    self._slowest = max(self._slowest, time.monotonic() - began)
         finally:
             self._watched = None
 
     def _patience(self) -> float:
-        if self._slowest is None:
+        if self._steps < _FIRST_STEPS:
             return _FIRST_SHARE * self._limit
         return max(_COMPUTE_SHARE * self._limit, _SLOWEST_SHARE * self._slowest)
 
