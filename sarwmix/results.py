@@ -157,6 +157,7 @@ class Results:
         if path is None:
             raise UserError(f"--eval --resume auto found no checkpoint in {self.output_dir}")
         checkpoint = load_verified(path, bench.processes)
+        self.task.check_settings(checkpoint.get("model_config") or {}, source=str(path))
         load_trained(model, checkpoint, source=str(path), protocol=protocol, classes=self.task.classes)
         for split in bench.splits:
             evaluation = bench.evaluate(model, split)

@@ -102,6 +102,25 @@ class Task(ABC):
         return len(self.classes)
 
     @property
+    def model_settings(self) -> dict[str, Any]:
+        """Settings beyond the size table that change what a model of this task computes; kept in its checkpoints."""
+        return {}
+
+    def check_settings(self, saved: Mapping[str, Any], *, source: str) -> None:
+        """Refuse weights that were trained with other `model_settings`: they would load and compute something else.
+
+        Args:
+            saved: the checkpoint's `model_config`; released files have none.
+            source: what the message calls the checkpoint.
+
+        Raises:
+            UserError: a setting differs.
+        """
+        for name, value in self.model_settings.items():
+            if name in saved and saved[name] != value:
+                raise UserError(f"{source} was trained with {name} {saved[name]}, not {value}; give --{name} to fit")
+
+    @property
     def select_on(self) -> str:
         """Split that selects the best epoch: "val", or "test" where a published protocol does so."""
         return "val"

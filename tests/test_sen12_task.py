@@ -172,6 +172,10 @@ def test_task_options() -> None:
     assert (model.patch_op, model.legacy_tiling, model.img_size) == ("max", True, 128)
     assert task.select_on == "test"
     assert build_task("pair", CLASSES, {"val_frac": 0.1}).select_on == "val"
+    task.check_settings({}, source="released.pth")
+    task.check_settings({"patch_op": "max", "legacy_tiling": True, "name": "mixmim_base"}, source="ours.pth")
+    with pytest.raises(UserError, match=r"ours.pth was trained with patch_op avg, not max; give --patch_op"):
+        task.check_settings({"patch_op": "avg"}, source="ours.pth")
     with pytest.raises(UserError, match="--input_size is 200; .* a multiple of 128, such as 512"):
         task.build_model(SMALL, input_size=200, in_chans=2, drop_path_rate=0.0)
     with pytest.raises(UserError, match="two classes"):
@@ -319,6 +323,10 @@ def test_a_run_prints_logs_and_draws_what_the_contract_says(
     best = tmp_path / "run" / "checkpoint_best.pth"
     finetune(monkeypatch, *common, "--eval", "--resume", best, "--output_dir", tmp_path / "eval")
     assert f"Accuracy of the network on the {count} test images: {scalars['acc']:.4f}%" in capsys.readouterr().out
+    with pytest.raises(UserError, match="was trained with patch_op avg, not max"):
+        finetune(
+            monkeypatch, *common, "--patch_op", "max", "--eval", "--resume", best, "--output_dir", tmp_path / "eval"
+        )
 
 
 @pytest.mark.mpi

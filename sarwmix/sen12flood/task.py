@@ -85,6 +85,10 @@ class PairTask(Task):
         self.val_frac = val_frac
 
     @property
+    def model_settings(self) -> dict[str, Any]:
+        return {"patch_op": self.patch_op, "legacy_tiling": self.legacy_tiling}
+
+    @property
     def select_on(self) -> str:
         """The published protocol selects on test; with --val_frac the held-out sequences select."""
         return "test" if self.val_frac is None else "val"
