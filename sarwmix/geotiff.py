@@ -47,14 +47,15 @@ class Layout:
 
     Attributes:
         offset: First byte of the pixels.
-        proof: (start, bytes) pieces of the header: signature, directory, strip offsets and strip lengths.
+        proof: (start, end, bytes) pieces of the header: signature, directory, strip offsets and strip lengths; those
+            that touch are one piece (in the official files all of them).
     """
 
     offset: int
-    proof: tuple[tuple[int, bytes], ...]
+    proof: tuple[tuple[int, int, bytes], ...]
 
     def matches(self, header: bytes | bytearray | memoryview) -> bool:
-        return all(header[start : start + len(piece)] == piece for start, piece in self.proof)
+        return all(header[start:stop] == piece for start, stop, piece in self.proof)
 
 
 def parse_layout(header: bytes, height: int, width: int) -> Layout:
@@ -81,7 +82,7 @@ def parse_layout(header: bytes, height: int, width: int) -> Layout:
         raise NotPlain("directory lies beyond the header")
     if struct.unpack_from("<I", header, end - 4)[0] != 0:
         raise NotPlain("more than one image (overview or mask)")
-    proof = [(0, bytes(header[:8])), (directory, bytes(header[directory:end]))]
+    proof = [(0, 8), (directory, end)]
     values: dict[int, tuple[int, ...]] = {}
     for entry in range(count):
         place = directory + 2 + 12 * entry
@@ -97,7 +98,7 @@ def parse_layout(header: bytes, height: int, width: int) -> Layout:
             raise NotPlain(f"values of tag {tag} lie beyond the header")
         values[tag] = struct.unpack_from(pattern, header, start)
         if size > 4:
-            proof.append((start, bytes(header[start : start + size])))
+            proof.append((start, start + size))
     for tag, wanted in _REQUIRED.items():
         if values.pop(tag, None) != (wanted,):
             raise NotPlain(f"tag {tag} is not {wanted}")
@@ -122,7 +123,13 @@ def parse_layout(header: bytes, height: int, width: int) -> Layout:
         position += size
     if offsets[0] < end:
         raise NotPlain("strips that overlap the directory")
-    return Layout(offsets[0], tuple(proof))
+    pieces: list[tuple[int, int]] = []
+    for start, stop in sorted(proof):
+        if pieces and start <= pieces[-1][1]:
+            pieces[-1] = (pieces[-1][0], max(stop, pieces[-1][1]))
+        else:
+            pieces.append((start, stop))
+    return Layout(offsets[0], tuple((start, stop, bytes(header[start:stop])) for start, stop in pieces))
 
 
 class PatchReader:
