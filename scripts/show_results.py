@@ -1,0 +1,64 @@
+#!/usr/bin/env python3
+"""Results of finished fine-tuning runs side by side.
+
+    python scripts/show_results.py runs/quickstart/finetune_pretrained runs/quickstart/finetune_random
+
+One line a run: protocol, start, data set, statistics, seed, training samples, and the test metrics of the run's main
+result (checkpoint_best.pth where epochs were selected).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from util.errors import UserError, run_cli
+from util.files import read_json
+
+METRICS = ("ap_macro", "ap_micro", "f1_macro", "f1_micro", "accuracy", "f1")
+FACTS = ("protocol", "initialisation", "dataset", "statistics", "seed")
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """metrics.json of a run, flattened to what a line shows.
+
+    Raises:
+        UserError: the folder holds no finished run.
+    """
+    path = folder if folder.suffix == ".json" else folder / "metrics.json"
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: the run is not finished, or it is no run of main_finetune.py")
+    content = read_json(path)
+    if not isinstance(content, dict) or not content.get("results"):
+        raise UserError(f"{path} is not the metrics.json of a fine-tuning run")
+    result = next(iter(content["results"].values()))
+    row = {name: content.get(name, "-") for name in FACTS}
+    row["train"] = content.get("samples", {}).get("train", "-")
+    return {"run": folder.name, **row, **result.get("test", {}).get("scalars", {})}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Aligned text; metrics that no run has are left out."""
+    columns = ["run", *FACTS, "train", *[name for name in METRICS if any(name in row for row in rows)]]
+    cells = [columns]
+    for row in rows:
+        values = [row.get(name, "-") for name in columns]
+        cells.append([f"{value:.4f}" if isinstance(value, float) else str(value) for value in values])
+    widths = [max(len(line[column]) for line in cells) for column in range(len(columns))]
+    return "\n".join(
+        "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in cells
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("runs", nargs="+", type=Path, metavar="DIR", help="output folders of main_finetune.py")
+    print(table([read_run(folder) for folder in parser.parse_args().runs]))
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,63 @@
+"""Finished runs side by side, and the table of the demo's result."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from scripts import demo_result, show_results
+from util.errors import UserError
+
+
+def write_run(folder: Path, start: str, value: float) -> Path:
+    folder.mkdir(parents=True)
+    scalars = {"ap_macro": value, "ap_micro": value + 0.1, "f1_macro": 0.5, "f1_micro": 0.6}
+    content = {
+        "protocol": "finetune",
+        "initialisation": start,
+        "dataset": "demo",
+        "statistics": "demo",
+        "seed": 0,
+        "samples": {"train": 464, "val": 160, "test": 144},
+        "results": {"checkpoint_best.pth": {"epoch": 3, "test": {"scalars": scalars}}},
+    }
+    (folder / "metrics.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_one_line_a_run(tmp_path: Path) -> None:
+    rows = [show_results.read_run(write_run(tmp_path / name, name, v)) for name, v in (("a", 0.25), ("b", 0.5))]
+    lines = show_results.table(rows).splitlines()
+    assert lines[0].split() == [
+        "run", "protocol", "initialisation", "dataset", "statistics", "seed", "train",
+        "ap_macro", "ap_micro", "f1_macro", "f1_micro",
+    ]  # fmt: skip
+    assert lines[1].split() == "a finetune a demo demo 0 464 0.2500 0.3500 0.5000 0.6000".split()
+    assert "0.5000" in lines[2]
+
+
+def test_unfinished_and_foreign_folders_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not finished"):
+        show_results.read_run(tmp_path)
+    (tmp_path / "metrics.json").write_text("[]")
+    with pytest.raises(UserError, match="not the metrics.json"):
+        show_results.read_run(tmp_path)
+
+
+def test_finished_runs_of_the_demo_are_not_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seed, value in ((0, 0.3), (1, 0.5)):
+        write_run(tmp_path / f"knn_random_{seed}", "random", value)
+        write_run(tmp_path / f"knn_pretrained_{seed}", "x.pth", value + 0.1)
+    (tmp_path / "x.pth").touch()
+    words = ["--data_path", "d", "--pretrained", str(tmp_path / "x.pth"), "--output_dir", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["demo_result.py", *words, "--seeds", "0", "1", "--protocols", "knn"])
+    demo_result.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert "0.4000 +-0.1414" in lines[1]
+    assert "0.5000 +-0.1414" in lines[2]
+    assert set(json.loads((tmp_path / "demo_result.json").read_text())["test"]) == {"knn random", "knn pretrained"}
