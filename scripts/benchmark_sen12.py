@@ -2,8 +2,9 @@
 """Time and bytes of the SEN12-FLOOD preparation against a straightforward implementation, in one interleaved run.
 
 Each measurement is a fresh process on the same generated tree; the order alternates (straightforward, npy, store, then
-backwards), and the figure is the median of the ratios within a round. --durable adds a sync of the file system to every
-measurement, so that bytes still on their way to the disk count. Prints JSON.
+backwards), and the figure is the median of the ratios within a round. Processor time is given, too: it is what counts
+on a machine that others use at the same time. --durable adds a sync of the file system to every measurement, so that
+bytes still on their way to the disk count. Prints JSON.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import json
 import os
 import platform
+import resource
 import shutil
 import statistics
 import subprocess
@@ -28,8 +30,8 @@ ROOT = Path(__file__).resolve().parents[1]
 VARIANTS = ("straightforward", "npy", "store")
 
 
-def run_variant(variant: str, raw: Path, folder: Path, size: int, jobs: int, durable: bool) -> float:
-    """Seconds of one variant in a fresh process; its result stays in folder/out."""
+def run_variant(variant: str, raw: Path, folder: Path, size: int, jobs: int, durable: bool) -> tuple[float, float]:
+    """Wall-clock and processor seconds of one variant in a fresh process; its result stays in folder/out."""
     work, out = folder / "work", folder / "out"
     if variant == "straightforward":
         code = (
@@ -42,6 +44,7 @@ def run_variant(variant: str, raw: Path, folder: Path, size: int, jobs: int, dur
         command += ["--out", str(out), "--layout", variant, "--size", str(size), "--jobs", str(jobs)]
     if durable:
         os.sync()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     begin = time.perf_counter()
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if durable:
@@ -49,7 +52,8 @@ def run_variant(variant: str, raw: Path, folder: Path, size: int, jobs: int, dur
     seconds = time.perf_counter() - begin
     if done.returncode:
         raise UserError(f"{variant} ended with {done.returncode}: {done.stderr[-2000:]}")
-    return seconds
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return seconds, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def pixel_bytes(out: Path) -> int:
@@ -98,6 +102,7 @@ def main() -> int:
         test = max(1, args.sequences // 4)
         raw = generate(scratch / "raw", DemoOptions(args.sequences - test, test, args.frames, args.size))
         seconds: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+        processor: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
         sizes: dict[str, int] = {}
         pairs = 0
         for number in range(args.rounds):
@@ -105,13 +110,22 @@ def main() -> int:
                 folder = scratch / variant
                 shutil.rmtree(folder, ignore_errors=True)
                 folder.mkdir()
-                seconds[variant].append(run_variant(variant, raw, folder, args.size, args.jobs, args.durable))
+                wall, used = run_variant(variant, raw, folder, args.size, args.jobs, args.durable)
+                seconds[variant].append(wall)
+                processor[variant].append(used)
             if number == 0:
                 outs = [scratch / variant / "out" for variant in VARIANTS]
                 pairs = compare(*outs)
                 sizes = {variant: pixel_bytes(out) for variant, out in zip(VARIANTS, outs, strict=True)}
                 sizes["straightforward with intermediate files"] = pixel_bytes(scratch / "straightforward")
-        base = seconds["straightforward"]
+
+        def ratios(times: dict[str, list[float]]) -> dict[str, float]:
+            base = times["straightforward"]
+            return {
+                variant: round(statistics.median(a / b for a, b in zip(times[variant], base, strict=True)), 4)
+                for variant in VARIANTS[1:]
+            }
+
         result = {
             "sequences": args.sequences,
             "frames": args.frames,
@@ -123,10 +137,10 @@ def main() -> int:
             "pairs": pairs,
             "same_values": True,
             "seconds": {variant: [round(value, 3) for value in values] for variant, values in seconds.items()},
-            "time_ratio": {
-                variant: round(statistics.median(a / b for a, b in zip(seconds[variant], base, strict=True)), 4)
-                for variant in VARIANTS[1:]
-            },
+            "processor_seconds": {variant: [round(v, 3) for v in values] for variant, values in processor.items()},
+            "time_ratio": ratios(seconds),
+            "processor_time_ratio": ratios(processor),
+            "load": os.getloadavg()[0],
             "bytes": sizes,
             "bytes_written_ratio": {
                 variant: round(sizes[variant] / sizes["straightforward with intermediate files"], 4)

@@ -21,12 +21,15 @@ def main() -> int:
     parser.add_argument(
         "--size", type=int, default=512, help="rows and columns of the grid; default: 512 as in reality"
     )
+    parser.add_argument(
+        "--swath_edges", type=float, default=0.15, help="share of images with a swath edge; default: 0.15"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--zip", type=Path, metavar="FILE", help="pack the tree like the published zip, too")
     args = parser.parse_args()
     from sarwmix.sen12flood.demo import DemoOptions, generate, make_zip
 
-    options = DemoOptions(args.train, args.test, args.frames, args.size, args.seed)
+    options = DemoOptions(args.train, args.test, args.frames, args.size, args.seed, args.swath_edges)
     generate(args.out, options)
     print(f"{args.train} + {args.test} sequences of {args.frames} acquisitions in {args.out}")
     if args.zip is not None:

@@ -12,7 +12,7 @@ began=$SECONDS
 data=data/demo_flood
 out=runs/quickstart_flood
 encoder=runs/quickstart/pretrain/checkpoint.pth
-side=256 # 2 x 2 tiles of 128 px; the real images have 512
+side=128 # one tile, for speed; the real images have 512, 4 x 4 tiles
 
 if [ ! -f "$encoder" ]; then
     encoder="$out/pretrain/checkpoint.pth"
@@ -24,10 +24,10 @@ if [ ! -f "$encoder" ]; then
         --num_workers 0 --output_dir "$out/pretrain"
 fi
 
-say "a zip with the structure of SEN12FLOOD.zip: 14 + 6 places, 6 acquisitions each"
+say "a zip with the structure of SEN12FLOOD.zip: 20 + 8 places, 7 acquisitions each"
 rm -rf "$data/raw" "$data/SEN12FLOOD.zip"
-python scripts/make_sen12_demo.py --out "$data/raw" --train 14 --test 6 --frames 6 --size "$side" \
-    --zip "$data/SEN12FLOOD.zip"
+python scripts/make_sen12_demo.py --out "$data/raw" --train 20 --test 8 --frames 7 --size "$side" \
+    --swath_edges 0.05 --zip "$data/SEN12FLOOD.zip"
 
 say "preparation: unzip, align, pair, clean"
 PYTHON=python scripts/prepare_sen12flood.sh --zip "$data/SEN12FLOOD.zip" --work "$data/work" \
@@ -36,7 +36,8 @@ PYTHON=python scripts/prepare_sen12flood.sh --zip "$data/SEN12FLOOD.zip" --work 
 say "fine-tuning on 2 processes; a fifth of the training places selects the best epoch"
 rm -rf "$out/finetune"
 mpi_run 2 python main_finetune.py --dataset sen12flood --data_path "$data/prepared" --model mixmim_tiny \
-    --input_size "$side" --finetune "$encoder" --val_frac 0.2 --epochs 5 --warmup_epochs 1 --batch_size 8 --lr 1e-3 \
+    --input_size "$side" --finetune "$encoder" --val_frac 0.2 --epochs 6 --warmup_epochs 1 --batch_size 4 --lr 1e-3 \
+    --clip_grad 1 \
     --num_workers 0 --output_dir "$out/finetune"
 
 say "evaluation of the best checkpoint"
