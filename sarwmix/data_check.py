@@ -11,7 +11,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing import get_context
@@ -56,7 +56,7 @@ class Finding:
 
     def text(self) -> str:
         """One line for the console."""
-        listed = ", ".join(self.names[:_EXAMPLES])
+        listed = "; ".join(self.names[:_EXAMPLES])  # class names hold commas
         more = f" and {len(self.names) - _EXAMPLES} more" if len(self.names) > _EXAMPLES else ""
         return f"{self.kind}: {self.topic}: {self.message}" + (f": {listed}{more}" if listed else "")
 
@@ -508,17 +508,27 @@ def examine(
         if "check" in spec.options and not registry.is_packed(data_path):
             given.setdefault("check", "none")  # reading tells more than looking for files
         parts: dict[str, SarDataset] = {}
+        without_labels = {**given, "labels": "none"} if "labels" in spec.options else None
+        reading = given
         for split in wanted:
             try:
                 parts[split] = registry.build_dataset(name, data_path, split, **given)
-                result.counts[split] = len(parts[split])
             except UserError as error:
                 result.findings.append(_error("cannot be opened", f"split {split}: {error}"))
+                if without_labels is not None:  # wrong labels must not hide what is wrong with the pixels
+                    with suppress(UserError):
+                        parts[split] = registry.build_dataset(name, data_path, split, **without_labels)
+                        reading = without_labels
+            if split in parts:
+                result.counts[split] = len(parts[split])
         if not parts:
             return result
         # One data set of all splits that exist, so that a sample is drawn from them together.
         joined = "+".join(parts)
-        result.dataset = parts[joined] if joined in parts else registry.build_dataset(name, data_path, joined, **given)
+        if joined in parts:
+            result.dataset = parts[joined]
+        else:
+            result.dataset = registry.build_dataset(name, data_path, joined, **reading)
     # Statistics and pictures of pairs are about their images, each once and in dB.
     dataset = result.dataset = single_images(result.dataset)
     for split, expected in registry.OFFICIAL_COUNTS.get(name, {}).items():

@@ -143,6 +143,31 @@ def test_compare_tables_counts_only_differences() -> None:
     assert compare_tables(table, other, "t") == []
 
 
+def test_wrong_label_inside_a_store_does_not_hide_the_pixels(tmp_path: Path) -> None:
+    import zarr
+
+    root = tmp_path / "b.zarr"
+    group = zarr.open_group(str(root), mode="w", zarr_format=2)
+    rng = np.random.default_rng(0)
+    for number in range(9):
+        name = f"S1A_IW_GRDH_1SDV_20170613T165043_33UUP_0_{number}"
+        patch = group.create_group(f"sentinel1/{name}")
+        for band, level in (("VH", -19.0), ("VV", -12.0)):
+            pixels = rng.normal(level, 3, (120, 120)).astype(np.float32)
+            pixels[: 10 * (number == 4)] = np.nan
+            patch.create_array(band, shape=pixels.shape, dtype="f4", chunks=pixels.shape)[:] = pixels
+        patch.attrs["labels"] = ["Pasture" if number in (1, 7) else "Pastures"]
+        with (tmp_path / f"benv1_{('train', 'val', 'test')[number // 3]}.csv").open("a") as file:
+            file.write(f"x,{name}\n")
+    found = examine("benv1", root)
+    opened = [one.message for one in found.findings if one.topic == "cannot be opened"]
+    assert len(opened) == 2
+    assert "33UUP_0_1: unknown label 'Pasture'" in opened[0]
+    assert "33UUP_0_7: unknown label 'Pasture'" in opened[1]
+    assert found.counts == {"train": 3, "val": 3, "test": 3}
+    assert finding(found, "invalid pixels").names[0].endswith("33UUP_0_4 (1200 VH, 1200 VV)")
+
+
 def test_equal_and_constant_images(data: Path) -> None:
     names = names_of(data)
     for band in ("VH", "VV"):
