@@ -66,6 +66,15 @@ def finish(job: subprocess.Popen[str], timeout: float = 120) -> tuple[int, str]:
     return job.returncode, output
 
 
+def read_until(job: subprocess.Popen[str], text: str) -> None:
+    """Wait for a line of the job's output: the start takes as long as the machine is busy."""
+    assert job.stdout is not None
+    lines = []
+    while not lines or text not in lines[-1]:
+        lines.append(job.stdout.readline())
+        assert lines[-1], "".join(lines)
+
+
 def left_behind(out: Path) -> list[str]:
     """Command lines of processes that still work on this output folder."""
     found = []
@@ -205,11 +214,13 @@ def test_processes_equal_one_that_sees_the_same(
 @pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGUSR1", marks=pytest.mark.slow)])
 def test_a_signal_to_one_rank_saves_and_ends_all(start: Start, whole: Path, tmp_path: Path, name: str) -> None:
     """The signal comes in mid-epoch from within rank 1; all leave with 75, and the resumed run is bit-equal."""
+    job = start(fault={"kind": name, "rank": 1, "batch": 15})
+    read_until(job, f"{name}: stopping after this step")
     began = time.monotonic()
-    code, output = finish(start(fault={"kind": name, "rank": 1, "batch": 15}))
+    code, output = finish(job)
     assert code == 75, output
     assert "stopped on request: 1 epochs and" in output
-    assert time.monotonic() - began < 60  # start included; the promise of 30 s counts from the signal
+    assert time.monotonic() - began < 30
     info = verify_checkpoint(tmp_path / "run" / "checkpoint.pth")
     assert info is not None
     assert info.epoch == 0
@@ -224,9 +235,7 @@ def test_a_signal_to_one_rank_saves_and_ends_all(start: Start, whole: Path, tmp_
 @pytest.mark.slow
 def test_a_signal_from_outside_and_a_second_one(start: Start, tmp_path: Path) -> None:
     job = start(fault={"slow": 0.3})
-    assert job.stdout is not None
-    while "Epoch 1/3" not in job.stdout.readline():
-        assert job.poll() is None
+    read_until(job, "Epoch 1/3")
     ranks = rank_processes(tmp_path / "run")
     assert sorted(ranks) == [0, 1]
     sent = time.monotonic()
@@ -236,9 +245,7 @@ def test_a_signal_from_outside_and_a_second_one(start: Start, tmp_path: Path) ->
     assert time.monotonic() - sent < 30
     verify_checkpoint(tmp_path / "run" / "checkpoint.pth")
     job = start("--resume", "auto", fault={"slow": 5.0})  # the step takes long: only a second signal ends it at once
-    assert job.stdout is not None
-    while "training epochs" not in job.stdout.readline():
-        assert job.poll() is None
+    read_until(job, "training epochs")
     time.sleep(1.0)
     for rank in (0, 1):
         for _ in range(2):
@@ -265,9 +272,7 @@ def test_a_signal_to_the_launch_script_saves(demo_root: Path, tmp_path: Path, na
         ["bash", str(ROOT / "scripts" / "run_local.sh"), "--", *flags], env=clean_environment(settings), cwd=tmp_path,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
-    assert job.stdout is not None
-    while "Epoch 1/3" not in job.stdout.readline():
-        assert job.poll() is None
+    read_until(job, "Epoch 1/3")
     job.send_signal(getattr(signal, name))
     sent = time.monotonic()
     code, output = finish(job)
@@ -337,11 +342,7 @@ def test_a_dead_or_hung_rank_ends_the_job(
     start: Start, tmp_path: Path, kind: str, code: int | None, text: str
 ) -> None:
     job = start(fault={"kind": kind, "rank": 1, "batch": 14})
-    assert job.stdout is not None
-    lines = []
-    while not lines or "Epoch 1/3" not in lines[-1]:
-        lines.append(job.stdout.readline())
-        assert lines[-1], "".join(lines)
+    read_until(job, "Epoch 1/3")
     began = time.monotonic()
     found, output = finish(job)
     assert found not in (0, 75)
@@ -356,11 +357,12 @@ def test_a_dead_or_hung_rank_ends_the_job(
 @pytest.mark.slow
 def test_torchrun_ends_when_a_rank_hangs(start: Start, tmp_path: Path) -> None:
     job = start(launcher="torchrun", fault={"kind": "hang", "rank": 1, "batch": 14})
+    read_until(job, "Epoch 1/3")
     began = time.monotonic()
     code, output = finish(job)
     assert code != 0
     assert "while waiting for a batch" in output
-    assert time.monotonic() - began < 90  # start included
+    assert time.monotonic() - began < 60
     assert left_behind(tmp_path / "run") == []
 
 
