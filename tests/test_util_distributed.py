@@ -241,6 +241,26 @@ def test_dist_on_itp_and_tcp_without_mpi4py(program):
 
 
 @pytest.mark.mpi
+@pytest.mark.slow
+def test_slurm_without_pmix(program):
+    """What plain srun sets for two tasks on this machine."""
+    environment = {
+        "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_TASKS_PER_NODE": "2",
+        "SLURM_JOB_ID": str(time.time_ns() % 100000), "SLURM_STEP_ID": "0",
+    }  # fmt: skip
+    tasks = [
+        subprocess.Popen(
+            [sys.executable, program, "ok"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env=clean_environment({**environment, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}),
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    outputs = [task.communicate(timeout=90)[0] for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0], outputs
+    assert "rank 0/2 slurm gloo" in outputs[0]
+
+
+@pytest.mark.mpi
 def test_manual_tcp_and_a_port_in_use(program):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
