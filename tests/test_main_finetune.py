@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import os
 import re
@@ -21,7 +22,9 @@ import engine_finetune
 import main_finetune
 from models_mixmim import MixMIM, model_config
 from models_mixmim_ft import MixMIMClassifier
+from sarwmix.registry import build_dataset
 from tests.conftest import ROOT, Runner, clean_environment
+from tests.test_bigearthnet import write_csv, write_zarr
 from util.checkpoint import load_checkpoint, save_checkpoint
 from util.errors import EXIT_PREEMPTED, UserError
 
@@ -305,6 +308,31 @@ def test_labels_that_are_unknown_or_empty(script: Script, demo_root: Path, tmp_p
     empty.to_parquet(root / "metadata.parquet")
     with pytest.raises(UserError, match="label"):
         script("--protocol", "knn", "--data_path", root)
+
+
+def test_real_patches_as_v2_geotiff_and_as_v1_zarr_give_the_same_result(
+    script: Script, realdata: Path, tmp_path: Path
+) -> None:
+    root = realdata / "bigearthnet_s1"
+    with (root / "index.csv").open() as stream:
+        index = list(csv.DictReader(stream))
+    splits = ["train"] * 6 + ["validation"] * 2 + ["test"] * 2
+    rows = [["patch_id", "labels", "split", "country", "s1_name"]]
+    rows += [
+        [row["v2_patch_id"], str(row["v2_labels19"].split("|")), split, row["country"], row["s1_name"]]
+        for row, split in zip(index, splits, strict=True)
+    ]
+    metadata = write_csv(tmp_path / "metadata.csv", rows)
+    tiff = build_dataset("benv2", root, "train+val+test", metadata=metadata)
+    store = tmp_path / "v1.zarr"
+    write_zarr(store, [(name, tiff.read(i), []) for i, name in enumerate(tiff.names)], zarr_format=3)
+    common = ("--statistics", "benv2", "--data_option", f"metadata={metadata}", "--batch_size", 4)
+    common += ("--epochs", 2, "--warmup_epochs", 0, "--lr", 1e-3)
+    script("--dataset", "benv2", "--data_path", root, *common, out="v2")
+    script("--dataset", "benv1", "--data_path", store, *common, out="v1")
+    first, second = (metrics_of(tmp_path / name) for name in ("v2", "v1"))
+    assert first["results"] == second["results"]
+    assert first["samples"] == {"train": 6, "val": 2, "test": 2}
 
 
 @pytest.mark.mpi

@@ -35,7 +35,7 @@ def test_one_line_a_run(tmp_path: Path) -> None:
         "run", "protocol", "initialisation", "dataset", "statistics", "seed", "train",
         "ap_macro", "ap_micro", "f1_macro", "f1_micro",
     ]  # fmt: skip
-    assert lines[1].split() == "a finetune a demo demo 0 464 0.2500 0.3500 0.5000 0.6000".split()
+    assert " ".join(lines[1].split()) == "a finetune a demo demo 0 464 0.2500 0.3500 0.5000 0.6000"
     assert "0.5000" in lines[2]
 
 
