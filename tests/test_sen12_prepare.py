@@ -799,6 +799,16 @@ def test_generator_refuses_nonsense(tmp_path: Path) -> None:
         DemoOptions(swath_edges=2)
 
 
+def test_the_generator_script_writes_tree_and_zip(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "make_sen12_demo.py"), "--out", str(tmp_path / "raw")]
+    command += ["--train", "1", "--test", "1", "--frames", "2", "--size", "32", "--zip", str(tmp_path / "raw.zip")]
+    done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True, check=True)
+    assert "1 + 1 sequences of 2 acquisitions" in done.stdout
+    run(tmp_path / "raw", tmp_path / "r", size=32)
+    run(tmp_path / "raw", tmp_path / "z", raw_root=None, zip=tmp_path / "raw.zip", size=32)
+    assert read_pairs(tmp_path / "r" / "out") == read_pairs(tmp_path / "z" / "out")
+
+
 @pytest.mark.slow
 def test_benchmark_runs_and_compares_values() -> None:
     command = [sys.executable, str(ROOT / "scripts" / "benchmark_sen12.py"), "--sequences", "2", "--frames", "14"]
