@@ -36,7 +36,7 @@ PYTHON=python scripts/prepare_sen12flood.sh --zip "$data/SEN12FLOOD.zip" --work 
 say "fine-tuning on 2 processes; a fifth of the training places selects the best epoch"
 rm -rf "$out/finetune"
 mpi_run 2 python main_finetune.py --dataset sen12flood --data_path "$data/prepared" --model mixmim_tiny \
-    --input_size "$side" --finetune "$encoder" --val_frac 0.2 --epochs 6 --warmup_epochs 1 --batch_size 4 --lr 1e-3 \
+    --input_size "$side" --finetune "$encoder" --val_frac 0.2 --epochs 8 --warmup_epochs 1 --batch_size 8 --lr 1e-3 \
     --clip_grad 1 \
     --num_workers 0 --output_dir "$out/finetune"
 

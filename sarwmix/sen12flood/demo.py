@@ -5,7 +5,7 @@ tiles in EPSG:4326 with linear power, float32, one file a band, about as many pi
 differ between orbits, swath edges that leave zeros; Sentinel-2 bands in UTM at 10 m.
 
 What is invented: the scene. Land cover and relief are smooth random fields; low ground holds a lake in every image and
-is under water in flooded ones, 6 to 10 dB darker. Soil moisture and wind change whole images by up to 1.5 dB, so that
+is under water in flooded ones, 6 to 10 dB darker. Soil moisture and wind change whole images by up to 0.8 dB, so that
 neither a dark image nor a change as such means flood. Speckle is multiplicative, gamma distributed (Ulaby et al.).
 """
 
@@ -232,7 +232,7 @@ def _acquisition(
     height = scene.height[row, column]
     lake = height < scene.lake
     water = height < scene.flood if flooding else lake
-    moisture, wind, depth = rng.uniform(-1.5, 1.5), rng.uniform(-1.0, 1.0), rng.uniform(6.0, 10.0)
+    moisture, wind, depth = rng.uniform(-0.8, 0.8), rng.uniform(-0.8, 0.8), rng.uniform(6.0, 10.0)
     covered = np.ones(height.shape, dtype=bool)
     if rng.random() < swath_edges:
         # A slanted edge; half of them take more than a quarter of the image, which the cleaning drops.
