@@ -232,6 +232,7 @@ def train(
         # not the peak rate, which follows from these and the effective batch: that may change when a run is resumed
         "schedule": {name: getattr(args, name) for name in ("epochs", "warmup_epochs", "lr", "blr", "min_lr")},
         "seed": args.seed,
+        "test_run": args.test_run,  # a real run must not continue where a trial stopped
     }
     batch = Batch(args.batch_size, args.accum_iter, group.world_size, lr)
     resumed, spent = Resumed(), 0.0

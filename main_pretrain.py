@@ -144,6 +144,7 @@ def main() -> int | None:
             "min_lr": args.min_lr,
         },
         "seed": args.seed,
+        "test_run": args.test_run,  # a real run must not continue where a trial stopped
     }
     code = train(args, processes, dataset, transform, model, lr=lr, run=run)
     processes.close()

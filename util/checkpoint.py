@@ -320,6 +320,8 @@ def save_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> None
         TypeError: `state` holds something that could not be loaded again safely.
     """
     plain = _plain(state, "state")
+    # Saved from the CPU, so that plain torch.load reads the file on a machine without a GPU.
+    plain = _replaced(plain, (tensor.cpu() for tensor in list(_tensors(plain))))
     with atomic_write(path) as stream:
         writer = _HashingWriter(stream)
         try:
@@ -348,7 +350,7 @@ def _replaced(value: Any, tensors: Iterator[torch.Tensor]) -> Any:
     if isinstance(value, torch.Tensor):
         return next(tensors)
     if isinstance(value, dict):
-        return {key: _replaced(item, tensors) for key, item in value.items()}
+        return type(value)((key, _replaced(item, tensors)) for key, item in value.items())
     if isinstance(value, (list, tuple)):
         return type(value)(_replaced(item, tensors) for item in value)
     return value
@@ -442,12 +444,12 @@ class CheckpointManager:
             raise self._error
         plain = _plain(state, "state")
         if self._asynchronous and not wait:
-            needed = sum(t.numel() * t.element_size() for t in _tensors(plain) if t.is_cuda)
+            on_device = [tensor for tensor in _tensors(plain) if tensor.is_cuda]
+            needed = sum(tensor.numel() * tensor.element_size() for tensor in on_device)
             ready = None
-            if needed > 0 and torch.cuda.mem_get_info()[0] > 2 * needed:
+            if on_device and torch.cuda.mem_get_info(on_device[0].device)[0] > 2 * needed:
                 snapshot = _replaced(plain, (tensor.clone() for tensor in list(_tensors(plain))))
-                ready = torch.cuda.Event()
-                ready.record()
+                ready = torch.cuda.current_stream(on_device[0].device).record_event()
             else:
                 snapshot = self._host.take(plain)
             self._thread = threading.Thread(
@@ -487,7 +489,9 @@ class CheckpointManager:
     ) -> None:
         try:
             if ready is not None:
-                side = torch.cuda.Stream()
+                # A stream of its own, so that training does not wait for the transfer; a new thread starts on GPU 0.
+                device = next(tensor.device for tensor in _tensors(state) if tensor.is_cuda)
+                side = torch.cuda.Stream(device)
                 side.wait_event(ready)
                 with torch.cuda.stream(side):
                     state = self._host.take(state)
