@@ -536,3 +536,39 @@ def test_demo_data_can_be_packed(demo_root: Path, tmp_path: Path) -> None:
     assert store.identity() == source.identity()
     assert torch.equal(store.get_batch(np.arange(8))["image"], source.get_batch(np.arange(8))["image"])
     assert store.statistics == source.statistics
+
+
+def test_training_is_the_same_from_every_storage(
+    demo_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Same seed: files and a cached store give equal losses and equal weights, with the real command."""
+    import main_pretrain
+    from util.checkpoint import load_checkpoint
+    from util.files import read_jsonl
+
+    pack([build_dataset("demo", demo_root, split) for split in ("train", "val")], tmp_path / "store")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a model this small gains nothing from a second one
+    found = []
+    for number, (path, cache) in enumerate([(demo_root, "none"), (tmp_path / "store", "device")]):
+        out = tmp_path / f"run{number}"
+        arguments = ["--dataset", "demo", "--data_path", str(path), "--cache", cache, "--output_dir", str(out)]
+        arguments += [
+            "--model",
+            "mixmim_tiny",
+            "--batch_size",
+            "4",
+            "--num_workers",
+            "0",
+            "--epochs",
+            "2",
+            "--test_run",
+        ]
+        monkeypatch.setattr(sys, "argv", ["main_pretrain.py", *arguments, "--warmup_epochs", "1", "--lr", "1e-3"])
+        main_pretrain.main()
+        losses = [row["train_loss"] for row in read_jsonl(out / "log.txt")]
+        found.append((losses, load_checkpoint(out / "checkpoint.pth")["model"]))
+    torch.set_num_threads(threads)
+    for losses, model in found[1:]:
+        assert losses == found[0][0]
+        assert all(torch.equal(value, found[0][1][key]) for key, value in model.items())
