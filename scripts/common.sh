@@ -23,7 +23,7 @@ setup_env() {
         say "installing $1 into $venv (once; PyTorch is several GB)"
         rm -f "$stamp"
         "$python" -m venv "$venv" || die "cannot make a virtual environment in $venv (is the venv package installed?)"
-        "$venv/bin/pip" install --quiet --disable-pip-version-check -r "$requirements" 2> >(grep -v '^WARNING: Location' >&2) ||
+        "$venv/bin/pip" install --quiet --disable-pip-version-check -r "$requirements" ||
             die "installation failed; see pip's message above"
         printf '%s\n' "$wanted" >"$stamp"
     fi
