@@ -92,7 +92,7 @@ def main() -> int | None:
         args.data_path,
         ([] if args.eval else ["train"]) + [task.select_on, "test"],
         options={"statistics": args.statistics, "val_frac": args.val_frac}
-        | groups.parse_data_options(args.data_option),
+        | registry.parse_options(args.data_option),
         train_frac=args.train_frac,
         seed=args.seed,
         output_dir=args.output_dir,

@@ -173,11 +173,9 @@ def open_data(args: argparse.Namespace) -> SarDataset:
     """The data set of the command line; pretraining uses train and validation patches together."""
     spec = registry.get_spec(args.dataset)
     options: dict[str, Any] = {"statistics": args.statistics, "on_error": "replace"}
-    for item in args.data_option:
-        name, sign, value = item.partition("=")
-        if not sign or not name.strip():
-            raise UserError(f"--data_option {item!r} is not NAME=VALUE")
-        options[name.strip()] = value.strip()
+    if "labels" in spec.options:
+        options["labels"] = "none"  # pretraining does without; reading them from a store per patch takes long
+    options |= registry.parse_options(args.data_option)
     split = args.split or ("train" if spec.task == "unlabelled" else "train+val")
     return registry.build_dataset(args.dataset, args.data_path, split, **options)
 

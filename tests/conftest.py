@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PARITY = Path(__file__).resolve().parent / "parity"
 REALDATA = ROOT.parent / "shared" / "realdata"
 
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+torch.set_num_threads(1)  # models in tests are tiny: a second thread would mostly wait
 
 
 def parity_weights(model: nn.Module, salt: int) -> None:

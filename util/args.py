@@ -9,8 +9,6 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from util.errors import UserError
-
 MIXMIM_NAMES = ("mixmim_tiny", "mixmim_base", "mixmim_large", "mixmim_huge")
 AMP_MODES = ("auto", "bf16", "fp16", "off")
 WEIGHT_MODES = ("none", "per_channel", "shared_avg", "shared_intensity")
@@ -210,21 +208,6 @@ def add_data_detail_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--data_option", action="append", default=[], metavar="NAME=VALUE",
                        help="option of the data set, e.g. metadata=lists.csv; may be repeated; a wrong name lists "
                             "them")  # fmt: skip
-
-
-def parse_data_options(items: Sequence[str]) -> dict[str, str]:
-    """`--data_option NAME=VALUE ...` as a dict.
-
-    Raises:
-        UserError: an item has another form.
-    """
-    options = {}
-    for item in items:
-        name, sign, value = item.partition("=")
-        if not sign or not name.strip():
-            raise UserError(f"--data_option {item!r} is not NAME=VALUE")
-        options[name.strip()] = value.strip()
-    return options
 
 
 def add_pair_args(parser: argparse.ArgumentParser) -> None:
