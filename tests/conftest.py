@@ -54,7 +54,8 @@ def demo_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def clean_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """Environment for child processes: one thread each, no leftovers of an outer launcher."""
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("OMPI_", "PMIX_", "PMI_", "SLURM_", "TORCHELASTIC"))}
+    launchers = ("OMPI_", "PMIX_", "PMI_", "SLURM_", "TORCHELASTIC")
+    env = {name: value for name, value in os.environ.items() if not name.startswith(launchers)}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         env.pop(name, None)
     env.update({"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT), **(extra or {})})

@@ -7,11 +7,11 @@ import json
 import numpy as np
 import pytest
 import torch
+from conftest import PARITY, parity_weights
+from plain_mixmim import PlainMixMIM
 from torch import Tensor
 
-from conftest import PARITY, parity_weights
 from models_mixmim import MODELS, MixMIM, MixMIMEncoder, encoder_config, model_config, morton_order, token_order
-from plain_mixmim import PlainMixMIM
 from util.errors import UserError
 
 SMALL = {
@@ -192,7 +192,7 @@ def test_loss_reads_each_cell_where_it_was_hidden() -> None:
 
 @pytest.mark.parametrize("norm_pix_loss", [False, True])
 def test_invalid_pixels_change_nothing(norm_pix_loss: bool) -> None:
-    """Pixels of weight 0 enter neither the loss nor the statistics of their cell, whatever value the target has there."""
+    """Pixels of weight 0 enter neither the loss nor the statistics of their cell, whatever the target is there."""
     model = small(norm_pix_loss=norm_pix_loss)
     mask = model.draw_mask(generator=torch.Generator().manual_seed(1))
     x, rec = torch.randn(2, 2, 128, 128), torch.randn(2, 16, 2048)
