@@ -230,9 +230,10 @@ def test_command_line(
 ) -> None:
     arguments = ("--dataset", "demo", "--data_path", data, "--jobs", 1, "--out")
     assert run(monkeypatch, *arguments, tmp_path / "good") == 0
-    assert run(monkeypatch, *arguments, tmp_path / "strict", "--strict") == check_data.FOUND
     pictures = {path.name for path in (tmp_path / "good").iterdir()}
     assert pictures == {"report.json", "histogram.png", "labels.png", "contact_sheet.png"}
+    monkeypatch.setattr(check_data, "draw", lambda *_: [])  # once is enough
+    assert run(monkeypatch, *arguments, tmp_path / "strict", "--strict") == check_data.FOUND
     expected = damage(data)
     capsys.readouterr()
     assert run(monkeypatch, *arguments, tmp_path / "bad") == check_data.FOUND
