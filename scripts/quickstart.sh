@@ -22,7 +22,7 @@ mpi_run 2 python main_pretrain.py --dataset demo --data_path "$data" --model mix
     --num_workers 0 --save_epochs 1 --output_dir "$out/pretrain"
 
 say "reconstruction pictures: after 1 epoch and at the end"
-python main_pretrain.py --dataset demo --data_path "$data" --split test --model mixmim_tiny --batch_size 4 \
+python main_pretrain.py --dataset demo --data_path "$data" --split test --model mixmim_tiny --batch_size 4 --seed 5 \
     --inference "$out/pretrain/checkpoint_1.pth" "$out/pretrain/checkpoint.pth" --output_dir "$out/pretrain"
 
 say "fine-tuning on the demo's labels, from the pretrained and from random weights, side by side"
