@@ -58,6 +58,6 @@ def test_finished_runs_of_the_demo_are_not_repeated(
     monkeypatch.setattr(sys, "argv", ["demo_result.py", *words, "--seeds", "0", "1", "--protocols", "knn"])
     demo_result.main()
     random, pretrained = (line for line in capsys.readouterr().out.splitlines() if line.startswith("knn"))
-    assert "0.4000 +-0.1414" in random
-    assert "0.5000 +-0.1414" in pretrained
+    assert "0.4000 +- 0.1414" in random
+    assert "0.5000 +- 0.1414" in pretrained
     assert set(json.loads((tmp_path / "demo_result.json").read_text())["test"]) == {"knn random", "knn pretrained"}
