@@ -91,8 +91,7 @@ def main() -> int | None:
         args.dataset,
         args.data_path,
         ([] if args.eval else ["train"]) + [task.select_on, "test"],
-        options={"statistics": args.statistics, "val_frac": args.val_frac}
-        | registry.parse_options(args.data_option),
+        options={"statistics": args.statistics, "val_frac": args.val_frac} | registry.parse_options(args.data_option),
         train_frac=args.train_frac,
         seed=args.seed,
         output_dir=args.output_dir,
@@ -242,9 +241,7 @@ def train(
             resume,
             run,
             processes=group,
-            load_model=partial(
-                load_trained, model, source=str(resume), protocol=args.protocol, classes=task.classes
-            ),
+            load_model=partial(load_trained, model, source=str(resume), protocol=args.protocol, classes=task.classes),
             optimizer=optimizer,
             scaler=scaler,
             batch=batch,

@@ -96,30 +96,135 @@ class Landscape:
 
 
 LANDSCAPES: tuple[Landscape, ...] = (
-    Landscape("boreal forest", "Finland", "35VMH", 32635, (399960.0, 6800040.0),
-              {CONIFER: 0.34, MIXED: 0.26, TRANSITIONAL: 0.15, ARABLE: 0.09, INLAND_WETLAND: 0.06, BROADLEAF: 0.04,
-               AGRI_NATURAL: 0.06}, relief=30, lakes=0.10, towns=(0, 1), town_radius=14, wetland=0.4),
-    Landscape("arable plain", "Austria", "33UUP", 32633, (300000.0, 5400000.0),
-              {ARABLE: 0.52, BROADLEAF: 0.12, COMPLEX: 0.12, AGRI_NATURAL: 0.10, PASTURE: 0.08, MIXED: 0.06},
-              relief=15, parcel=1.25, river=0.5, towns=(1, 3), town_radius=17, industry=0.35, wetland=0.15),
-    Landscape("pasture and moor", "Ireland", "29UPU", 32629, (600000.0, 5900040.0),
-              {PASTURE: 0.46, MOOR: 0.14, INLAND_WETLAND: 0.12, AGRI_NATURAL: 0.10, ARABLE: 0.10, CONIFER: 0.08},
-              relief=35, parcel=0.8, lakes=0.02, river=0.2, towns=(0, 2), town_radius=14),
-    Landscape("montado", "Portugal", "29SMB", 32629, (399960.0, 4200000.0),
-              {AGRO_FORESTRY: 0.34, PERMANENT: 0.18, BROADLEAF: 0.14, TRANSITIONAL: 0.12, MOOR: 0.08, GRASSLAND: 0.06,
-               COMPLEX: 0.08}, relief=45, river=0.2, towns=(0, 2), town_radius=13),
-    Landscape("coast", "Portugal", "29SMD", 32629, (399960.0, 4400040.0),
-              {COMPLEX: 0.22, CONIFER: 0.16, PERMANENT: 0.14, MOOR: 0.12, GRASSLAND: 0.12, ARABLE: 0.12,
-               TRANSITIONAL: 0.12}, relief=20, towns=(0, 2), town_radius=18, coast=True),
-    Landscape("city", "Belgium", "31UES", 32631, (499980.0, 5700000.0),
-              {COMPLEX: 0.24, ARABLE: 0.24, PASTURE: 0.20, BROADLEAF: 0.16, MIXED: 0.16}, relief=12, river=0.35,
-              towns=(4, 7), town_radius=32, industry=0.75),
-    Landscape("mountains", "Switzerland", "32TMS", 32632, (399960.0, 5200020.0),
-              {CONIFER: 0.26, GRASSLAND: 0.28, MIXED: 0.14, PASTURE: 0.12, MOOR: 0.10, BROADLEAF: 0.10}, relief=420,
-              lakes=0.02, towns=(0, 1), town_radius=15),
-    Landscape("lowland mosaic", "Lithuania", "34UEG", 32634, (499980.0, 6200040.0),
-              {AGRI_NATURAL: 0.22, MIXED: 0.18, ARABLE: 0.16, TRANSITIONAL: 0.14, COMPLEX: 0.10, PASTURE: 0.10,
-               CONIFER: 0.10}, relief=18, lakes=0.05, river=0.25, towns=(0, 2), town_radius=15, wetland=0.6),
+    Landscape(
+        "boreal forest",
+        "Finland",
+        "35VMH",
+        32635,
+        (399960.0, 6800040.0),
+        {
+            CONIFER: 0.34,
+            MIXED: 0.26,
+            TRANSITIONAL: 0.15,
+            ARABLE: 0.09,
+            INLAND_WETLAND: 0.06,
+            BROADLEAF: 0.04,
+            AGRI_NATURAL: 0.06,
+        },
+        relief=30,
+        lakes=0.10,
+        towns=(0, 1),
+        town_radius=14,
+        wetland=0.4,
+    ),
+    Landscape(
+        "arable plain",
+        "Austria",
+        "33UUP",
+        32633,
+        (300000.0, 5400000.0),
+        {ARABLE: 0.52, BROADLEAF: 0.12, COMPLEX: 0.12, AGRI_NATURAL: 0.10, PASTURE: 0.08, MIXED: 0.06},
+        relief=15,
+        parcel=1.25,
+        river=0.5,
+        towns=(1, 3),
+        town_radius=17,
+        industry=0.35,
+        wetland=0.15,
+    ),
+    Landscape(
+        "pasture and moor",
+        "Ireland",
+        "29UPU",
+        32629,
+        (600000.0, 5900040.0),
+        {PASTURE: 0.46, MOOR: 0.14, INLAND_WETLAND: 0.12, AGRI_NATURAL: 0.10, ARABLE: 0.10, CONIFER: 0.08},
+        relief=35,
+        parcel=0.8,
+        lakes=0.02,
+        river=0.2,
+        towns=(0, 2),
+        town_radius=14,
+    ),
+    Landscape(
+        "montado",
+        "Portugal",
+        "29SMB",
+        32629,
+        (399960.0, 4200000.0),
+        {
+            AGRO_FORESTRY: 0.34,
+            PERMANENT: 0.18,
+            BROADLEAF: 0.14,
+            TRANSITIONAL: 0.12,
+            MOOR: 0.08,
+            GRASSLAND: 0.06,
+            COMPLEX: 0.08,
+        },
+        relief=45,
+        river=0.2,
+        towns=(0, 2),
+        town_radius=13,
+    ),
+    Landscape(
+        "coast",
+        "Portugal",
+        "29SMD",
+        32629,
+        (399960.0, 4400040.0),
+        {COMPLEX: 0.22, CONIFER: 0.16, PERMANENT: 0.14, MOOR: 0.12, GRASSLAND: 0.12, ARABLE: 0.12, TRANSITIONAL: 0.12},
+        relief=20,
+        towns=(0, 2),
+        town_radius=18,
+        coast=True,
+    ),
+    Landscape(
+        "city",
+        "Belgium",
+        "31UES",
+        32631,
+        (499980.0, 5700000.0),
+        {COMPLEX: 0.24, ARABLE: 0.24, PASTURE: 0.20, BROADLEAF: 0.16, MIXED: 0.16},
+        relief=12,
+        river=0.35,
+        towns=(4, 7),
+        town_radius=32,
+        industry=0.75,
+    ),
+    Landscape(
+        "mountains",
+        "Switzerland",
+        "32TMS",
+        32632,
+        (399960.0, 5200020.0),
+        {CONIFER: 0.26, GRASSLAND: 0.28, MIXED: 0.14, PASTURE: 0.12, MOOR: 0.10, BROADLEAF: 0.10},
+        relief=420,
+        lakes=0.02,
+        towns=(0, 1),
+        town_radius=15,
+    ),
+    Landscape(
+        "lowland mosaic",
+        "Lithuania",
+        "34UEG",
+        32634,
+        (499980.0, 6200040.0),
+        {
+            AGRI_NATURAL: 0.22,
+            MIXED: 0.18,
+            ARABLE: 0.16,
+            TRANSITIONAL: 0.14,
+            COMPLEX: 0.10,
+            PASTURE: 0.10,
+            CONIFER: 0.10,
+        },
+        relief=18,
+        lakes=0.05,
+        river=0.25,
+        towns=(0, 2),
+        town_radius=15,
+        wetland=0.6,
+    ),
 )
 SITES_PER_TILE = 18 * 30
 """A tile of 91 x 91 patches holds 18 x 30 sites of 4 x 2 patches with a gap of one patch between them."""
@@ -251,8 +356,9 @@ class Canvas:
         position = along / stretch + _uniform(row_bits, 2)
         column = np.floor(position)
         inside_row, inside_column = across / width - row, position - column
-        edge = np.minimum(np.minimum(inside_row, 1 - inside_row) * width,
-                          np.minimum(inside_column, 1 - inside_column) * stretch)
+        edge = np.minimum(
+            np.minimum(inside_row, 1 - inside_row) * width, np.minimum(inside_column, 1 - inside_column) * stretch
+        )
         return _hash(row.astype(np.int64), column.astype(np.int64), self.seed + stream), edge.astype(np.float32)
 
     def region_angle(self) -> Array:
@@ -283,6 +389,7 @@ def _crop(bits: Bits, states: Sequence[int] | None = None) -> Layers:
 
 def _blend(first: Layers, second: Layers, share: Array) -> Layers:
     """Mix two surfaces in linear power; share 1 is `second`."""
+
     def vv_and_vh(layers: Layers) -> tuple[Any, Any]:
         return 10.0 ** (np.asarray(layers[0]) / 10.0), 10.0 ** ((np.asarray(layers[0]) + layers[1]) / 10.0)
 
@@ -412,15 +519,34 @@ def _marine_water(c: Canvas) -> Layers:
 
 
 PAINTERS: tuple[Callable[[Canvas], Layers], ...] = (
-    _urban, _industrial, _arable, _permanent, _pasture, _complex, _agri_natural, _agro_forestry, _broadleaf, _conifer,
-    _mixed, _grassland, _moor, _transitional, _beach, _inland_wetland, _coastal_wetland, _inland_water, _marine_water,
+    _urban,
+    _industrial,
+    _arable,
+    _permanent,
+    _pasture,
+    _complex,
+    _agri_natural,
+    _agro_forestry,
+    _broadleaf,
+    _conifer,
+    _mixed,
+    _grassland,
+    _moor,
+    _transitional,
+    _beach,
+    _inland_wetland,
+    _coastal_wetland,
+    _inland_water,
+    _marine_water,
 )
 
 # Share of the date's soil-moisture (first) and vegetation (second) deviation that each class feels.
 _SOIL: Array = np.array(
-    [0.2, 0.1, 1, 0.6, 0.8, 0.9, 0.6, 0.7, 0.15, 0.15, 0.15, 0.9, 0.6, 0.4, 0.8, 0.3, 0.4, 0, 0], np.float32)
+    [0.2, 0.1, 1, 0.6, 0.8, 0.9, 0.6, 0.7, 0.15, 0.15, 0.15, 0.9, 0.6, 0.4, 0.8, 0.3, 0.4, 0, 0], np.float32
+)
 _GREEN: Array = np.array(
-    [0.1, 0, 0.5, 0.6, 1, 0.6, 0.8, 0.8, 1, 0.4, 0.7, 0.8, 0.7, 0.8, 0, 0.8, 0.5, 0, 0], np.float32)
+    [0.1, 0, 0.5, 0.6, 1, 0.6, 0.8, 0.8, 1, 0.4, 0.7, 0.8, 0.7, 0.8, 0, 0.8, 0.5, 0, 0], np.float32
+)
 _IS_WATER = np.isin(np.arange(19), (INLAND_WATER, MARINE_WATER))
 
 
@@ -451,16 +577,19 @@ def _plan(patches: int, seed: int) -> list[Site]:
         ascending = bool(rng.integers(2))
         hour = 16.5 if ascending else 5.0  # UTC over Europe
         acquired = FIRST_DAY + timedelta(days=int(rng.integers(365)), seconds=int(3600 * (hour + rng.uniform(0, 1.2))))
-        sites.append(Site(
-            index=index,
-            patches=min(per_site, patches - index * per_site),
-            landscape=LANDSCAPES[kind],
-            split=SPLIT_CYCLE[(index + turn) % len(SPLIT_CYCLE)],
-            column=5 * (place % 18),
-            row=3 * (place // 18),
-            acquired=acquired,
-            satellite="S1A" if rng.integers(2) else "S1B",
-            ascending=ascending))
+        sites.append(
+            Site(
+                index=index,
+                patches=min(per_site, patches - index * per_site),
+                landscape=LANDSCAPES[kind],
+                split=SPLIT_CYCLE[(index + turn) % len(SPLIT_CYCLE)],
+                column=5 * (place % 18),
+                row=3 * (place // 18),
+                acquired=acquired,
+                satellite="S1A" if rng.integers(2) else "S1B",
+                ascending=ascending,
+            )
+        )
     return sites
 
 
@@ -579,12 +708,24 @@ def paint_site(site: Site, seed: int) -> tuple[Array, NDArray[np.uint8]]:
     bend_y, bend_x = smooth_noise(rng, shape, 55.0), smooth_noise(rng, shape, 55.0)
     tilt = np.radians(12.0)  # the orbit's inclination turns the look direction from east or west
     c = Canvas(
-        rng=rng, shape=shape, landscape=site.landscape, seed=int(rng.integers(1 << 30)), y=y, x=x,
-        warp_y=y + 4 * bend_y + 0.5 * coarse, warp_x=x + 4 * bend_x + 0.5 * middle,
-        fine=smooth_noise(rng, shape, 2.0), middle=middle, coarse=coarse,
+        rng=rng,
+        shape=shape,
+        landscape=site.landscape,
+        seed=int(rng.integers(1 << 30)),
+        y=y,
+        x=x,
+        warp_y=y + 4 * bend_y + 0.5 * coarse,
+        warp_x=x + 4 * bend_x + 0.5 * middle,
+        fine=smooth_noise(rng, shape, 2.0),
+        middle=middle,
+        coarse=coarse,
         azimuth=float(-tilt if site.ascending else np.pi + tilt),
-        classes=np.zeros(shape, dtype=np.uint8), region=np.zeros(shape, dtype=np.uint32),
-        vegetation=float(rng.normal(0, 0.7)), moisture=float(rng.normal(0, 1.1)), wind=float(rng.normal(0, 2.2)))
+        classes=np.zeros(shape, dtype=np.uint8),
+        region=np.zeros(shape, dtype=np.uint32),
+        vegetation=float(rng.normal(0, 0.7)),
+        moisture=float(rng.normal(0, 1.1)),
+        wind=float(rng.normal(0, 2.2)),
+    )
     _regions(c)
     _waters_and_towns(c)
 
@@ -641,8 +782,40 @@ def geotiff_header(epsg: int, easting: float, northing: float) -> bytes:
     data = 8 + 2 + entries * 12 + 4  # offset of the values that do not fit into a tag
     offsets: dict[str, int] = {}
     citation = f"WGS 84 / UTM zone {epsg - 32600:02d}N|WGS 84|\0".encode()
-    geokeys = (1, 1, 0, 7, 1024, 0, 1, 1, 1025, 0, 1, 1, 1026, 34737, 22, 0, 2049, 34737, 7, 22, 2054, 0, 1, 9102,
-               3072, 0, 1, epsg, 3076, 0, 1, 9001)
+    geokeys = (
+        1,
+        1,
+        0,
+        7,
+        1024,
+        0,
+        1,
+        1,
+        1025,
+        0,
+        1,
+        1,
+        1026,
+        34737,
+        22,
+        0,
+        2049,
+        34737,
+        7,
+        22,
+        2054,
+        0,
+        1,
+        9102,
+        3072,
+        0,
+        1,
+        epsg,
+        3076,
+        0,
+        1,
+        9001,
+    )
     blocks = {
         "counts": struct.pack("<8I", *strip_bytes),
         "offsets": b"\0" * 4 * strips,  # filled in below
@@ -658,11 +831,23 @@ def geotiff_header(epsg: int, easting: float, northing: float) -> bytes:
     starts = [first + i * rows_per_strip * SIZE * 4 for i in range(strips)]
     blocks["offsets"] = struct.pack("<8I", *starts)
     short, long_, double, ascii_ = 3, 4, 12, 2
-    tags = ((256, short, 1, SIZE), (257, short, 1, SIZE), (258, short, 1, 32), (259, short, 1, 1), (262, short, 1, 1),
-            (273, long_, strips, offsets["offsets"]), (277, short, 1, 1), (278, short, 1, rows_per_strip),
-            (279, long_, strips, offsets["counts"]), (284, short, 1, 1), (339, short, 1, 3),
-            (33550, double, 3, offsets["scale"]), (33922, double, 6, offsets["tie"]),
-            (34735, short, len(geokeys), offsets["keys"]), (34737, ascii_, len(citation), offsets["text"]))
+    tags = (
+        (256, short, 1, SIZE),
+        (257, short, 1, SIZE),
+        (258, short, 1, 32),
+        (259, short, 1, 1),
+        (262, short, 1, 1),
+        (273, long_, strips, offsets["offsets"]),
+        (277, short, 1, 1),
+        (278, short, 1, rows_per_strip),
+        (279, long_, strips, offsets["counts"]),
+        (284, short, 1, 1),
+        (339, short, 1, 3),
+        (33550, double, 3, offsets["scale"]),
+        (33922, double, 6, offsets["tie"]),
+        (34735, short, len(geokeys), offsets["keys"]),
+        (34737, ascii_, len(citation), offsets["text"]),
+    )
     directory = struct.pack("<H", entries) + b"".join(struct.pack("<HHII", *tag) for tag in tags) + struct.pack("<I", 0)
     return b"II*\0" + struct.pack("<I", 8) + directory + b"".join(blocks.values())
 
@@ -687,17 +872,19 @@ def _write_site(site: Site, seed: int, root: Path, class_names: Sequence[str]) -
             (folder / f"{name}_{band}.tif").write_bytes(header + values[cut].astype("<f4").tobytes())
         share = np.bincount(classes[cut].ravel(), minlength=len(class_names)) / SIZE**2
         present = sorted(class_names[int(k)] for k in np.flatnonzero(share >= LABEL_FRACTION))
-        rows.append({
-            "patch_id": f"S2A_MSIL2A_{optical:%Y%m%dT%H%M%S}_N9999_R{22 + site.index % 100:03d}_T{land.tile}"
-                        f"_{column:02d}_{row:02d}",
-            "labels": present,
-            "split": site.split,
-            "country": land.country,
-            "s1_name": name,
-            "s2v1_name": f"S2A_MSIL2A_{optical:%Y%m%dT%H%M%S}_{column}_{row}",
-            "contains_seasonal_snow": False,
-            "contains_cloud_or_shadow": False,
-        })
+        rows.append(
+            {
+                "patch_id": f"S2A_MSIL2A_{optical:%Y%m%dT%H%M%S}_N9999_R{22 + site.index % 100:03d}_T{land.tile}"
+                f"_{column:02d}_{row:02d}",
+                "labels": present,
+                "split": site.split,
+                "country": land.country,
+                "s1_name": name,
+                "s2v1_name": f"S2A_MSIL2A_{optical:%Y%m%dT%H%M%S}_{column}_{row}",
+                "contains_seasonal_snow": False,
+                "contains_cloud_or_shadow": False,
+            }
+        )
     return rows
 
 
@@ -757,8 +944,10 @@ def generate(
     from sarwmix.labels import CLASSES_19  # the names' one home
 
     if not MINIMUM_PATCHES <= patches <= MAXIMUM_PATCHES:
-        raise UserError(f"patches={patches}: expected {MINIMUM_PATCHES} to {MAXIMUM_PATCHES} "
-                        f"({MINIMUM_PATCHES} sites are the least that fill all splits).")
+        raise UserError(
+            f"patches={patches}: expected {MINIMUM_PATCHES} to {MAXIMUM_PATCHES} "
+            f"({MINIMUM_PATCHES} sites are the least that fill all splits)."
+        )
     if seed < 0:
         raise UserError(f"seed={seed}: expected a number of 0 or more.")
     target = Path(os.path.realpath(root))  # a link stays, its target is filled
@@ -771,13 +960,17 @@ def generate(
                 return False
             found = _manifest(target)
             if found is None:
-                raise UserError(f"{target} is not empty and holds no demo data ({MANIFEST} is missing); "
-                                "it is left alone. Name another folder, or empty this one yourself.")
+                raise UserError(
+                    f"{target} is not empty and holds no demo data ({MANIFEST} is missing); "
+                    "it is left alone. Name another folder, or empty this one yourself."
+                )
             if not overwrite:
                 there = ", ".join(f"{key} {found.get(key)}" for key in ("version", "patches", "seed"))
-                raise UserError(f"{target} holds demo data that are damaged or were made otherwise: {there}; wanted "
-                                f"version {VERSION}, patches {patches}, seed {seed}. Use --overwrite to replace them, "
-                                "or name another folder.")
+                raise UserError(
+                    f"{target} holds demo data that are damaged or were made otherwise: {there}; wanted "
+                    f"version {VERSION}, patches {patches}, seed {seed}. Use --overwrite to replace them, "
+                    "or name another folder."
+                )
     sites = _plan(patches, seed)
     workers = jobs if jobs is not None else len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2
     if workers < 1:
@@ -808,8 +1001,10 @@ def generate(
     except OSError as error:
         if _is_complete(target, wanted):
             return False  # the other process came between
-        raise UserError(f"cannot write {target}: {error.strerror or error}. No part of the data was left behind; free "
-                        "space or name another folder, then run again.") from error
+        raise UserError(
+            f"cannot write {target}: {error.strerror or error}. No part of the data was left behind; free "
+            "space or name another folder, then run again."
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return True
@@ -850,6 +1045,8 @@ def build(
     from sarwmix.bigearthnet import build_benv2
 
     if _manifest(data_path) is None and metadata is None:
-        raise UserError(f"{data_path} holds no demo data ({MANIFEST} is missing). "
-                        f"Make them with: python scripts/make_demo_data.py --out {data_path}")
+        raise UserError(
+            f"{data_path} holds no demo data ({MANIFEST} is missing). "
+            f"Make them with: python scripts/make_demo_data.py --out {data_path}"
+        )
     return build_benv2(spec, data_path, split, statistics=statistics, on_error=on_error, metadata=metadata, check=check)

@@ -31,7 +31,15 @@ ERROR_DB = (0.0, 8.0)
 NO_DATA = "#a6cee3"
 NOT_SHOWN = "#f4f4f4"
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE = (
-    "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")  # Okabe and Ito
+    "#000000",
+    "#E69F00",
+    "#56B4E9",
+    "#009E73",
+    "#F0E442",
+    "#0072B2",
+    "#D55E00",
+    "#CC79A7",
+)  # Okabe and Ito
 CYCLE = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK)
 DASHES = ("-", "--", "-.", ":")
 SAMPLES_PER_PAGE = 8
@@ -76,8 +84,15 @@ def _show(axes: Axes, image: FloatArray, colours: str, limits: tuple[float, floa
     axes.set_yticks([])
 
 
-def _bar(figure: Figure, box: tuple[float, float, float, float], colours: str, limits: tuple[float, float],
-         label: str, *, extend: str = "both") -> None:
+def _bar(
+    figure: Figure,
+    box: tuple[float, float, float, float],
+    colours: str,
+    limits: tuple[float, float],
+    label: str,
+    *,
+    extend: str = "both",
+) -> None:
     """A horizontal colour bar in a box (left, bottom, width, height) in inches."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
@@ -85,8 +100,13 @@ def _bar(figure: Figure, box: tuple[float, float, float, float], colours: str, l
 
     width, height = figure.get_size_inches()
     axes = figure.add_axes((box[0] / width, box[1] / height, box[2] / width, box[3] / height))
-    figure.colorbar(ScalarMappable(Normalize(*limits), _colours(colours)), cax=axes, orientation="horizontal",
-                    extend=extend, ticks=MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+    figure.colorbar(
+        ScalarMappable(Normalize(*limits), _colours(colours)),
+        cax=axes,
+        orientation="horizontal",
+        extend=extend,
+        ticks=MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]),
+    )
     axes.tick_params(labelsize=7)
     axes.set_title(label, fontsize=8, pad=3)
 
@@ -166,9 +186,18 @@ def reconstruction_panel(
     for page, start in enumerate(range(0, shape[0], SAMPLES_PER_PAGE), start=1):
         part = slice(start, start + SAMPLES_PER_PAGE)
         place = Path(path) if page == 1 else Path(path).with_name(f"{Path(path).stem}_{page}{Path(path).suffix}")
-        figure = _reconstruction_page(names[part], bands, original[part], np.asarray(mixed_db)[part], grid,
-                                      np.asarray(reconstruction_db)[part], np.asarray(weights)[part], limits, title,
-                                      note)
+        figure = _reconstruction_page(
+            names[part],
+            bands,
+            original[part],
+            np.asarray(mixed_db)[part],
+            grid,
+            np.asarray(reconstruction_db)[part],
+            np.asarray(weights)[part],
+            limits,
+            title,
+            note,
+        )
         written.append(_save(figure, place))
     return written
 
@@ -186,14 +215,24 @@ def _reconstruction_page(
     note: str,
 ) -> Figure:
     side, gap, left, caption, bottom = 1.55, 0.06, 0.42, 0.30, 0.85  # inches
-    columns = ("original", "mixed input", "mask", "reconstruction\nof hidden cells", "absolute error\nof hidden cells",
-               "loss weight")
+    columns = (
+        "original",
+        "mixed input",
+        "mask",
+        "reconstruction\nof hidden cells",
+        "absolute error\nof hidden cells",
+        "loss weight",
+    )
     width = left + len(columns) * (side + gap) + 0.15
     heading = _wrap(title, width - 0.4, 10)
     top = 0.5 + 0.17 * (heading.count("\n") + 1)
     block = len(bands) * (side + gap) + caption
-    legend = _wrap("Mask: black = hidden from the model, the partner's pixels stand there. Light grey: not hidden, so "
-                   f"not reconstructed. Light blue: no data. {note}".strip(), 1.14 * (width - left), 7)
+    legend = _wrap(
+        "Mask: black = hidden from the model, the partner's pixels stand there. Light grey: not hidden, so "
+        f"not reconstructed. Light blue: no data. {note}".strip(),
+        1.14 * (width - left),
+        7,
+    )
     bottom += 0.13 * legend.count("\n")
     height = top + len(names) * block + bottom
     figure = _figure(width, height)
@@ -229,7 +268,8 @@ def _reconstruction_page(
         text = f"{name}   mean |error|: {', '.join(errors)}"
         figure.text(left / width, (y - 0.02) / height, text, fontsize=min(7.5, 7.5 * 135 / max(len(text), 1)), va="top")
     bars: list[tuple[str, tuple[float, float], str, str]] = [
-        ("gray", _grey(label), f"{label} backscatter (dB)", "both") for label in bands]
+        ("gray", _grey(label), f"{label} backscatter (dB)", "both") for label in bands
+    ]
     bars += [("cividis", ERROR_DB, "absolute error (dB)", "max"), ("cividis", weight_limits, "loss weight", "neither")]
     each = (width - left - 0.15) / len(bars)
     for number, (colours, limits, label, extend) in enumerate(bars):
@@ -245,8 +285,9 @@ def _cover(axes: Axes, grid: FloatArray, shape: tuple[int, ...]) -> None:
 
     height, width = shape[0] / len(grid), shape[1] / len(grid)
     for row, column in np.argwhere(grid < 0.5):
-        axes.add_patch(Rectangle((column * width - 0.5, row * height - 0.5), width, height, facecolor=NOT_SHOWN,
-                                 edgecolor="none"))
+        axes.add_patch(
+            Rectangle((column * width - 0.5, row * height - 0.5), width, height, facecolor=NOT_SHOWN, edgecolor="none")
+        )
     for number in range(1, len(grid)):
         axes.axhline(number * height - 0.5, color="white", linewidth=0.4)
         axes.axvline(number * width - 0.5, color="white", linewidth=0.4)
@@ -329,8 +370,12 @@ def histogram_figure(
         share = 100 * values / max(float(np.sum(values)), 1.0)
         one.fill_between(middle, share, step="mid", color=colour, alpha=0.35, linewidth=0)
         one.step(middle, share, where="mid", color=colour, linewidth=1.0)
-        for (name, place), line, dash in zip(marks.get(band, {}).items(), (BLACK, VERMILION, PURPLE, GREEN, ORANGE),
-                                             ("-", "--", ":", "-.", (0, (1, 3))), strict=False):
+        for (name, place), line, dash in zip(
+            marks.get(band, {}).items(),
+            (BLACK, VERMILION, PURPLE, GREEN, ORANGE),
+            ("-", "--", ":", "-.", (0, (1, 3))),
+            strict=False,
+        ):
             one.axvline(place, color=line, linestyle=dash, linewidth=1.3, label=f"{name} {place:.2f} dB")
         one.set_ylabel(f"{band}: pixels (%)")
         one.legend(fontsize=7.5, frameon=False, loc="upper left")
@@ -378,8 +423,15 @@ def bar_figure(
         ends = np.nan_to_num(value)
         if intervals is not None and name in intervals:
             low, high = np.asarray(intervals[name], dtype=np.float64).T
-            axes.errorbar(value, y, xerr=(np.maximum(value - low, 0), np.maximum(high - value, 0)), fmt="none",
-                          ecolor=BLACK, elinewidth=0.8, capsize=2)
+            axes.errorbar(
+                value,
+                y,
+                xerr=(np.maximum(value - low, 0), np.maximum(high - value, 0)),
+                fmt="none",
+                ecolor=BLACK,
+                elinewidth=0.8,
+                capsize=2,
+            )
             ends = np.fmax(ends, np.nan_to_num(high))
             highest = max(highest, float(np.nanmax(high)))
         for where, end, number_ in zip(y, ends, value, strict=True):
@@ -425,9 +477,16 @@ def curves_figure(
         for name, (x, y) in curves.items():
             number = names.index(name)
             x_values, y_values = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
-            one.plot(x_values, y_values, color=CYCLE[number % len(CYCLE)], label=name, linewidth=1.5,
-                     linestyle=DASHES[(number // len(CYCLE)) % len(DASHES)],
-                     marker="o" if len(x_values) <= 30 else None, markersize=3)
+            one.plot(
+                x_values,
+                y_values,
+                color=CYCLE[number % len(CYCLE)],
+                label=name,
+                linewidth=1.5,
+                linestyle=DASHES[(number // len(CYCLE)) % len(DASHES)],
+                marker="o" if len(x_values) <= 30 else None,
+                markersize=3,
+            )
         one.set_ylabel("\n".join(textwrap.wrap(label, 26)), fontsize=8.5)
         one.tick_params(labelsize=8)
         one.grid(alpha=0.25)
@@ -439,12 +498,20 @@ def curves_figure(
     for number, (text, place) in enumerate((marks or {}).items()):
         # Neighbouring marks on different heights, so that their texts do not cover each other; inside the axes.
         late = place > start + 0.75 * (end - start)
-        axes[0].annotate(text, (place, 1.0), xycoords=("data", "axes fraction"),
-                         xytext=(-2 if late else 2, -9 - 9 * (number % 3)), textcoords="offset points", fontsize=6.5,
-                         color="#444444", ha="right" if late else "left")
+        axes[0].annotate(
+            text,
+            (place, 1.0),
+            xycoords=("data", "axes fraction"),
+            xytext=(-2 if late else 2, -9 - 9 * (number % 3)),
+            textcoords="offset points",
+            fontsize=6.5,
+            color="#444444",
+            ha="right" if late else "left",
+        )
     if len(names) > 1:
-        axes[0].legend(fontsize=7.5, frameon=False, loc="lower left", bbox_to_anchor=(0.0, 1.0),
-                       ncols=min(len(names), 3))
+        axes[0].legend(
+            fontsize=7.5, frameon=False, loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=min(len(names), 3)
+        )
     axes[-1].set_xlabel(x_label)
     axes[-1].xaxis.set_major_locator(MaxNLocator(9, integer=True))
     figure.tight_layout()
@@ -480,8 +547,9 @@ def _small_multiples(count: int, title: str) -> tuple[Figure, list[Axes]]:
     return figure, axes[:count]
 
 
-def _curve_figure(path: PathLike, y_true: ArrayLike, y_score: ArrayLike, class_names: Sequence[str], *, kind: str,
-                  title: str) -> Path:
+def _curve_figure(
+    path: PathLike, y_true: ArrayLike, y_score: ArrayLike, class_names: Sequence[str], *, kind: str, title: str
+) -> Path:
     from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score, roc_curve
 
     truth, score = _multi_hot(y_true, len(class_names)), np.asarray(y_score, dtype=np.float64)
@@ -515,8 +583,14 @@ def _curve_figure(path: PathLike, y_true: ArrayLike, y_score: ArrayLike, class_n
     return _save(figure, path)
 
 
-def precision_recall_figure(path: PathLike, y_true: ArrayLike, y_score: ArrayLike, class_names: Sequence[str], *,
-                            title: str = "Precision and recall") -> Path:
+def precision_recall_figure(
+    path: PathLike,
+    y_true: ArrayLike,
+    y_score: ArrayLike,
+    class_names: Sequence[str],
+    *,
+    title: str = "Precision and recall",
+) -> Path:
     """Precision-recall curve of each class and of all pooled.
 
     Args:
@@ -529,14 +603,21 @@ def precision_recall_figure(path: PathLike, y_true: ArrayLike, y_score: ArrayLik
     return _curve_figure(path, y_true, y_score, class_names, kind="pr", title=title)
 
 
-def roc_figure(path: PathLike, y_true: ArrayLike, y_score: ArrayLike, class_names: Sequence[str], *,
-               title: str = "Receiver operating characteristic") -> Path:
+def roc_figure(
+    path: PathLike,
+    y_true: ArrayLike,
+    y_score: ArrayLike,
+    class_names: Sequence[str],
+    *,
+    title: str = "Receiver operating characteristic",
+) -> Path:
     """ROC curve of each class and of all pooled; arguments as for `precision_recall_figure`."""
     return _curve_figure(path, y_true, y_score, class_names, kind="roc", title=title)
 
 
-def confusion_matrix_figure(path: PathLike, y_true: ArrayLike, y_pred: ArrayLike, class_names: Sequence[str], *,
-                            title: str | None = None) -> Path:
+def confusion_matrix_figure(
+    path: PathLike, y_true: ArrayLike, y_pred: ArrayLike, class_names: Sequence[str], *, title: str | None = None
+) -> Path:
     """Confusion matrix, each row in percent of its true class.
 
     With several labels a sample, row i says how often each class is predicted for the samples that have class i; the
@@ -563,22 +644,31 @@ def confusion_matrix_figure(path: PathLike, y_true: ArrayLike, y_pred: ArrayLike
     left, bottom = 0.6 + glyph * (longest + 2 + len(f"({support.max():,})")), 0.55 + glyph * longest
     width, height = max(left + cell * classes + 1.0, 4.0), bottom + cell * classes + 0.8
     figure = _figure(width, height)
-    default = ("Predicted classes of the samples that have each class (diagonal: recall)" if several
-               else "Confusion matrix")
+    default = (
+        "Predicted classes of the samples that have each class (diagonal: recall)" if several else "Confusion matrix"
+    )
     figure.text(0.02, 1 - 0.12 / height, _wrap(title or default, width - 0.4, 10), fontsize=10, weight="bold", va="top")
     axes = figure.add_axes((left / width, bottom / height, cell * classes / width, cell * classes / height))
     image = axes.imshow(share, cmap=_colours("cividis"), vmin=0, vmax=100)
     for i in range(classes):
         for j in range(classes):
             text = "-" if support[i] == 0 else f"{share[i, j]:.0f}"
-            axes.text(j, i, text, ha="center", va="center", fontsize=7,
-                      color="white" if support[i] and share[i, j] < 50 else "black")
+            axes.text(
+                j,
+                i,
+                text,
+                ha="center",
+                va="center",
+                fontsize=7,
+                color="white" if support[i] and share[i, j] < 50 else "black",
+            )
     axes.set_xticks(range(classes), shown, fontsize=6.5, rotation=90)
     axes.set_yticks(range(classes), [f"{name}  ({n:,})" for name, n in zip(shown, support, strict=True)], fontsize=6.5)
     axes.set_xlabel("predicted", fontsize=9)
     axes.set_ylabel("true (samples)", fontsize=9)
-    bar = figure.add_axes(((left + cell * classes + 0.15) / width, bottom / height, 0.15 / width,
-                           cell * classes / height))
+    bar = figure.add_axes(
+        ((left + cell * classes + 0.15) / width, bottom / height, 0.15 / width, cell * classes / height)
+    )
     figure.colorbar(image, cax=bar).set_label("share of the row's samples (%)", fontsize=8)
     bar.tick_params(labelsize=7)
     return _save(figure, path)
@@ -621,6 +711,14 @@ def per_class_table_figure(
     for line, name in enumerate(class_names, start=1):
         put(0.15, line, name if len(name) <= 90 else name[:87] + "...")
         if line % 2 == 0:
-            figure.add_artist(Rectangle((0, 1 - (0.62 + row * (line + 0.5)) / height), 1, row / height,
-                                        facecolor="#eeeeee", edgecolor="none", zorder=0))
+            figure.add_artist(
+                Rectangle(
+                    (0, 1 - (0.62 + row * (line + 0.5)) / height),
+                    1,
+                    row / height,
+                    facecolor="#eeeeee",
+                    edgecolor="none",
+                    zorder=0,
+                )
+            )
     return _save(figure, path)

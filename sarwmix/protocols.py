@@ -118,9 +118,7 @@ class Workbench:
             cache=self.cache if train and not cached else "none",
         )
 
-    def evaluate(
-        self, model: nn.Module, split: str, loader: Iterable[Mapping[str, Any]] | None = None
-    ) -> Evaluation:
+    def evaluate(self, model: nn.Module, split: str, loader: Iterable[Mapping[str, Any]] | None = None) -> Evaluation:
         """All outputs of a split; pass batches of a loader to keep its workers between epochs."""
         return evaluate(
             model,

@@ -138,9 +138,16 @@ def _read_header(path: Path) -> _Header | str:
 
     try:
         with rasterio.open(path) as source:
-            return _Header(path, source.count, tuple(text or "" for text in source.descriptions), source.dtypes[0],
-                           source.height, source.width, source.crs.to_wkt() if source.crs else "",
-                           tuple(source.transform)[:6])
+            return _Header(
+                path,
+                source.count,
+                tuple(text or "" for text in source.descriptions),
+                source.dtypes[0],
+                source.height,
+                source.width,
+                source.crs.to_wkt() if source.crs else "",
+                tuple(source.transform)[:6],
+            )
     except RasterioError as error:
         return f"cannot be opened (truncated or no GeoTIFF?): {error}"
 
@@ -150,8 +157,10 @@ def _parse_band_order(text: str | None, bands: Sequence[str]) -> tuple[str, ...]
         return None
     order = tuple(part.strip().upper() for part in text.split(","))
     if any(order.count(band) != 1 for band in bands):
-        raise UserError(f"band_order={text!r}: expected the names of all bands of a file in their order, with "
-                        f"{' and '.join(bands)} once each, for example band_order=VV,VH")
+        raise UserError(
+            f"band_order={text!r}: expected the names of all bands of a file in their order, with "
+            f"{' and '.join(bands)} once each, for example band_order=VV,VH"
+        )
     return order
 
 
@@ -169,8 +178,10 @@ def _whole_bands(header: _Header, order: tuple[str, ...] | None, bands: Sequence
             return f"has {header.count} bands, band_order names {len(order)}"
         numbers = [order.index(band) + 1 for band in bands]
         if usable and numbers != [found[0] for found in described]:
-            raise UserError(f"{header.path}: band_order={','.join(order)} contradicts the file's band descriptions "
-                            f"{', '.join(header.descriptions)}; correct band_order or leave it out")
+            raise UserError(
+                f"{header.path}: band_order={','.join(order)} contradicts the file's band descriptions "
+                f"{', '.join(header.descriptions)}; correct band_order or leave it out"
+            )
         return numbers
     if usable:
         return [found[0] for found in described]
@@ -194,8 +205,10 @@ def find_scenes(root: Path, bands: Sequence[str], order: tuple[str, ...] | None)
     """
     paths = find_files(root)
     if not paths:
-        raise UserError(f"{root} holds no GeoTIFF (*.tif, *.tiff); expected Sentinel-1 scenes with "
-                        f"{' and '.join(bands)}, see docs/data_s1_scenes.md")
+        raise UserError(
+            f"{root} holds no GeoTIFF (*.tif, *.tiff); expected Sentinel-1 scenes with "
+            f"{' and '.join(bands)}, see docs/data_s1_scenes.md"
+        )
     with ThreadPoolExecutor(8) as pool:
         headers = list(pool.map(_read_header, paths))
     ignored: list[str] = []
@@ -222,35 +235,67 @@ def find_scenes(root: Path, bands: Sequence[str], order: tuple[str, ...] | None)
             stem = re.sub(r"^[^A-Za-z0-9]+|[^A-Za-z0-9]+$", "", stem)
             partners = single.setdefault((path.parent, stem), {})
             if named[0] in partners:
-                raise UserError(f"{partners[named[0]].path} and {path} are both {named[0]} of the same scene; "
-                                "keep one of them in the folder")
+                raise UserError(
+                    f"{partners[named[0]].path} and {path} are both {named[0]} of the same scene; "
+                    "keep one of them in the folder"
+                )
             partners[named[0]] = header
-    lone = [f"{next(iter(found.values())).path} (without {', '.join(b for b in bands if b not in found)})"
-            for found in single.values() if len(found) < len(bands)]
+    lone = [
+        f"{next(iter(found.values())).path} (without {', '.join(b for b in bands if b not in found)})"
+        for found in single.values()
+        if len(found) < len(bands)
+    ]
     if lone:
         broken = [f"{path}: {text}" for path, text in zip(paths, headers, strict=True) if isinstance(text, str)]
         unread = f" Files that could not be opened: {_listing(broken)}." if broken else ""
-        raise UserError(f"{len(lone)} of the files in {root} have no partner of the other polarisation: "
-                        f"{_listing(lone)}. The model reads {' and '.join(bands)} together; add the missing files, "
-                        f"whose names differ only in the band, or move these away.{unread}")
+        raise UserError(
+            f"{len(lone)} of the files in {root} have no partner of the other polarisation: "
+            f"{_listing(lone)}. The model reads {' and '.join(bands)} together; add the missing files, "
+            f"whose names differ only in the band, or move these away.{unread}"
+        )
     scenes: list[tuple[Path, Scene]] = []
     for (folder, stem), found in single.items():
         first, *others = (found[band] for band in bands)
         for other in others:
             if other.grid() != first.grid():
-                raise UserError(f"{first.path} and {other.path} lie on different grids ({first.shown()}; "
-                                f"{other.shown()}); resample one to the other first, for example with gdalwarp")
+                raise UserError(
+                    f"{first.path} and {other.path} lie on different grids ({first.shown()}; "
+                    f"{other.shown()}); resample one to the other first, for example with gdalwarp"
+                )
         name = stem or folder.name
-        scenes.append((folder / name, Scene(name, tuple(Band(str(found[band].path), 1) for band in bands), first.height,
-                                            first.width, first.crs, first.transform)))
+        scenes.append(
+            (
+                folder / name,
+                Scene(
+                    name,
+                    tuple(Band(str(found[band].path), 1) for band in bands),
+                    first.height,
+                    first.width,
+                    first.crs,
+                    first.transform,
+                ),
+            )
+        )
     for stem, header, numbers in whole:
-        scenes.append((header.path.with_suffix(""), Scene(
-            stem, tuple(Band(str(header.path), number) for number in numbers), header.height, header.width, header.crs,
-            header.transform)))
+        scenes.append(
+            (
+                header.path.with_suffix(""),
+                Scene(
+                    stem,
+                    tuple(Band(str(header.path), number) for number in numbers),
+                    header.height,
+                    header.width,
+                    header.crs,
+                    header.transform,
+                ),
+            )
+        )
     if not scenes:
-        raise UserError(f"{root} holds {len(paths)} GeoTIFF(s), but no scene with {' and '.join(bands)}: "
-                        f"{_listing(ignored)}. Name the bands in the file names (..._VH.tif, ..._VV.tif) or in the "
-                        "band descriptions, or declare their order, for example band_order=VV,VH.")
+        raise UserError(
+            f"{root} holds {len(paths)} GeoTIFF(s), but no scene with {' and '.join(bands)}: "
+            f"{_listing(ignored)}. Name the bands in the file names (..._VH.tif, ..._VV.tif) or in the "
+            "band descriptions, or declare their order, for example band_order=VV,VH."
+        )
     names = [scene.name for _, scene in scenes]
     if len(set(names)) < len(names):  # the same names in several folders: put the folders before them
         base = root if root.is_dir() else root.parent
@@ -383,16 +428,21 @@ def check_unit(pixels: NDArray[np.float32], unit: str, where: str) -> str | None
     medians = np.median(pixels, axis=1)
     shown = f"median {medians[0]:.4g} (VH) and {medians[1]:.4g} (VV), {100 * negative:.1f} % negative"
     if unit == "dB" and negative < 0.05:
-        raise UserError(f"{where}: the unit is declared as dB, but the values look like linear power ({shown}); "
-                        "give unit=linear")
+        raise UserError(
+            f"{where}: the unit is declared as dB, but the values look like linear power ({shown}); give unit=linear"
+        )
     if unit == "linear" and negative > 0.05:
-        raise UserError(f"{where}: the unit is declared as linear, but power cannot be negative, and the values look "
-                        f"like dB ({shown}); give unit=dB")
+        raise UserError(
+            f"{where}: the unit is declared as linear, but power cannot be negative, and the values look "
+            f"like dB ({shown}); give unit=dB"
+        )
     with np.errstate(divide="ignore", invalid="ignore"):
         level = 10 * np.log10(medians) if unit == "linear" else medians
     if not ((level > -45) & (level < 5)).all():
-        return (f"{where}: {shown} is outside -45 to +5 dB; calibrated backscatter (sigma nought or gamma nought) is "
-                "expected, digital numbers or amplitudes are not")
+        return (
+            f"{where}: {shown} is outside -45 to +5 dB; calibrated backscatter (sigma nought or gamma nought) is "
+            "expected, digital numbers or amplitudes are not"
+        )
     if level[0] > level[1] + 1:
         return f"{where}: VH is brighter than VV ({shown}); the bands may be swapped"
     return None
@@ -526,15 +576,20 @@ def build(
     if unit not in UNITS:
         raise UserError(f"unit={unit}: expected {' or '.join(UNITS)}")
     size = _number("tile", tile, kind=int, low=16, high=4096, expected="a number of pixels from 16 to 4096")
-    step = size if stride is None else _number("stride", stride, kind=int, low=1, high=4096,
-                                               expected="a number of pixels from 1 to 4096")
+    step = (
+        size
+        if stride is None
+        else _number("stride", stride, kind=int, low=1, high=4096, expected="a number of pixels from 1 to 4096")
+    )
     least = _number("min_valid", min_valid, kind=float, low=0, high=1, expected="a share from 0 to 1")
     held = _number("holdout", holdout, kind=float, low=0, high=0.9, expected="a share from 0 to 0.9")
     draw = _number("seed", seed, kind=int, low=0, high=2**63, expected="a number of 0 or more")
     wanted = parse_split(spec, split)
     if held == 0 and wanted != ("train",):
-        raise EmptySplit(f"split {split!r}: without holdout all scenes of {data_path} are in split 'train'; ask for "
-                         "that, or give for example holdout=0.2 to keep 10 % of the scenes each for val and test")
+        raise EmptySplit(
+            f"split {split!r}: without holdout all scenes of {data_path} are in split 'train'; ask for "
+            "that, or give for example holdout=0.2 to keep 10 % of the scenes each for val and test"
+        )
 
     scenes, ignored = find_scenes(data_path, spec.bands, _parse_band_order(band_order, spec.bands))
     skipped = Skipped(files=ignored)
@@ -579,14 +634,36 @@ def build(
     if not usable:
         raise UserError(f"{data_path} holds {len(scenes)} scene(s), none of them usable: {_listing(skipped.scenes)}")
     if held > 0 and len(usable) < 3:
-        raise UserError(f"holdout={held:g}: {data_path} has {len(usable)} usable scene(s); at least 3 are needed to "
-                        "hold scenes out for val and test")
+        raise UserError(
+            f"holdout={held:g}: {data_path} has {len(usable)} usable scene(s); at least 3 are needed to "
+            "hold scenes out for val and test"
+        )
     chosen = _assign(len(usable), held, draw, wanted)
     parts = [tiles[number] for number in chosen]
     for position, part in enumerate(parts):
         part[:, 0] = position
     windows = np.concatenate(parts) if parts else np.zeros((0, 3), np.int32)
-    log.info("%s: %d tiles of %dx%d from %d of %d scenes (%s); %d tiles with less than %g %% valid pixels left out",
-             data_path, len(windows), size, size, len(chosen), len(scenes), split, skipped.tiles, 100 * least)
-    return SceneTiles(spec, split, statistics, scenes=[usable[number] for number in chosen], windows=windows, tile=size,
-                      reader=reader, skipped=skipped, on_error=on_error, source=data_path)
+    log.info(
+        "%s: %d tiles of %dx%d from %d of %d scenes (%s); %d tiles with less than %g %% valid pixels left out",
+        data_path,
+        len(windows),
+        size,
+        size,
+        len(chosen),
+        len(scenes),
+        split,
+        skipped.tiles,
+        100 * least,
+    )
+    return SceneTiles(
+        spec,
+        split,
+        statistics,
+        scenes=[usable[number] for number in chosen],
+        windows=windows,
+        tile=size,
+        reader=reader,
+        skipped=skipped,
+        on_error=on_error,
+        source=data_path,
+    )

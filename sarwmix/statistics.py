@@ -149,14 +149,17 @@ class Moments:
         """
         if (self.count == 0).any():
             band = int(np.flatnonzero(self.count == 0)[0])
-            raise UserError(f"statistics: band {band} has no valid pixel in {self.samples} samples; "
-                            "check the data with scripts/check_data.py")
+            raise UserError(
+                f"statistics: band {band} has no valid pixel in {self.samples} samples; "
+                "check the data with scripts/check_data.py"
+            )
 
         def plain(values: NDArray[np.float64]) -> tuple[float, ...]:
             return tuple(round(float(value), 4) for value in values)
 
-        return Statistics(plain(self.mean), plain(self.std()), plain(self.percentile(1)), plain(self.percentile(99)),
-                          origin)
+        return Statistics(
+            plain(self.mean), plain(self.std()), plain(self.percentile(1)), plain(self.percentile(99)), origin
+        )
 
 
 def read_moments(dataset: SarDataset, indices: NDArray[np.int64]) -> Moments:
@@ -250,8 +253,9 @@ def compute_moments(
     else:
         # Spawned, because a forked copy of a process with threads (torch has some) can hang.
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(min(processes, len(pieces)), mp_context=context, initializer=_open_worker,
-                                 initargs=(dataset,)) as pool:
+        with ProcessPoolExecutor(
+            min(processes, len(pieces)), mp_context=context, initializer=_open_worker, initargs=(dataset,)
+        ) as pool:
             collect(pool.map(_work, pieces))
     return total
 

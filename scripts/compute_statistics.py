@@ -17,18 +17,30 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = argparse.ArgumentParser(
         description="Mean, standard deviation, 1 %% and 99 %% percentile of each band over all valid pixels, in dB. "
-        "One pass, constant memory; invalid pixels are left out and counted.")
+        "One pass, constant memory; invalid pixels are left out and counted."
+    )
     result.add_argument("--dataset", required=True, choices=registry.names(), help="registered data set")
     result.add_argument("--data_path", required=True, metavar="DIR", help="root of the data, or a packed store")
-    result.add_argument("--split", default=None,
-                        help="split, or several joined by + (default: what pretraining sees, all but test)")
+    result.add_argument(
+        "--split", default=None, help="split, or several joined by + (default: what pretraining sees, all but test)"
+    )
     result.add_argument("--sample", type=int, default=None, metavar="N", help="read N random samples instead of all")
     result.add_argument("--seed", type=int, default=0, help="seed of the random sample (default %(default)s)")
-    result.add_argument("--jobs", type=int, default=None, metavar="N",
-                        help="reading processes (default: usable processors, one for 1,024 samples at most)")
+    result.add_argument(
+        "--jobs",
+        type=int,
+        default=None,
+        metavar="N",
+        help="reading processes (default: usable processors, one for 1,024 samples at most)",
+    )
     result.add_argument("--out", required=True, metavar="FILE.json", help="file to write")
-    result.add_argument("--data_option", action="append", default=[], metavar="NAME=VALUE",
-                        help="option of the data set, e.g. unit=linear for s1_scenes; may be repeated")
+    result.add_argument(
+        "--data_option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="option of the data set, e.g. unit=linear for s1_scenes; may be repeated",
+    )
     return result
 
 
@@ -61,9 +73,11 @@ def main() -> None:
     content = statistics.report(dataset, moments, drawn=args.sample is not None and args.sample < len(dataset))
     write_json(out, content)
     for number, band in enumerate(content["bands"]):
-        print(f"{band}: mean {content['mean'][number]:.4f} dB, std {content['std'][number]:.4f} dB, "
-              f"1 % {content['p01'][number]:.2f} dB, 99 % {content['p99'][number]:.2f} dB, "
-              f"{content['invalid_pixels'][number]} invalid pixels")
+        print(
+            f"{band}: mean {content['mean'][number]:.4f} dB, std {content['std'][number]:.4f} dB, "
+            f"1 % {content['p01'][number]:.2f} dB, 99 % {content['p99'][number]:.2f} dB, "
+            f"{content['invalid_pixels'][number]} invalid pixels"
+        )
     for line in content["unreadable"][:10]:
         print(f"unreadable, left out: {line}")
     if len(content["unreadable"]) > 10:

@@ -17,14 +17,21 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = argparse.ArgumentParser(
         description="Write generated Sentinel-1 patches (GeoTIFF tree and metadata.parquet, 19-class labels). "
-        "The same patches and seed give the same bytes. Complete data of the same settings are used again.")
+        "The same patches and seed give the same bytes. Complete data of the same settings are used again."
+    )
     result.add_argument("--out", required=True, metavar="DIR", help="folder to make")
-    result.add_argument("--patches", type=int, default=768, metavar="N",
-                        help="patches in all, about 60/20/20 %% train/validation/test (default %(default)s)")
+    result.add_argument(
+        "--patches",
+        type=int,
+        default=768,
+        metavar="N",
+        help="patches in all, about 60/20/20 %% train/validation/test (default %(default)s)",
+    )
     result.add_argument("--seed", type=int, default=0, help="default %(default)s")
     result.add_argument("--jobs", type=int, default=None, metavar="N", help="threads (default: all usable processors)")
-    result.add_argument("--overwrite", action="store_true",
-                        help="replace demo data of other settings; anything else is never replaced")
+    result.add_argument(
+        "--overwrite", action="store_true", help="replace demo data of other settings; anything else is never replaced"
+    )
     return result
 
 
@@ -43,8 +50,9 @@ def main() -> None:
             shown = tenth
             print(f"demo data: {done}/{total} patches, {time.monotonic() - start:.1f} s", flush=True)
 
-    written = generate(args.out, patches=args.patches, seed=args.seed, jobs=args.jobs, overwrite=args.overwrite,
-                       progress=progress)
+    written = generate(
+        args.out, patches=args.patches, seed=args.seed, jobs=args.jobs, overwrite=args.overwrite, progress=progress
+    )
     print(f"demo data of {args.patches} patches {'written to' if written else 'already complete in'} {args.out}")
 
 

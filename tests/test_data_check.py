@@ -38,9 +38,18 @@ def real(tmp_path: Path, realdata: Path) -> Path:
     for row in table.itertuples():
         target = root / "_".join(row.s1_name.split("_")[:5]) / row.s1_name
         shutil.copytree(realdata / "bigearthnet_s1" / row.s1_name, target)
-        rows.append({"patch_id": row.v2_patch_id, "labels": str(row.v2_labels19).split("|"), "split": row.v2_split,
-                     "country": row.country, "s1_name": row.s1_name, "s2v1_name": row.s2v1_name,
-                     "contains_seasonal_snow": False, "contains_cloud_or_shadow": False})
+        rows.append(
+            {
+                "patch_id": row.v2_patch_id,
+                "labels": str(row.v2_labels19).split("|"),
+                "split": row.v2_split,
+                "country": row.country,
+                "s1_name": row.s1_name,
+                "s2v1_name": row.s2v1_name,
+                "contains_seasonal_snow": False,
+                "contains_cloud_or_shadow": False,
+            }
+        )
     pd.DataFrame(rows, columns=OFFICIAL).to_parquet(root / "metadata.parquet")
     return root
 
@@ -83,8 +92,15 @@ def damage(root: Path) -> dict[str, str]:
     table.at[row, "labels"] = ["Arable lnd"]
     table = pd.concat([table, table[table["s1_name"] == twice]], ignore_index=True)
     table.to_parquet(root / "metadata.parquet")
-    return {"swapped bands": swapped, "linear instead of dB": linear, "unreadable": short, "invalid pixels": block,
-            "unknown label": wrong, "duplicated name": twice, "missing": gone}
+    return {
+        "swapped bands": swapped,
+        "linear instead of dB": linear,
+        "unreadable": short,
+        "invalid pixels": block,
+        "unknown label": wrong,
+        "duplicated name": twice,
+        "missing": gone,
+    }
 
 
 def check_all_found(found: Examination, expected: dict[str, str]) -> None:
@@ -137,8 +153,9 @@ def test_wrong_label_and_split_against_the_official_table(real: Path, realdata: 
 
 
 def test_compare_tables_counts_only_differences() -> None:
-    table = pd.DataFrame({"s1_name": ["a", "b"], "labels": [["Pastures"], ["Mixed forest", "Pastures"]],
-                          "split": ["train", "test"]})
+    table = pd.DataFrame(
+        {"s1_name": ["a", "b"], "labels": [["Pastures"], ["Mixed forest", "Pastures"]], "split": ["train", "test"]}
+    )
     other = table.assign(labels=[["Pastures"], ["Pastures", "Mixed forest"]])
     assert compare_tables(table, other, "t") == []
 

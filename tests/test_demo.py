@@ -50,8 +50,16 @@ def test_same_seed_same_bytes_whatever_the_jobs(data: Path, tmp_path: Path) -> N
 
 def test_layout_is_that_of_bigearthnet_v2(data: Path) -> None:
     table = pd.read_parquet(data / "metadata.parquet")
-    assert list(table.columns) == ["patch_id", "labels", "split", "country", "s1_name", "s2v1_name",
-                                   "contains_seasonal_snow", "contains_cloud_or_shadow"]
+    assert list(table.columns) == [
+        "patch_id",
+        "labels",
+        "split",
+        "country",
+        "s1_name",
+        "s2v1_name",
+        "contains_seasonal_snow",
+        "contains_cloud_or_shadow",
+    ]
     assert len(table) == PATCHES
     assert set(table["split"]) == {"train", "validation", "test"}
     assert table["patch_id"].is_unique
@@ -243,11 +251,21 @@ def test_places_do_not_overlap() -> None:
 
 def test_command_line(tmp_path: Path) -> None:
     script = [sys.executable, str(REPOSITORY / "scripts" / "make_demo_data.py")]
-    good = subprocess.run([*script, "--out", str(tmp_path / "d"), "--patches", "5", "--seed", "2", "--jobs", "1"],
-                          capture_output=True, text=True, check=True, cwd=tmp_path)
+    good = subprocess.run(
+        [*script, "--out", str(tmp_path / "d"), "--patches", "5", "--seed", "2", "--jobs", "1"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+    )
     assert "5/5 patches" in good.stdout
-    bad = subprocess.run([*script, "--out", str(tmp_path / "e"), "--patches", "1"], capture_output=True, text=True,
-                         check=False, cwd=tmp_path)
+    bad = subprocess.run(
+        [*script, "--out", str(tmp_path / "e"), "--patches", "1"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
     assert bad.returncode == 2
     assert bad.stderr.startswith("error: patches=1")
     assert "Traceback" not in bad.stderr
@@ -284,8 +302,9 @@ def test_every_class_is_in_every_split_and_texture_tells_more_than_level(tmp_pat
         precision = []
         for k in range(19):
             model = LogisticRegression(max_iter=2000).fit(scaler.transform(train[kind]), train[2][:, k])
-            precision.append(average_precision_score(test[2][:, k],
-                                                     model.decision_function(scaler.transform(test[kind]))))
+            precision.append(
+                average_precision_score(test[2][:, k], model.decision_function(scaler.transform(test[kind])))
+            )
         scores.append(float(np.mean(precision)))
     assert scores[0] < 0.5  # mean and deviation of the bands are not enough
     assert scores[1] > scores[0] + 0.15

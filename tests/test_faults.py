@@ -338,9 +338,7 @@ def test_a_killed_job_of_two_processes_continues_bit_equal(start: Start, whole: 
         pytest.param("freeze", 4, "while computing a step together", marks=pytest.mark.slow),
     ],
 )
-def test_a_dead_or_hung_rank_ends_the_job(
-    start: Start, tmp_path: Path, kind: str, code: int | None, text: str
-) -> None:
+def test_a_dead_or_hung_rank_ends_the_job(start: Start, tmp_path: Path, kind: str, code: int | None, text: str) -> None:
     job = start(fault={"kind": kind, "rank": 1, "batch": 14})
     read_until(job, "Epoch 1/3")
     began = time.monotonic()
@@ -423,7 +421,7 @@ def test_disk_full_while_training(start: Start, tmp_path: Path) -> None:
     command = start(processes=1).args
     assert isinstance(command, list)
     size = 700_000
-    inside = f"mount -t tmpfs -o size={size} tmpfs {out} && \"$@\"; code=$?; cp -r {out} {tmp_path}/copy; exit $code"
+    inside = f'mount -t tmpfs -o size={size} tmpfs {out} && "$@"; code=$?; cp -r {out} {tmp_path}/copy; exit $code'
     done = subprocess.run(
         ["unshare", "-m", "sh", "-c", inside, "sh", *command], env=clean_environment(), cwd=ROOT, capture_output=True,
         text=True, timeout=120,

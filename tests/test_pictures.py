@@ -79,8 +79,17 @@ def test_reconstruction_panel(tmp_path: Path, figures: list[Figure]) -> None:
     assert {axes.images[0].get_clim() for axes in images[0::12]} == {pictures.GREY_DB["VH"]}
     assert {axes.images[0].get_clim() for axes in images[6::12]} == {pictures.GREY_DB["VV"]}
     titles = " ".join(axes.get_title() for axes in figures[0].axes)
-    for expected in ("original", "mixed input", "mask", "reconstruction", "absolute error", "loss weight",
-                     "VH backscatter (dB)", "VV backscatter (dB)", "absolute error (dB)"):
+    for expected in (
+        "original",
+        "mixed input",
+        "mask",
+        "reconstruction",
+        "absolute error",
+        "loss weight",
+        "VH backscatter (dB)",
+        "VV backscatter (dB)",
+        "absolute error (dB)",
+    ):
         assert expected in titles
     texts = " ".join(text.get_text() for text in figures[0].texts)
     assert texts.count("VH 2.00 dB, VV 2.00 dB") == 3
@@ -92,8 +101,9 @@ def test_reconstruction_panel(tmp_path: Path, figures: list[Figure]) -> None:
 
 def test_more_samples_go_to_more_pages(tmp_path: Path) -> None:
     data = batch(10, 32)
-    written = pictures.reconstruction_panel(tmp_path / "r.png", names=[str(i) for i in range(10)], bands=("VH", "VV"),
-                                            title="pages", **data)
+    written = pictures.reconstruction_panel(
+        tmp_path / "r.png", names=[str(i) for i in range(10)], bands=("VH", "VV"), title="pages", **data
+    )
     assert [path.name for path in written] == ["r.png", "r_2.png"]
     assert all(path.is_file() for path in written)
 
@@ -131,20 +141,34 @@ def test_contact_sheet(tmp_path: Path, figures: list[Figure]) -> None:
 def test_histogram_bars_curves_and_table(tmp_path: Path, figures: list[Figure]) -> None:
     edges = np.arange(-40.0, 10.5, 0.5)
     pixels = {"VH": np.random.default_rng(0).normal(-18, 3, 5000), "VV": np.random.default_rng(1).normal(-11, 3, 5000)}
-    pictures.histogram_figure(tmp_path / "h.png", edges=edges, title="t",
-                              counts={band: np.histogram(values, edges)[0] for band, values in pixels.items()},
-                              marks={band: {"mean": float(values.mean())} for band, values in pixels.items()})
+    pictures.histogram_figure(
+        tmp_path / "h.png",
+        edges=edges,
+        title="t",
+        counts={band: np.histogram(values, edges)[0] for band, values in pixels.items()},
+        marks={band: {"mean": float(values.mean())} for band, values in pixels.items()},
+    )
     assert figures[0].axes[-1].get_xlabel() == "backscatter (dB)"
     values = np.linspace(0, 1, 19)
     values[4] = np.nan
-    pictures.bar_figure(tmp_path / "b.png", labels=CLASSES_19, values={"a": values, "b": values / 2}, unit="AP",
-                        title="t", intervals={"a": np.stack([values - 0.05, values + 0.05], axis=1)})
+    pictures.bar_figure(
+        tmp_path / "b.png",
+        labels=CLASSES_19,
+        values={"a": values, "b": values / 2},
+        unit="AP",
+        title="t",
+        intervals={"a": np.stack([values - 0.05, values + 0.05], axis=1)},
+    )
     assert "none" in [text.get_text() for text in figures[1].axes[0].texts]
     epochs = np.arange(64)
-    pictures.curves_figure(tmp_path / "c.png", x_label="epoch", title="t",
-                           marks={"warm-up ends (40)": 40, "cut (64)": 64},
-                           panels={"loss": {"a": (epochs, 1 / (epochs + 1))}, "rate": {"a": (epochs, epochs + 1.0)}},
-                           log_panels=("rate",))
+    pictures.curves_figure(
+        tmp_path / "c.png",
+        x_label="epoch",
+        title="t",
+        marks={"warm-up ends (40)": 40, "cut (64)": 64},
+        panels={"loss": {"a": (epochs, 1 / (epochs + 1))}, "rate": {"a": (epochs, epochs + 1.0)}},
+        log_panels=("rate",),
+    )
     assert figures[2].axes[1].get_yscale() == "log"
     pictures.per_class_table_figure(tmp_path / "t.png", CLASSES_19, {"AP": values, "support": np.arange(19) * 1000})
     assert len(list(tmp_path.glob("*.png"))) == 4

@@ -25,11 +25,29 @@ CLASSES = ["Urban fabric", "Arable land", "Inland <waters>"]
 
 def pretrain_run(folder: Path, *, epochs: int = 6, **args: Any) -> Path:
     folder.mkdir(parents=True)
-    settings = {"dataset": "demo", "model": "mixmim_tiny", "epochs": 16, "stop_epoch": 6, "warmup_epochs": 2, "seed": 0,
-                "mask_ratio": 0.5, "weight_mode": "per_channel", "output_dir": str(folder), **args}
+    settings = {
+        "dataset": "demo",
+        "model": "mixmim_tiny",
+        "epochs": 16,
+        "stop_epoch": 6,
+        "warmup_epochs": 2,
+        "seed": 0,
+        "mask_ratio": 0.5,
+        "weight_mode": "per_channel",
+        "output_dir": str(folder),
+        **args,
+    }
     (folder / "args.json").write_text(json.dumps(settings))
-    lines = [{"epoch": epoch, "train_loss": 2.0 / (epoch + 1), "train_lr": 1e-4, "images_per_s": 100.0 + epoch,
-              "seconds": 10.0} for epoch in range(epochs)]
+    lines = [
+        {
+            "epoch": epoch,
+            "train_loss": 2.0 / (epoch + 1),
+            "train_lr": 1e-4,
+            "images_per_s": 100.0 + epoch,
+            "seconds": 10.0,
+        }
+        for epoch in range(epochs)
+    ]
     (folder / "log.txt").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
@@ -38,11 +56,28 @@ def finetune_run(
     folder: Path, *, value: float = 0.5, start: str = "random", seed: int = 0, frac: float = 1.0, interval: bool = False
 ) -> Path:
     folder.mkdir(parents=True)
-    settings = {"dataset": "demo", "model": "mixmim_tiny", "epochs": 3, "warmup_epochs": 1, "seed": seed,
-                "protocol": "finetune", "finetune": "" if start == "random" else start, "output_dir": str(folder)}
+    settings = {
+        "dataset": "demo",
+        "model": "mixmim_tiny",
+        "epochs": 3,
+        "warmup_epochs": 1,
+        "seed": seed,
+        "protocol": "finetune",
+        "finetune": "" if start == "random" else start,
+        "output_dir": str(folder),
+    }
     (folder / "args.json").write_text(json.dumps(settings))
-    lines = [{"epoch": epoch, "train_loss": 0.6 - 0.1 * epoch, "train_lr": 1e-3, "images_per_s": 50.0, "seconds": 5.0,
-              "val_ap_macro": value - 0.1 + 0.03 * epoch} for epoch in range(3)]
+    lines = [
+        {
+            "epoch": epoch,
+            "train_loss": 0.6 - 0.1 * epoch,
+            "train_lr": 1e-3,
+            "images_per_s": 50.0,
+            "seconds": 5.0,
+            "val_ap_macro": value - 0.1 + 0.03 * epoch,
+        }
+        for epoch in range(3)
+    ]
     (folder / "log.txt").write_text("".join(json.dumps(line) + "\n" for line in lines))
     entry: dict[str, Any] = {
         "scalars": {"ap_macro": value, "f1_macro": value / 2, "loss": 0.3},
@@ -57,30 +92,52 @@ def finetune_run(
     (folder / "metrics.json").write_text(json.dumps(content))
     rng = np.random.default_rng(0)
     target = (rng.random((40, 3)) < 0.4).astype(np.uint8)
-    np.savez(folder / "predictions_test.npz", names=np.arange(40).astype(str), target=target,
-             scores=np.clip(0.3 + 0.3 * target + rng.normal(0, 0.2, target.shape), 0, 1))
+    np.savez(
+        folder / "predictions_test.npz",
+        names=np.arange(40).astype(str),
+        target=target,
+        scores=np.clip(0.3 + 0.3 * target + rng.normal(0, 0.2, target.shape), 0, 1),
+    )
     return folder
 
 
 def with_pictures(run: Path) -> Path:
     (run / "reconstructions").mkdir()
     images = np.full((1, 2, 16, 16), -12.0)
-    reconstruction_panel(run / "reconstructions" / "a.png", names=["a"], bands=("VH", "VV"), original_db=images,
-                         mixed_db=images, mask=np.array([1, 0, 0, 1]), reconstruction_db=images, title="t",
-                         weights=images / -6)
+    reconstruction_panel(
+        run / "reconstructions" / "a.png",
+        names=["a"],
+        bands=("VH", "VV"),
+        original_db=images,
+        mixed_db=images,
+        mask=np.array([1, 0, 0, 1]),
+        reconstruction_db=images,
+        title="t",
+        weights=images / -6,
+    )
     return run
 
 
 def test_page_of_all_kinds(tmp_path: Path) -> None:
-    runs = [with_pictures(pretrain_run(tmp_path / "pre")), pretrain_run(tmp_path / "none", weight_mode="none"),
-            finetune_run(tmp_path / "ft", value=0.6, start="pre/checkpoint_4.pth", interval=True),
-            finetune_run(tmp_path / "random", value=0.4)]
+    runs = [
+        with_pictures(pretrain_run(tmp_path / "pre")),
+        pretrain_run(tmp_path / "none", weight_mode="none"),
+        finetune_run(tmp_path / "ft", value=0.6, start="pre/checkpoint_4.pth", interval=True),
+        finetune_run(tmp_path / "random", value=0.4),
+    ]
     page = report.write_report(runs, tmp_path / "out", title="A & B")
     text = page.read_text()
     assert "<title>A &amp; B</title>" in text
     assert "http" not in re.sub(r"data:image/png;base64,[^\"]*", "", text)  # nothing from outside
-    for heading in ("Overview", "Curves", "Results", "Reconstructions and weight maps", "Precision, recall, confusion",
-                    "Settings", "Table for a paper"):
+    for heading in (
+        "Overview",
+        "Curves",
+        "Results",
+        "Reconstructions and weight maps",
+        "Precision, recall, confusion",
+        "Settings",
+        "Table for a paper",
+    ):
         assert f">{heading}</h2>" in text
     assert "Inland &lt;waters&gt;" not in text  # class names are in the pictures only
     assert "heights of their losses do not compare" in text
@@ -96,8 +153,10 @@ def test_seeds_are_averaged_with_an_interval(tmp_path: Path) -> None:
     runs = [finetune_run(tmp_path / f"s{seed}", value=value, seed=seed) for seed, value in enumerate(values)]
     runs.append(finetune_run(tmp_path / "other", value=0.3, start="pre/checkpoint_8.pth"))
     rows = report.paper_rows(report.load_runs(runs))
-    assert [row.setting for row in rows] == [("s0 and 2 more", "demo", "finetune", "random", "100 %", "0, 1, 2"),
-                                             ("other", "demo", "finetune", "pre/checkpoint_8.pth", "100 %", "0")]
+    assert [row.setting for row in rows] == [
+        ("s0 and 2 more", "demo", "finetune", "random", "100 %", "0, 1, 2"),
+        ("other", "demo", "finetune", "pre/checkpoint_8.pth", "100 %", "0"),
+    ]
     cell = rows[0].cells["ap_macro"]
     # t(0.975, 2 degrees of freedom) = 4.3027; standard error = 0.0361 / sqrt(3) = 0.02082
     assert t.ppf(0.975, 2) == pytest.approx(4.3027, abs=1e-4)
@@ -111,8 +170,9 @@ def test_tables_for_a_paper(tmp_path: Path) -> None:
     rows = report.paper_rows(report.load_runs([run]))
     markdown = report.markdown_table(rows).splitlines()
     assert markdown[0].startswith("| run | data | protocol | initial weights | labels | seeds | AP macro | F1 macro |")
-    assert markdown[2] == ("| a_b | demo | finetune | pre_x/checkpoint_8.pth | 12.5 % | 0 | 51.23 [47.23, 55.23] "
-                           "| 25.61 |")
+    assert markdown[2] == (
+        "| a_b | demo | finetune | pre_x/checkpoint_8.pth | 12.5 % | 0 | 51.23 [47.23, 55.23] | 25.61 |"
+    )
     latex = report.latex_table(rows)
     assert r"a\_b & demo & finetune & pre\_x/checkpoint\_8.pth & 12.5 \% & 0 & 51.23 & 25.61 \\" in latex
     assert r"{\scriptsize [47.23, 55.23]}" in latex
@@ -185,9 +245,7 @@ def test_same_names_are_told_apart(tmp_path: Path) -> None:
     assert [run.name for run in runs] == ["x/run", "y/run"]
 
 
-def test_command_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     run = pretrain_run(tmp_path / "a")
     monkeypatch.setattr(sys, "argv", ["report.py", str(run), "--out", str(tmp_path / "out"), "--title", "T"])
     script.main()
@@ -232,8 +290,10 @@ def test_page_in_a_browser(tmp_path: Path) -> None:
     browser = next((found for name in names if (found := shutil.which(name))), None)
     if browser is None:
         pytest.skip("no Chromium is installed; the page is checked in a browser only where there is one")
-    runs = [with_pictures(pretrain_run(tmp_path / "pre")),
-            finetune_run(tmp_path / "ft_with_a_name_that_is_long_enough_to_be_broken", start="pre/checkpoint_4.pth")]
+    runs = [
+        with_pictures(pretrain_run(tmp_path / "pre")),
+        finetune_run(tmp_path / "ft_with_a_name_that_is_long_enough_to_be_broken", start="pre/checkpoint_4.pth"),
+    ]
     page = report.write_report(runs, tmp_path / "out")
     probe = tmp_path / "out" / "probe.html"
     probe.write_text(page.read_text().replace("<head>", "<head>" + CHECK, 1))

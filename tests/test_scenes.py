@@ -29,13 +29,29 @@ def scene(height: int = 40, width: int = 50, seed: int = 0) -> np.ndarray:
 
 @pytest.fixture
 def write(tmp_path: Path) -> Writer:
-    def write_file(name: str, bands: np.ndarray, *, descriptions: tuple[str, ...] = (), origin: float = 500000.0,
-                   epsg: int | None = 32633, **profile: Any) -> Path:
+    def write_file(
+        name: str,
+        bands: np.ndarray,
+        *,
+        descriptions: tuple[str, ...] = (),
+        origin: float = 500000.0,
+        epsg: int | None = 32633,
+        **profile: Any,
+    ) -> Path:
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        with rasterio.open(path, "w", driver="GTiff", height=bands.shape[1], width=bands.shape[2], count=len(bands),
-                           dtype=bands.dtype, crs=None if epsg is None else f"EPSG:{epsg}",
-                           transform=from_origin(origin, 5400000.0, 10.0, 10.0), **profile) as target:
+        with rasterio.open(
+            path,
+            "w",
+            driver="GTiff",
+            height=bands.shape[1],
+            width=bands.shape[2],
+            count=len(bands),
+            dtype=bands.dtype,
+            crs=None if epsg is None else f"EPSG:{epsg}",
+            transform=from_origin(origin, 5400000.0, 10.0, 10.0),
+            **profile,
+        ) as target:
             target.write(bands)
             for number, text in enumerate(descriptions, start=1):
                 target.set_band_description(number, text)
@@ -220,8 +236,10 @@ def test_refusals(tmp_path: Path, write: Writer) -> None:
         build(tmp_path / "nothing")
 
 
-@pytest.mark.parametrize("option", [{"tile": 8}, {"tile": "x"}, {"stride": 0}, {"min_valid": 1.5}, {"holdout": 1},
-                                    {"seed": -1}, {"min_valid": "nan"}])
+@pytest.mark.parametrize(
+    "option",
+    [{"tile": 8}, {"tile": "x"}, {"stride": 0}, {"min_valid": 1.5}, {"holdout": 1}, {"seed": -1}, {"min_valid": "nan"}],
+)
 def test_options_out_of_range(tmp_path: Path, write: Writer, option: dict[str, Any]) -> None:
     write("a.tif", scene(), descriptions=("VH", "VV"))
     with pytest.raises(UserError, match=f"{next(iter(option))}="):

@@ -78,9 +78,7 @@ def machines(tmp_path: Path) -> Iterator[Enter]:
             ip("netns", "del", f"{prefix}node{number}")
 
 
-def test_qsub_run_on_two_nodes_equals_two_processes_on_one(
-    machines: Enter, demo_root: Path, tmp_path: Path
-) -> None:
+def test_qsub_run_on_two_nodes_equals_two_processes_on_one(machines: Enter, demo_root: Path, tmp_path: Path) -> None:
     (tmp_path / "nodes").write_text("node1\nnode2\n")
     python = tmp_path / "python"  # the launcher's python, with the small model of the fault tests
     python.write_text(f'#!/bin/bash\nshift\nhostname >>{tmp_path}/ran\nexec {sys.executable} {PROGRAM} "{{}}" "$@"\n')

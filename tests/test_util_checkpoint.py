@@ -147,6 +147,7 @@ def _zip_with_pickle(path, payload, name="archive/data.pkl", compress=zipfile.ZI
 
 def _hostile_files(folder, marker):
     """(name, maker) of files that must be refused."""
+
     def legacy(path):
         torch.save({"model": {}}, path, _use_new_zipfile_serialization=False)
 

@@ -23,6 +23,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
 
 def args_to_dict(args: argparse.Namespace) -> dict[str, Any]:
     """Plain values for `args.json` and the checkpoint."""
+
     def plain(value: Any) -> Any:
         if value is None or isinstance(value, (bool, int, float, str)):
             return value
@@ -61,10 +62,15 @@ port_number = _number(int, lambda value: 0 <= value < 65536, "a port number (0-6
 def add_run_args(parser: argparse.ArgumentParser, *, output_dir: str) -> None:
     """Where results go, device, seed, test run."""
     group = parser.add_argument_group("run")
-    group.add_argument("--output_dir", default=output_dir, metavar="DIR",
-                       help="folder for checkpoints, log.txt, args.json and pictures")
-    group.add_argument("--log_dir", default=None, metavar="DIR",
-                       help="folder for TensorBoard (not given: <output_dir>/tensorboard)")
+    group.add_argument(
+        "--output_dir",
+        default=output_dir,
+        metavar="DIR",
+        help="folder for checkpoints, log.txt, args.json and pictures",
+    )
+    group.add_argument(
+        "--log_dir", default=None, metavar="DIR", help="folder for TensorBoard (not given: <output_dir>/tensorboard)"
+    )
     group.add_argument("--device", default="auto", help="auto (CUDA when there is a GPU), cpu, cuda or cuda:N")
     group.add_argument("--seed", type=non_negative_int, default=0, help="seed of everything that is random")
     group.add_argument("--test_run", action="store_true",
@@ -74,17 +80,39 @@ def add_run_args(parser: argparse.ArgumentParser, *, output_dir: str) -> None:
 def add_resume_args(parser: argparse.ArgumentParser, *, save_every: int) -> None:
     """Continuing a run, and what is saved for it."""
     group = parser.add_argument_group("resume and checkpoints")
-    group.add_argument("--resume", default="", metavar="PATH|auto",
-                       help="continue a run: a checkpoint, or auto = the newest whole one in --output_dir "
-                            "(starts fresh when there is none)")
-    group.add_argument("--start_epoch", type=non_negative_int, default=None, metavar="N",
-                       help="begin at epoch N (from 0) instead of where --resume ends")
-    group.add_argument("--allow_mismatch", action="store_true",
-                       help="resume although data, model, weighting or schedule differ from the checkpoint's")
-    group.add_argument("--save_every", type=positive_int, default=save_every, metavar="N",
-                       help="write checkpoint.pth every N epochs (and at the end)")
-    group.add_argument("--save_minutes", type=non_negative_float, default=30.0, metavar="MIN",
-                       help="also save in mid-epoch when this many minutes have passed since the last one; 0: never")
+    group.add_argument(
+        "--resume",
+        default="",
+        metavar="PATH|auto",
+        help="continue a run: a checkpoint, or auto = the newest whole one in --output_dir "
+        "(starts fresh when there is none)",
+    )
+    group.add_argument(
+        "--start_epoch",
+        type=non_negative_int,
+        default=None,
+        metavar="N",
+        help="begin at epoch N (from 0) instead of where --resume ends",
+    )
+    group.add_argument(
+        "--allow_mismatch",
+        action="store_true",
+        help="resume although data, model, weighting or schedule differ from the checkpoint's",
+    )
+    group.add_argument(
+        "--save_every",
+        type=positive_int,
+        default=save_every,
+        metavar="N",
+        help="write checkpoint.pth every N epochs (and at the end)",
+    )
+    group.add_argument(
+        "--save_minutes",
+        type=non_negative_float,
+        default=30.0,
+        metavar="MIN",
+        help="also save in mid-epoch when this many minutes have passed since the last one; 0: never",
+    )
     group.add_argument("--keep_checkpoints", type=positive_int, default=2, metavar="K",
                        help="how many of the newest checkpoints stay in <output_dir>/recent; with 2 or more, "
                             "a damaged newest one has a predecessor")  # fmt: skip
@@ -93,9 +121,13 @@ def add_resume_args(parser: argparse.ArgumentParser, *, save_every: int) -> None
 def add_fault_args(parser: argparse.ArgumentParser) -> None:
     """What happens when something goes wrong."""
     group = parser.add_argument_group("faults")
-    group.add_argument("--skip_nonfinite", type=non_negative_int, default=0, metavar="N",
-                       help="skip a step whose loss or gradient is not finite, at most N times in a run; "
-                            "0: stop at the first")
+    group.add_argument(
+        "--skip_nonfinite",
+        type=non_negative_int,
+        default=0,
+        metavar="N",
+        help="skip a step whose loss or gradient is not finite, at most N times in a run; 0: stop at the first",
+    )
     group.add_argument("--hang_timeout", type=non_negative_float, default=30.0, metavar="S",
                        help="with several processes: end the job when one makes no progress for S seconds "
                             "(never less than a few times its slowest step); 0: wait for ever")  # fmt: skip
@@ -106,20 +138,43 @@ def add_data_args(
 ) -> None:
     """Data set and loading."""
     group = parser.add_argument_group("data")
-    group.add_argument("--dataset", choices=tuple(datasets), default=default,
-                       help="registered data set; the only switch between data sets")
-    group.add_argument("--data_path", required=True, metavar="DIR",
-                       help="root of the data, or a packed store made from it by scripts/pack_dataset.py")
-    group.add_argument("--num_workers", type=non_negative_int, default=num_workers, metavar="N",
-                       help="reading processes for each training process; 0: read in the training process")
+    group.add_argument(
+        "--dataset",
+        choices=tuple(datasets),
+        default=default,
+        help="registered data set; the only switch between data sets",
+    )
+    group.add_argument(
+        "--data_path",
+        required=True,
+        metavar="DIR",
+        help="root of the data, or a packed store made from it by scripts/pack_dataset.py",
+    )
+    group.add_argument(
+        "--num_workers",
+        type=non_negative_int,
+        default=num_workers,
+        metavar="N",
+        help="reading processes for each training process; 0: read in the training process",
+    )
     pinning = group.add_mutually_exclusive_group()
-    pinning.add_argument("--pin_mem", dest="pin_mem", action="store_true", default=True,
-                         help="page-locked host memory for faster copies to the GPU (no effect on CPU)")
-    pinning.add_argument("--no_pin_mem", dest="pin_mem", action="store_false", default=argparse.SUPPRESS,
-                         help="ordinary host memory")
-    group.add_argument("--cache", choices=("auto", "device", "host", "none"), default="auto",
-                       help="where training images are kept: in GPU memory, in the memory of each process, or nowhere; "
-                            "auto: in GPU memory when they take at most 45%% of it")
+    pinning.add_argument(
+        "--pin_mem",
+        dest="pin_mem",
+        action="store_true",
+        default=True,
+        help="page-locked host memory for faster copies to the GPU (no effect on CPU)",
+    )
+    pinning.add_argument(
+        "--no_pin_mem", dest="pin_mem", action="store_false", default=argparse.SUPPRESS, help="ordinary host memory"
+    )
+    group.add_argument(
+        "--cache",
+        choices=("auto", "device", "host", "none"),
+        default="auto",
+        help="where training images are kept: in GPU memory, in the memory of each process, or nowhere; "
+        "auto: in GPU memory when they take at most 45%% of it",
+    )
     group.add_argument("--max_bad_samples", type=non_negative_int, default=100, metavar="N",
                        help="unreadable samples are named, counted and replaced by another one; "
                             "more than N in a run end it")  # fmt: skip
@@ -130,15 +185,25 @@ def add_model_args(parser: argparse.ArgumentParser, *, models: Sequence[str] = M
     """Model size and input size."""
     group = parser.add_argument_group("model")
     group.add_argument("--model", choices=tuple(models), default=default, help="model size")
-    group.add_argument("--input_size", type=positive_int, default=128, metavar="PX",
-                       help="side of the model's input in pixels, a multiple of 128; patches are resized to it")
+    group.add_argument(
+        "--input_size",
+        type=positive_int,
+        default=128,
+        metavar="PX",
+        help="side of the model's input in pixels, a multiple of 128; patches are resized to it",
+    )
 
 
 def add_pretrain_args(parser: argparse.ArgumentParser) -> None:
     """Masking and target of pretraining."""
     group = parser.add_argument_group("masked pretraining")
-    group.add_argument("--mask_ratio", type=open_fraction, default=0.5, metavar="R",
-                       help="share of the 32x32-pixel cells that show the partner: int(cells * R), e.g. 16 * 0.5 = 8")
+    group.add_argument(
+        "--mask_ratio",
+        type=open_fraction,
+        default=0.5,
+        metavar="R",
+        help="share of the 32x32-pixel cells that show the partner: int(cells * R), e.g. 16 * 0.5 = 8",
+    )
     group.add_argument("--norm_pix_loss", action="store_true",
                        help="standardise each target cell over its own values")  # fmt: skip
 
@@ -146,18 +211,39 @@ def add_pretrain_args(parser: argparse.ArgumentParser) -> None:
 def add_weight_args(parser: argparse.ArgumentParser) -> None:
     """Backscatter weighting of the loss."""
     group = parser.add_argument_group("loss weights from backscatter, w = exp(s * (1 - x)), x = min-max of the power")
-    group.add_argument("--weight_mode", choices=WEIGHT_MODES, default="per_channel",
-                       help="none; own weights for VH and VV; their mean on both; weights of the mean power on both")
-    group.add_argument("--weight_level", choices=("token", "pixel"), default="token",
-                       help="average the weights over each 32x32 cell, or apply them pixel by pixel")
-    group.add_argument("--weight_domain", choices=("linear", "zscore"), default="linear",
-                       help="power from dB before standardisation, or 10^(z/10) of standardised values (reproduces "
-                            "the released checkpoints)")
+    group.add_argument(
+        "--weight_mode",
+        choices=WEIGHT_MODES,
+        default="per_channel",
+        help="none; own weights for VH and VV; their mean on both; weights of the mean power on both",
+    )
+    group.add_argument(
+        "--weight_level",
+        choices=("token", "pixel"),
+        default="token",
+        help="average the weights over each 32x32 cell, or apply them pixel by pixel",
+    )
+    group.add_argument(
+        "--weight_domain",
+        choices=("linear", "zscore"),
+        default="linear",
+        help="power from dB before standardisation, or 10^(z/10) of standardised values (reproduces "
+        "the released checkpoints)",
+    )
     group.add_argument("--weight_exp_scale", type=positive_float, default=1.0, metavar="S", help="s in the formula")
-    group.add_argument("--weight_clip", type=percentile_clip, default=0.0, metavar="P",
-                       help="clip the power to its [P, 100-P] percentiles first; 0: no clipping")
-    group.add_argument("--weight_norm", choices=("image", "dataset"), default="image",
-                       help="min and max of each image, or the data set's registered 1%% and 99%% percentiles")
+    group.add_argument(
+        "--weight_clip",
+        type=percentile_clip,
+        default=0.0,
+        metavar="P",
+        help="clip the power to its [P, 100-P] percentiles first; 0: no clipping",
+    )
+    group.add_argument(
+        "--weight_norm",
+        choices=("image", "dataset"),
+        default="image",
+        help="min and max of each image, or the data set's registered 1%% and 99%% percentiles",
+    )
     group.add_argument("--weight_renorm", action="store_true",
                        help="divide by the image's mean weight, which keeps the loss scale")  # fmt: skip
 
@@ -174,29 +260,66 @@ def add_optim_args(
 ) -> None:
     """Batch, schedule, AdamW, precision."""
     group = parser.add_argument_group("optimisation")
-    group.add_argument("--batch_size", type=positive_int, default=batch_size, metavar="N",
-                       help="samples per process (GPU) and forward pass; effective batch = "
-                            "batch_size * accum_iter * processes")
-    group.add_argument("--accum_iter", type=positive_int, default=1, metavar="N",
-                       help="forward passes per optimizer step")
-    group.add_argument("--epochs", type=positive_int, default=epochs, metavar="N",
-                       help="epochs for which the schedule is planned")
-    group.add_argument("--stop_epoch", type=positive_int, default=None, metavar="N",
-                       help="end after N epochs without changing the planned schedule")
-    group.add_argument("--lr", type=positive_float, default=None, metavar="LR",
-                       help="peak learning rate (not given: from --blr)")
-    group.add_argument("--blr", type=positive_float, default=blr, metavar="LR",
-                       help="base learning rate: lr = blr * effective batch / 256")
-    group.add_argument("--min_lr", type=non_negative_float, default=min_lr, metavar="LR",
-                       help="learning rate at the end of the cosine")
-    group.add_argument("--warmup_epochs", type=non_negative_int, default=warmup_epochs, metavar="N",
-                       help="epochs of linear warm-up from 0")
-    group.add_argument("--weight_decay", type=non_negative_float, default=weight_decay, metavar="W",
-                       help="AdamW weight decay; biases, norms and 1-D parameters have none")
-    group.add_argument("--clip_grad", type=positive_float, default=None, metavar="NORM",
-                       help="clip the gradient's L2 norm (not given: no clipping)")
-    group.add_argument("--amp", choices=AMP_MODES, default="auto",
-                       help="mixed precision: auto = bf16 on CUDA, off on CPU; fp16 uses a gradient scaler")
+    group.add_argument(
+        "--batch_size",
+        type=positive_int,
+        default=batch_size,
+        metavar="N",
+        help="samples per process (GPU) and forward pass; effective batch = batch_size * accum_iter * processes",
+    )
+    group.add_argument(
+        "--accum_iter", type=positive_int, default=1, metavar="N", help="forward passes per optimizer step"
+    )
+    group.add_argument(
+        "--epochs", type=positive_int, default=epochs, metavar="N", help="epochs for which the schedule is planned"
+    )
+    group.add_argument(
+        "--stop_epoch",
+        type=positive_int,
+        default=None,
+        metavar="N",
+        help="end after N epochs without changing the planned schedule",
+    )
+    group.add_argument(
+        "--lr", type=positive_float, default=None, metavar="LR", help="peak learning rate (not given: from --blr)"
+    )
+    group.add_argument(
+        "--blr",
+        type=positive_float,
+        default=blr,
+        metavar="LR",
+        help="base learning rate: lr = blr * effective batch / 256",
+    )
+    group.add_argument(
+        "--min_lr", type=non_negative_float, default=min_lr, metavar="LR", help="learning rate at the end of the cosine"
+    )
+    group.add_argument(
+        "--warmup_epochs",
+        type=non_negative_int,
+        default=warmup_epochs,
+        metavar="N",
+        help="epochs of linear warm-up from 0",
+    )
+    group.add_argument(
+        "--weight_decay",
+        type=non_negative_float,
+        default=weight_decay,
+        metavar="W",
+        help="AdamW weight decay; biases, norms and 1-D parameters have none",
+    )
+    group.add_argument(
+        "--clip_grad",
+        type=positive_float,
+        default=None,
+        metavar="NORM",
+        help="clip the gradient's L2 norm (not given: no clipping)",
+    )
+    group.add_argument(
+        "--amp",
+        choices=AMP_MODES,
+        default="auto",
+        help="mixed precision: auto = bf16 on CUDA, off on CPU; fp16 uses a gradient scaler",
+    )
     group.add_argument("--compile", action="store_true",
                        help="torch.compile the model: faster steps after minutes of compiling")  # fmt: skip
 
@@ -213,10 +336,15 @@ def add_data_detail_args(parser: argparse.ArgumentParser) -> None:
 def add_pair_args(parser: argparse.ArgumentParser) -> None:
     """Options of tasks with two images a sample (SEN12-FLOOD)."""
     group = parser.add_argument_group("pairs of images")
-    group.add_argument("--patch_op", choices=("avg", "max"), default=None,
-                       help="how the tiles of a pair become one vector (not given: avg)")
-    group.add_argument("--legacy_tiling", action="store_true",
-                       help="cut tiles as the published code does, for its released checkpoint")
+    group.add_argument(
+        "--patch_op",
+        choices=("avg", "max"),
+        default=None,
+        help="how the tiles of a pair become one vector (not given: avg)",
+    )
+    group.add_argument(
+        "--legacy_tiling", action="store_true", help="cut tiles as the published code does, for its released checkpoint"
+    )
     group.add_argument("--val_frac", type=open_fraction, default=None, metavar="F",
                        help="hold out this share of the training sequences to select the best epoch; "
                             "not given: select on test, as published")  # fmt: skip
@@ -225,20 +353,44 @@ def add_pair_args(parser: argparse.ArgumentParser) -> None:
 def add_protocol_args(parser: argparse.ArgumentParser) -> None:
     """What of the encoder is trained, where it starts, and what is evaluated."""
     group = parser.add_argument_group("protocol")
-    group.add_argument("--protocol", choices=("finetune", "linear", "frozen", "knn"), default="finetune",
-                       help="finetune: all weights; linear: frozen encoder, BatchNorm + linear layer by SGD; frozen: "
-                            "frozen encoder, the fine-tuning head by AdamW; knn: 5 neighbours by cosine, no training")
-    group.add_argument("--finetune", default="", metavar="CKPT",
-                       help="pretrained checkpoint, ours or a released one (not given: random initialisation)")
-    group.add_argument("--new_head", action="store_true",
-                       help="leave the head of the --finetune checkpoint out, e.g. for other classes")
+    group.add_argument(
+        "--protocol",
+        choices=("finetune", "linear", "frozen", "knn"),
+        default="finetune",
+        help="finetune: all weights; linear: frozen encoder, BatchNorm + linear layer by SGD; frozen: "
+        "frozen encoder, the fine-tuning head by AdamW; knn: 5 neighbours by cosine, no training",
+    )
+    group.add_argument(
+        "--finetune",
+        default="",
+        metavar="CKPT",
+        help="pretrained checkpoint, ours or a released one (not given: random initialisation)",
+    )
+    group.add_argument(
+        "--new_head",
+        action="store_true",
+        help="leave the head of the --finetune checkpoint out, e.g. for other classes",
+    )
     group.add_argument("--eval", action="store_true", help="evaluate --resume CKPT on val and test, and exit")
-    group.add_argument("--probe_solver", choices=("sgd", "lbfgs"), default="sgd",
-                       help="of --protocol linear; lbfgs: scikit-learn, C chosen on validation")
-    group.add_argument("--feature_cache", default=None, metavar="DIR",
-                       help="folder for features of frozen encoders (not given: <output_dir>/features)")
-    group.add_argument("--train_frac", type=train_fraction, default=1.0, metavar="F",
-                       help="train on this share of the labels: stratified on the label sets, chosen by --seed")
+    group.add_argument(
+        "--probe_solver",
+        choices=("sgd", "lbfgs"),
+        default="sgd",
+        help="of --protocol linear; lbfgs: scikit-learn, C chosen on validation",
+    )
+    group.add_argument(
+        "--feature_cache",
+        default=None,
+        metavar="DIR",
+        help="folder for features of frozen encoders (not given: <output_dir>/features)",
+    )
+    group.add_argument(
+        "--train_frac",
+        type=train_fraction,
+        default=1.0,
+        metavar="F",
+        help="train on this share of the labels: stratified on the label sets, chosen by --seed",
+    )
     group.add_argument("--bootstrap", type=non_negative_int, default=0, metavar="N",
                        help="95%% intervals of the test metrics from N resamples of the split")  # fmt: skip
 
@@ -246,22 +398,50 @@ def add_protocol_args(parser: argparse.ArgumentParser) -> None:
 def add_finetune_args(parser: argparse.ArgumentParser, *, layer_decay: float, drop_path: float) -> None:
     """Regularisation and augmentation of fine-tuning; flips are always on."""
     group = parser.add_argument_group("regularisation of --protocol finetune")
-    group.add_argument("--layer_decay", type=positive_float, default=layer_decay, metavar="F",
-                       help="learning rate of each layer relative to the next one")
-    group.add_argument("--drop_path", type=half_open_fraction, default=drop_path, metavar="R",
-                       help="stochastic depth of the last block, growing from 0")
-    group.add_argument("--smoothing", type=half_open_fraction, default=0.0, metavar="S",
-                       help="label smoothing; yes/no labels y become y (1 - S) + S / 2")
-    group.add_argument("--reprob", type=closed_fraction, default=0.0, metavar="P",
-                       help="random erasing: probability that a sample loses a rectangle")
-    group.add_argument("--mixup", type=non_negative_float, default=0.0, metavar="A",
-                       help="mixup with lambda from Beta(A, A); 0: off")
-    group.add_argument("--cutmix", type=non_negative_float, default=0.0, metavar="A",
-                       help="CutMix with area from Beta(A, A); 0: off")
-    group.add_argument("--mixup_prob", type=closed_fraction, default=1.0, metavar="P",
-                       help="probability of mixing at all")
-    group.add_argument("--mixup_switch_prob", type=closed_fraction, default=0.5, metavar="P",
-                       help="probability of CutMix when both are on")
+    group.add_argument(
+        "--layer_decay",
+        type=positive_float,
+        default=layer_decay,
+        metavar="F",
+        help="learning rate of each layer relative to the next one",
+    )
+    group.add_argument(
+        "--drop_path",
+        type=half_open_fraction,
+        default=drop_path,
+        metavar="R",
+        help="stochastic depth of the last block, growing from 0",
+    )
+    group.add_argument(
+        "--smoothing",
+        type=half_open_fraction,
+        default=0.0,
+        metavar="S",
+        help="label smoothing; yes/no labels y become y (1 - S) + S / 2",
+    )
+    group.add_argument(
+        "--reprob",
+        type=closed_fraction,
+        default=0.0,
+        metavar="P",
+        help="random erasing: probability that a sample loses a rectangle",
+    )
+    group.add_argument(
+        "--mixup", type=non_negative_float, default=0.0, metavar="A", help="mixup with lambda from Beta(A, A); 0: off"
+    )
+    group.add_argument(
+        "--cutmix", type=non_negative_float, default=0.0, metavar="A", help="CutMix with area from Beta(A, A); 0: off"
+    )
+    group.add_argument(
+        "--mixup_prob", type=closed_fraction, default=1.0, metavar="P", help="probability of mixing at all"
+    )
+    group.add_argument(
+        "--mixup_switch_prob",
+        type=closed_fraction,
+        default=0.5,
+        metavar="P",
+        help="probability of CutMix when both are on",
+    )
     group.add_argument("--mixup_mode", choices=("batch", "elem"), default="batch",
                        help="draw the mixing once for a batch, or for each sample")  # fmt: skip
 
@@ -269,11 +449,16 @@ def add_finetune_args(parser: argparse.ArgumentParser, *, layer_decay: float, dr
 def add_distributed_args(parser: argparse.ArgumentParser) -> None:
     """Processes. Nothing is needed under mpirun, torchrun or srun."""
     group = parser.add_argument_group("processes (found by themselves under mpirun, torchrun and srun)")
-    group.add_argument("--dist_url", default="auto", metavar="URL",
-                       help="auto; env:// (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT); tcp://host:port of rank 0")
+    group.add_argument(
+        "--dist_url",
+        default="auto",
+        metavar="URL",
+        help="auto; env:// (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT); tcp://host:port of rank 0",
+    )
     group.add_argument("--port", type=port_number, default=0, help="port on which rank 0 listens; 0: a free one")
-    group.add_argument("--world_size", type=positive_int, default=None, metavar="N",
-                       help="refuse to run unless there are N processes")
+    group.add_argument(
+        "--world_size", type=positive_int, default=None, metavar="N", help="refuse to run unless there are N processes"
+    )
     group.add_argument("--dist_on_itp", action="store_true",
                        help="rank and size from Open MPI's environment, address from MASTER_ADDR and MASTER_PORT; "
                             "does without mpi4py")  # fmt: skip

@@ -253,6 +253,7 @@ def safe_join(root: str | os.PathLike[str], name: str) -> Path:
     Raises:
         UserError: the name would leave `root`.
     """
+
     def refuse(why: str) -> UserError:
         return UserError(f"the name {name!r} is refused: {why}; expected a relative name inside {root}")
 
