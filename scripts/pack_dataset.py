@@ -33,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument("--dataset", choices=registry.names(), help="registered data set")
     result.add_argument("--data_path", metavar="DIR", help="source: GeoTIFF tree, Zarr, LMDB, or another packed store")
-    result.add_argument("--output", required=True, metavar="DIR", help="the store to write, or to --verify")
+    result.add_argument("--out", dest="output", required=True, metavar="DIR", help="the store to write, or to --verify")
     result.add_argument("--splits", default=None, metavar="A+B", help="splits to pack (default: all that are there)")
     result.add_argument("--format", choices=FORMATS, default="packed", help="what to write (default %(default)s)")
     result.add_argument(
@@ -195,7 +195,7 @@ def main() -> None:
     args = parser().parse_args()
     if args.dataset is None or args.data_path is None:
         if not (args.verify and args.dataset is None and args.data_path is None):
-            raise UserError("--dataset and --data_path are needed to pack; only --verify works with --output alone")
+            raise UserError("--dataset and --data_path are needed to pack; only --verify works with --out alone")
     else:
         datasets = open_splits(args)
         if args.format == "packed":

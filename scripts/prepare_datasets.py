@@ -50,7 +50,8 @@ def parser() -> argparse.ArgumentParser:
         help="official label_indices.json: check the class order and the 43-to-19 grouping against it",
     )
     result.add_argument(
-        "--output",
+        "--out",
+        dest="output",
         default=str(ROOT / "datasets"),
         metavar="DIR",
         help="where the files go (default: datasets/ of the repository, where they are looked for)",

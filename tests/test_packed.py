@@ -458,26 +458,26 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 def test_command_packs_verifies_and_refuses(tree: Path, tmp_path: Path, run: Command) -> None:
     store = tmp_path / "s"
     source = ("--dataset", "benv2", "--data_path", tree)
-    printed = run(*source, "--output", store, "--jobs", 2, "--verify")
+    printed = run(*source, "--out", store, "--jobs", 2, "--verify")
     assert "train+val+test" in printed
     assert "agree with their checksums" in printed
     flip(store / "images.npy", 128 + 9)
-    assert "1 blocks written, 5 kept" in run(*source, "--output", store, "--repair", "--verify")
+    assert "1 blocks written, 5 kept" in run(*source, "--out", store, "--repair", "--verify")
     with pytest.raises(UserError, match="--dataset and --data_path are needed"):
-        run("--output", store)
+        run("--out", store)
     broken = Path(shutil.copytree(tree, tmp_path / "broken"))
     band_path(broken, 3).unlink()
     with pytest.raises(UserError, match="listed but absent"):  # a split that is there but wrong is not left out
-        run("--dataset", "benv2", "--data_path", broken, "--output", tmp_path / "t")
+        run("--dataset", "benv2", "--data_path", broken, "--out", tmp_path / "t")
     part = pack_train(tree, tmp_path)
-    assert "left out test" in run("--dataset", "benv2", "--data_path", part, "--output", tmp_path / "u")
+    assert "left out test" in run("--dataset", "benv2", "--data_path", part, "--out", tmp_path / "u")
     with pytest.raises(UserError, match="no option 'metdata'"):
-        run(*source, "--output", store, "--data_option", "metdata=x")
+        run(*source, "--out", store, "--data_option", "metdata=x")
     with pytest.raises(UserError, match="--repair is for --format packed"):
-        run(*source, "--output", store, "--format", "lmdb", "--repair")
+        run(*source, "--out", store, "--format", "lmdb", "--repair")
     flip(store / "images.npy", 128 + 9)
     done = subprocess.run(
-        [sys.executable, str(ROOT / "scripts/pack_dataset.py"), "--output", str(store), "--verify"],
+        [sys.executable, str(ROOT / "scripts/pack_dataset.py"), "--out", str(store), "--verify"],
         capture_output=True,
         text=True,
     )
@@ -490,7 +490,7 @@ def test_command_packs_verifies_and_refuses(tree: Path, tmp_path: Path, run: Com
 @pytest.mark.parametrize("form", ["lmdb", "zarr2", "zarr3"])
 def test_command_writes_other_formats(tree: Path, tmp_path: Path, form: str, run: Command) -> None:
     target = tmp_path / f"x.{form}"
-    arguments = ("--dataset", "benv2", "--data_path", tree, "--output", target, "--format", form, "--splits", "val")
+    arguments = ("--dataset", "benv2", "--data_path", tree, "--out", target, "--format", form, "--splits", "val")
     assert "4 patches, 4 written now" in run(*arguments)
     assert "4 patches, 0 written now, 4 were there" in run(*arguments)
     source = build_dataset("benv2", tree, "val")

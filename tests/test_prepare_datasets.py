@@ -78,7 +78,7 @@ def rows_of(path: Path) -> list[list[str]]:
 
 
 def test_committed_label_tables_are_current(run: Command, tmp_path: Path) -> None:
-    run("--output", tmp_path)
+    run("--out", tmp_path)
     for name in ("bigearthnet_classes.csv", "bigearthnet_43_to_19.csv"):
         assert (tmp_path / name).read_bytes() == (ROOT / "datasets" / name).read_bytes()
     rows = rows_of(tmp_path / "bigearthnet_43_to_19.csv")[1:]
@@ -92,7 +92,7 @@ def test_datasets_folder_holds_metadata_only() -> None:
 
 def test_v1_lists(run: Command, v1: tuple[Path, Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
-    run("--v1_lists", v1[0], "--v1_mapping", v1[1], "--output", out, "--any_count")
+    run("--v1_lists", v1[0], "--v1_mapping", v1[1], "--out", out, "--any_count")
     assert rows_of(out / "benv1_train.csv") == [
         ["s2_name", "s1_name"],
         *[[s2_name(i), patch_name(i)] for i in (0, 3, 1)],
@@ -103,7 +103,7 @@ def test_v1_lists(run: Command, v1: tuple[Path, Path], tmp_path: Path) -> None:
     dataset = build_dataset("benv1", store, "train+val", metadata=out, check="all")
     assert list(dataset.names) == [patch_name(i) for i in (0, 3, 1, 2, 5)]
 
-    run("--v1_lists", v1[0], "--v1_mapping", v1[1], "--v1_labels", store, "--output", out, "--any_count")
+    run("--v1_lists", v1[0], "--v1_mapping", v1[1], "--v1_labels", store, "--out", out, "--any_count")
     assert rows_of(out / "benv1_val.csv")[1:] == [
         [s2_name(2), patch_name(2), "Salines"], [s2_name(5), patch_name(5), "Airports"],
     ]  # fmt: skip
@@ -116,7 +116,7 @@ def test_v2_check_and_csv(run: Command, tmp_path: Path) -> None:
     # Patches that the official file flags are in another file: leave them out here as it does.
     rows = [row for row in metadata_rows(range(12)) if not row["contains_cloud_or_shadow"]]
     metadata = write_parquet(tmp_path / "m.parquet", rows)
-    run("--v2_metadata", metadata, "--v2_csv", "--output", tmp_path / "out", "--any_count")
+    run("--v2_metadata", metadata, "--v2_csv", "--out", tmp_path / "out", "--any_count")
     for split in ("train", "val+test"):
         from_csv = build_dataset("benv2", root, split, metadata=tmp_path / "out")
         from_parquet = build_dataset("benv2", root, split)
@@ -126,17 +126,17 @@ def test_v2_check_and_csv(run: Command, tmp_path: Path) -> None:
 
 def test_wrong_counts_are_refused(run: Command, v1: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"v1 train\) has 3 patches, expected 269,695"):
-        run("--v1_lists", v1[0], "--v1_mapping", v1[1], "--output", tmp_path)
+        run("--v1_lists", v1[0], "--v1_mapping", v1[1], "--out", tmp_path)
     metadata = write_parquet(tmp_path / "m.parquet", metadata_rows(range(5)))
     with pytest.raises(UserError, match=r"v2 train\) has 3 patches, expected 237,871"):
-        run("--v2_metadata", metadata, "--output", tmp_path)
+        run("--v2_metadata", metadata, "--out", tmp_path)
 
 
 def test_wrong_v1_metadata(run: Command, v1: tuple[Path, Path], tmp_path: Path) -> None:
     folder, mapping = v1
 
     def prepare() -> str:
-        return run("--v1_lists", folder, "--v1_mapping", mapping, "--output", tmp_path / "out", "--any_count")
+        return run("--v1_lists", folder, "--v1_mapping", mapping, "--out", tmp_path / "out", "--any_count")
 
     train = (folder / "train.csv").read_text()
     (folder / "train.csv").write_text(train + "S2A_unknown\n")
@@ -163,7 +163,7 @@ def test_wrong_v1_metadata(run: Command, v1: tuple[Path, Path], tmp_path: Path) 
 def test_options_that_belong_together(run: Command, tmp_path: Path) -> None:
     for arguments in (("--v1_lists", tmp_path), ("--v1_labels", tmp_path), ("--v2_csv",)):
         with pytest.raises(UserError, match="belong together|give --v1_lists|needs --v2_metadata"):
-            run(*arguments, "--output", tmp_path)
+            run(*arguments, "--out", tmp_path)
 
 
 def test_other_grouping_is_noticed(run: Command, tmp_path: Path) -> None:
@@ -177,15 +177,15 @@ def test_other_grouping_is_noticed(run: Command, tmp_path: Path) -> None:
     }
     path = tmp_path / "t.json"
     path.write_text(json.dumps(table))
-    assert "agree" in run("--label_indices", path, "--output", tmp_path)
+    assert "agree" in run("--label_indices", path, "--out", tmp_path)
     moved = [*table["label_conversion"]]  # type: ignore[misc]
     moved[0], moved[1] = [0], [1, 2]
     path.write_text(json.dumps({**table, "label_conversion": moved}))
     with pytest.raises(UserError, match="'Discontinuous urban fabric' belongs to 'Industrial"):
-        run("--label_indices", path, "--output", tmp_path)
+        run("--label_indices", path, "--out", tmp_path)
     path.write_text("{}")
     with pytest.raises(UserError, match="no table of label indices"):
-        run("--label_indices", path, "--output", tmp_path)
+        run("--label_indices", path, "--out", tmp_path)
 
 
 @needs_realdata
@@ -195,7 +195,7 @@ def test_official_metadata(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(SCRIPT), "--label_indices", str(folder / "v1/label_indices.json"),
          "--v1_lists", str(folder / "v1"), "--v1_mapping", str(folder / "v1/s1_s2_mapping.csv.bz2"),
-         "--v2_metadata", str(folder / "v2/metadata.parquet"), "--output", str(tmp_path)],
+         "--v2_metadata", str(folder / "v2/metadata.parquet"), "--out", str(tmp_path)],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert "test 119,825 patches" in done.stdout
