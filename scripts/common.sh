@@ -18,7 +18,7 @@ setup_env() {
     "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' ||
         die "$("$python" -V) found; this project needs Python 3.11, 3.12 or 3.13 (set PYTHON to one)"
     wanted="$("$python" -V; cat "$REPO_ROOT/requirements.txt" "$requirements")"
-    stamp="$venv/requirements.stamp"
+    stamp="$venv/$1.stamp"
     if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$wanted" ]; then
         say "installing $1 into $venv (once; PyTorch is several GB)"
         rm -f "$stamp"
