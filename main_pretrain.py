@@ -314,6 +314,14 @@ def train(
     if args.test_run:
         end_epoch = min(end_epoch, start_epoch + 2)
 
+    def names_due(done: int) -> list[str]:
+        names = ["checkpoint.pth"] if done % args.save_every == 0 or done == end_epoch else []
+        return names + ([f"checkpoint_{done}.pth"] if done in args.save_epochs else [])
+
+    if resume is not None and args.start_epoch is None and start_step == 0 and names_due(start_epoch):
+        # A kill between writing this checkpoint and naming it would otherwise leave the names on an older one.
+        saver.save(start_epoch - 1, 0, names_due(start_epoch), wait=True)
+
     log.info("training epochs %d to %d of %d, %d steps each", start_epoch, end_epoch - 1, args.epochs, steps)
     began = time.monotonic()
     for epoch in range(start_epoch, end_epoch):
@@ -352,9 +360,7 @@ def train(
             saver.save_and_stop(epoch - 1, result.steps_done)
             return EXIT_PREEMPTED
         done = epoch + 1
-        names = ["checkpoint.pth"] if done % args.save_every == 0 or done == end_epoch else []
-        names += [f"checkpoint_{done}.pth"] if done in args.save_epochs else []
-        if names:
+        if names := names_due(done):
             saver.save(epoch, 0, names, wait=done == end_epoch)
         record = {"epoch": epoch, **result.stats, "memory_mib": max(memory_mib())}
         if epoch_log is not None:
