@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from models_mixmim_ft import MixMIMClassifier
     from sarwmix.protocols import Workbench
     from sarwmix.results import Results
+    from sarwmix.tasks import ModelSettings
 
 TEST_RUN_STEPS = 3
 KNN_NEIGHBOURS = 5
@@ -63,11 +64,10 @@ def main() -> int | None:
     args = get_parser().parse_args()
     check_args(args)
 
-    from models_mixmim import encoder_config
     from models_mixmim_ft import load_start
     from sarwmix.protocols import Workbench, open_splits
     from sarwmix.results import Results
-    from sarwmix.tasks import build_task
+    from sarwmix.tasks import ModelSettings, build_task
     from sarwmix.transforms import SarTransform
     from util.distributed import setup_processes
     from util.log import get_logger, setup_logging
@@ -98,9 +98,8 @@ def main() -> int | None:
         limit=TEST_RUN_STEPS * args.batch_size if args.test_run else None,
     )
     statistics = splits["test"].statistics
-    model = task.build_model(
-        encoder_config(args.model), input_size=args.input_size, in_chans=len(spec.bands), drop_path_rate=args.drop_path
-    ).to(processes.device)
+    settings = ModelSettings(args.model, args.input_size, len(spec.bands), drop_path_rate=args.drop_path)
+    model = task.build_model(settings).to(processes.device)
     bench = Workbench(
         task=task,
         splits=splits,
@@ -134,7 +133,7 @@ def main() -> int | None:
         load_start(model, args.finetune, bands=spec.bands, statistics=statistics.as_dict(), new_head=args.new_head)
         if processes.is_main:
             write_json(Path(args.output_dir) / "args.json", groups.args_to_dict(args))
-        run_protocol(args, bench, model, results)
+        run_protocol(args, bench, model, results, settings)
     processes.close()
     return None
 
@@ -162,12 +161,14 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError(f"--stop_epoch {args.stop_epoch} lies behind the schedule's end, --epochs {args.epochs}")
 
 
-def run_protocol(args: argparse.Namespace, bench: Workbench, model: MixMIMClassifier, results: Results) -> None:
+def run_protocol(
+    args: argparse.Namespace, bench: Workbench, model: MixMIMClassifier, results: Results, settings: ModelSettings
+) -> None:
     """Train what the protocol trains; report test."""
     from models_mixmim_ft import use_probe
 
     if args.protocol == "finetune":
-        train(args, bench, model, model, results)
+        train(args, bench, model, model, results, settings)
         return
     bench = bench.with_features(model, Path(args.feature_cache or Path(args.output_dir) / "features"))
     if args.protocol == "linear":
@@ -177,11 +178,16 @@ def run_protocol(args: argparse.Namespace, bench: Workbench, model: MixMIMClassi
     elif args.probe_solver == "lbfgs":
         results.report_logistic_probe(bench, model)
     else:
-        train(args, bench, model, model.head, results)
+        train(args, bench, model, model.head, results, settings)
 
 
 def train(
-    args: argparse.Namespace, bench: Workbench, model: MixMIMClassifier, module: torch.nn.Module, results: Results
+    args: argparse.Namespace,
+    bench: Workbench,
+    model: MixMIMClassifier,
+    module: torch.nn.Module,
+    results: Results,
+    settings: ModelSettings,
 ) -> None:
     """Everything from loader to the last table.
 
@@ -224,9 +230,10 @@ def train(
     selector = Selector(task.rules())
     run = {
         "kind": "finetune",
+        "task": task.name,
         "protocol": args.protocol,
         "classes": list(task.classes),
-        "model_config": {"name": args.model, "img_size": args.input_size, **task.model_settings},
+        "model_config": {**settings.as_config(), **task.model_settings},
         "data": bench.splits["train"].provenance(),
         # not the peak rate, which follows from these and the effective batch: that may change when a run is resumed
         "schedule": {name: getattr(args, name) for name in ("epochs", "warmup_epochs", "lr", "blr", "min_lr")},
@@ -277,7 +284,7 @@ def train(
         hang_timeout=args.hang_timeout,
         seed=args.seed,
         batch=batch,
-        run_id=resumed.run_id,
+        resumed=resumed,
         fixed={**run, "args": groups.args_to_dict(args)},
         model=model,
         optimizer=optimizer,

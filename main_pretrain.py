@@ -295,7 +295,7 @@ def train(
         hang_timeout=args.hang_timeout,
         seed=args.seed,
         batch=batch,
-        run_id=resumed.run_id,
+        resumed=resumed,
         fixed={**run, "args": groups.args_to_dict(args), "best": {}},
         model=model,
         optimizer=optimizer,
@@ -317,10 +317,6 @@ def train(
     def names_due(done: int) -> list[str]:
         names = ["checkpoint.pth"] if done % args.save_every == 0 or done == end_epoch else []
         return names + ([f"checkpoint_{done}.pth"] if done in args.save_epochs else [])
-
-    if resume is not None and args.start_epoch is None and start_step == 0 and names_due(start_epoch):
-        # A kill between writing this checkpoint and naming it would otherwise leave the names on an older one.
-        saver.save(start_epoch - 1, 0, names_due(start_epoch), wait=True)
 
     log.info("training epochs %d to %d of %d, %d steps each", start_epoch, end_epoch - 1, args.epochs, steps)
     began = time.monotonic()

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models_mixmim import encoder_config
 from models_mixmim_ft import MixMIMClassifier
 from sarwmix.datasets import SarDataset
 from sarwmix.metrics import Report, align_table, metric_table, multilabel_report
@@ -78,6 +79,36 @@ class Predictor:
             return getattr(self.model, method)(*inputs)
 
 
+@dataclass(frozen=True)
+class ModelSettings:
+    """Which model a task builds.
+
+    Attributes:
+        name: backbone, such as ``mixmim_base``.
+        input_size: side of the images that `Task.inputs` delivers, px.
+        in_chans: bands.
+        drop_path_rate: stochastic depth of the last block.
+        drop_rate: dropout before the last layer.
+        head: name of the head; None: the task's usual one.
+    """
+
+    name: str
+    input_size: int
+    in_chans: int
+    drop_path_rate: float = 0.0
+    drop_rate: float = 0.0
+    head: str | None = None
+
+    def as_config(self) -> dict[str, Any]:
+        """What a checkpoint keeps as `model_config`: all that decides which weights fit."""
+        return {"name": self.name, "img_size": self.input_size, "in_chans": self.in_chans, "head": self.head}
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> ModelSettings:
+        """Inverse of `as_config`, for evaluation: nothing is dropped."""
+        return cls(config["name"], config["img_size"], config["in_chans"], head=config["head"])
+
+
 class Task(ABC):
     """One kind of label. Instances hold plain settings only and are cheap."""
 
@@ -126,16 +157,8 @@ class Task(ABC):
         return "val"
 
     @abstractmethod
-    def build_model(
-        self, encoder: Mapping[str, Any], *, input_size: int, in_chans: int, drop_path_rate: float
-    ) -> MixMIMClassifier:
+    def build_model(self, settings: ModelSettings) -> MixMIMClassifier:
         """The model with a fresh head.
-
-        Args:
-            encoder: widths, depths, heads and windows of the encoder by name (`models_mixmim.encoder_config`).
-            input_size: side of the images that `inputs` delivers.
-            in_chans: bands.
-            drop_path_rate: stochastic depth of the last block.
 
         It must have `head`, its last layer, and `forward_features(*inputs) -> (B, D)`, what `head` is applied to.
         """
@@ -276,15 +299,13 @@ class MultilabelTask(Task):
     name = "multilabel"
     primary = "ap_macro"
 
-    def build_model(
-        self, encoder: Mapping[str, Any], *, input_size: int, in_chans: int, drop_path_rate: float
-    ) -> MixMIMClassifier:
+    def build_model(self, settings: ModelSettings) -> MixMIMClassifier:
         return MixMIMClassifier(
             num_classes=self.num_outputs,
-            drop_path_rate=drop_path_rate,
-            img_size=input_size,
-            in_chans=in_chans,
-            **encoder,
+            drop_path_rate=settings.drop_path_rate,
+            img_size=settings.input_size,
+            in_chans=settings.in_chans,
+            **encoder_config(settings.name),
         )
 
     def inputs(

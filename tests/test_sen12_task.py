@@ -24,18 +24,12 @@ from sarwmix.registry import build_dataset
 from sarwmix.sen12flood.dataset import PairDataset
 from sarwmix.sen12flood.demo import DemoOptions
 from sarwmix.sen12flood.task import PairTask, PairTransform, pair_metrics
-from sarwmix.tasks import Predictor, build_task
+from sarwmix.tasks import ModelSettings, Predictor, build_task
 from sarwmix.transforms import SarTransform, draw_flips
 from util.errors import UserError
 
 CLASSES = ("no flood", "flood")
 CPU = torch.device("cpu")
-SMALL: dict[str, Any] = {
-    "embed_dim": 16,
-    "depths": (1, 1, 1, 1),
-    "num_heads": (1, 2, 4, 8),
-    "window_size": (8, 8, 8, 4),
-}
 STATISTICS = {"mean": (-19.2309, -12.5951), "std": (3.1672, 2.9644)}
 SIDE = 128
 
@@ -58,7 +52,7 @@ def open_pairs(path: Path, split: str = "test", **options: Any) -> PairDataset:
 
 def small_model(**options: Any) -> MixMIMPair:
     torch.manual_seed(0)
-    model = PairTask(CLASSES, **options).build_model(SMALL, input_size=SIDE, in_chans=2, drop_path_rate=0.0)
+    model = PairTask(CLASSES, **options).build_model(ModelSettings("mixmim_tiny", SIDE, 2))
     torch.nn.init.normal_(model.head.weight)
     return model.eval()
 
@@ -167,7 +161,7 @@ def test_best_accuracy_selects_and_ties_keep_the_earlier() -> None:
 
 def test_task_options() -> None:
     task = build_task("pair", CLASSES, {"patch_op": "max", "legacy_tiling": True, "val_frac": None})
-    model = task.build_model(SMALL, input_size=256, in_chans=2, drop_path_rate=0.0)
+    model = task.build_model(ModelSettings("mixmim_tiny", 256, 2))
     assert isinstance(model, MixMIMPair)
     assert (model.patch_op, model.legacy_tiling, model.img_size) == ("max", True, 128)
     assert task.select_on == "test"
@@ -177,7 +171,7 @@ def test_task_options() -> None:
     with pytest.raises(UserError, match=r"ours.pth was trained with patch_op avg, not max; give --patch_op"):
         task.check_settings({"patch_op": "avg"}, source="ours.pth")
     with pytest.raises(UserError, match="--input_size is 200; .* a multiple of 128, such as 512"):
-        task.build_model(SMALL, input_size=200, in_chans=2, drop_path_rate=0.0)
+        task.build_model(ModelSettings("mixmim_tiny", 200, 2))
     with pytest.raises(UserError, match="two classes"):
         build_task("pair", ("a", "b", "c"))
 

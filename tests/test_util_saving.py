@@ -11,7 +11,7 @@ from util.checkpoint import CheckpointManager, load_checkpoint
 from util.distributed import Processes
 from util.files import WriteError
 from util.log import setup_logging
-from util.resume import Batch
+from util.resume import Batch, Resumed
 from util.saving import RunSaver
 
 
@@ -26,8 +26,8 @@ def make(tmp_path):
             tmp_path,
             **{
                 "processes": Processes(), "is_main": True, "keep": 2, "minutes": 0.0, "hang_timeout": 0.0, "seed": 5,
-                "batch": Batch(4, 2, 1, 0.1), "run_id": "abc", "fixed": {"kind": "pretrain"}, "model": model,
-                "optimizer": optimizer, "scaler": None, "changing": lambda: {"best": {"score": 3}}, **options,
+                "batch": Batch(4, 2, 1, 0.1), "resumed": Resumed(run_id="abc"),
+                "fixed": {"kind": "pretrain"}, "model": model, "optimizer": optimizer, "scaler": None, "changing": lambda: {"best": {"score": 3}}, **options,
             },
         )  # fmt: skip
         made.append(saver)
@@ -51,6 +51,29 @@ def test_a_checkpoint_holds_what_resuming_needs(make, tmp_path):
     assert saved["batch"] == {"batch_size": 4, "accum_iter": 2, "world_size": 1, "lr": 0.1, "effective": 8}
     assert sorted(saved["rng"]) == [0]
     assert set(saved["rng"][0]) == {"python", "numpy", "torch", "cuda"}
+
+
+def test_a_resumed_run_gets_the_names_that_a_kill_kept_from_its_checkpoint(make, tmp_path):
+    saver = make()
+    saver.save(0, 0, ["checkpoint.pth", "checkpoint_best.pth"], wait=True)
+    saver.save(1, 0, ["checkpoint.pth", "checkpoint_best.pth"], wait=True)
+    older, newest = sorted((tmp_path / "recent").iterdir())
+    (tmp_path / "checkpoint.pth").unlink()  # killed before the first name existed, and before the second was renewed
+    (tmp_path / "checkpoint_best.pth").unlink()
+    (tmp_path / "checkpoint_best.pth").hardlink_to(older)
+    saved = load_checkpoint(newest)
+    make(resumed=Resumed(path=newest, entries=saved)).close()
+    for name in saved["names"]:
+        assert (tmp_path / name).samefile(newest)
+
+
+def test_a_checkpoint_from_elsewhere_gets_no_names(make, tmp_path):
+    saver = make()
+    saver.save(0, 0, ["checkpoint.pth"], wait=True)
+    elsewhere = tmp_path / "other.pth"
+    elsewhere.write_bytes((tmp_path / "checkpoint.pth").read_bytes())
+    make(resumed=Resumed(path=elsewhere, entries={"names": ["checkpoint_9.pth"]})).close()
+    assert not (tmp_path / "checkpoint_9.pth").exists()
 
 
 def test_timed_saves(make, tmp_path):

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from util.errors import UserError
-from util.files import atomic_write, link_file, make_directory, remove_partial_files, sha256_file
+from util.files import atomic_write, link_file, make_directory, remove_partial_files, safe_join, sha256_file
 from util.log import get_logger
 
 FORMAT = "sarwmix/1"
@@ -459,6 +459,22 @@ class CheckpointManager:
         self.blocked_seconds = time.monotonic() - started
         if wait:
             self.wait()
+
+    def renew_names(self, path: Path, names: Sequence[str]) -> None:
+        """Give a file in `recent/` the names that it was written for.
+
+        The names are links made after the file: a kill between the two leaves them on an older checkpoint.
+
+        Args:
+            path: the checkpoint that a run continues; one outside `recent/` was not written by this manager.
+            names: what `save` got with it.
+        """
+        if path.resolve().parent != self.recent_dir.resolve():
+            return
+        for name in names:
+            link = safe_join(self.output_dir, name)
+            if not link.exists() or not link.samefile(path):
+                link_file(path, link)
 
     @property
     def busy(self) -> bool:

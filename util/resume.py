@@ -158,6 +158,7 @@ class Resumed:
 
     epoch: int = 0
     step: int = 0  # forward passes of the epoch already done
+    path: Path | None = None  # the checkpoint
     run_id: str = field(default_factory=new_run_id)
     skipped: int = 0  # steps that were not finite
     bad_samples: list[tuple[str, str]] = field(default_factory=list)
@@ -202,6 +203,7 @@ def resume_run(
     return Resumed(
         epoch=epoch,
         step=step,
+        path=path,
         run_id=str(checkpoint.get("run_id") or new_run_id()),
         skipped=int(checkpoint.get("skipped_steps", 0)),
         bad_samples=[(str(name), str(reason)) for name, reason in checkpoint.get("bad_samples", [])],

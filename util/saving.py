@@ -14,7 +14,7 @@ from util.checkpoint import FORMAT, CheckpointManager
 from util.distributed import FlagExchange, Processes
 from util.files import WriteError, write_json
 from util.log import get_logger
-from util.resume import Batch
+from util.resume import Batch, Resumed
 from util.seeding import rng_state
 from util.signals import StopRequest
 from util.watchdog import Watchdog
@@ -40,7 +40,7 @@ class RunSaver:
         hang_timeout: float,
         seed: int,
         batch: Batch,
-        run_id: str,
+        resumed: Resumed,
         fixed: Mapping[str, Any],
         model: torch.nn.Module,
         optimizer: torch.optim.Optimizer,
@@ -57,7 +57,7 @@ class RunSaver:
             hang_timeout: seconds without progress after which the job is ended; 0: never.
             seed: of the sampler.
             batch: samples of a step; tells where a resumed run with another batch or other processes continues.
-            run_id: see `util.resume.new_run_id`.
+            resumed: where the run stands; a kill may have kept names from the checkpoint it continues, which get them.
             fixed: what identifies the run (data, model, schedule, args, ...).
             model, optimizer, scaler: what is saved; the model unwrapped.
             changing: further entries, asked at each save (best scores, counts).
@@ -69,7 +69,7 @@ class RunSaver:
         self._minutes = minutes
         self._seed = seed
         self._batch = batch
-        self._fixed = {**fixed, "run_id": run_id, "world_size": processes.world_size}
+        self._fixed = {**fixed, "run_id": resumed.run_id, "world_size": processes.world_size}
         self._model, self._optimizer, self._scaler = model, optimizer, scaler
         self._changing = changing
         self._stop = StopRequest().install()
@@ -78,6 +78,8 @@ class RunSaver:
         self._last = time.monotonic()
         self.stopping = False  # all processes have agreed to stop
         self.stopped = False  # ... and have saved
+        if self._manager is not None and resumed.path is not None:
+            self._manager.renew_names(resumed.path, resumed.entries.get("names", ()))
 
     def watch(self, batches: Iterator[T], *, alone: bool = False) -> Iterator[T]:
         """Pass batches on, ending the job when a process hangs; see `Watchdog.watch`."""
@@ -106,6 +108,7 @@ class RunSaver:
                         "samples": step * self._batch.per_step,
                     },
                     "batch": self._batch.as_dict(),
+                    "names": list(names),
                     **self._changing(),
                 }
                 self._manager.save(state, names=names, recent=recent, wait=wait)

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from models_mixmim import encoder_config
 from models_sen12_ft import PATCH_OPS, MixMIMPair
 from sarwmix.datasets import SarDataset
 from sarwmix.loader import Loader
 from sarwmix.metrics import Report, bootstrap_intervals
 from sarwmix.selection import Rule
 from sarwmix.sen12flood.dataset import PairDataset, power_to_db
-from sarwmix.tasks import Predictor, Task
+from sarwmix.tasks import ModelSettings, Predictor, Task
 from sarwmix.transforms import SarTransform, draw_flips
 from util.errors import UserError
 
@@ -93,9 +94,8 @@ class PairTask(Task):
         """The published protocol selects on test; with --val_frac the held-out sequences select."""
         return "test" if self.val_frac is None else "val"
 
-    def build_model(
-        self, encoder: Mapping[str, Any], *, input_size: int, in_chans: int, drop_path_rate: float
-    ) -> MixMIMPair:
+    def build_model(self, settings: ModelSettings) -> MixMIMPair:
+        input_size = settings.input_size
         if input_size < TILE or input_size % TILE:
             raise UserError(
                 f"--input_size is {input_size}; the images of a pair are cut into tiles of {TILE} px: expected a "
@@ -105,10 +105,10 @@ class PairTask(Task):
             num_classes=self.num_outputs,
             patch_op=self.patch_op,
             legacy_tiling=self.legacy_tiling,
-            drop_path_rate=drop_path_rate,
+            drop_path_rate=settings.drop_path_rate,
             img_size=TILE,
-            in_chans=in_chans,
-            **encoder,
+            in_chans=settings.in_chans,
+            **encoder_config(settings.name),
         )
 
     def inputs(
