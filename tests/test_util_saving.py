@@ -27,7 +27,8 @@ def make(tmp_path):
             **{
                 "processes": Processes(), "is_main": True, "keep": 2, "minutes": 0.0, "hang_timeout": 0.0, "seed": 5,
                 "batch": Batch(4, 2, 1, 0.1), "resumed": Resumed(run_id="abc"),
-                "fixed": {"kind": "pretrain"}, "model": model, "optimizer": optimizer, "scaler": None, "changing": lambda: {"best": {"score": 3}}, **options,
+                "fixed": {"kind": "pretrain"}, "model": model, "optimizer": optimizer, "scaler": None,
+                "changing": lambda: {"best": {"score": 3}}, **options,
             },
         )  # fmt: skip
         made.append(saver)
