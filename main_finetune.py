@@ -123,6 +123,7 @@ def main() -> int | None:
         "seed": args.seed,
         "train_frac": args.train_frac,
         "samples": {name: len(data) for name, data in splits.items()},
+        "sample_size": list(splits["test"].shape[1:]),
     }
     results = Results(facts, Path(args.output_dir), task, bootstrap=args.bootstrap, seed=args.seed)
     get_logger().info("%s; %s", processes.describe(), results.line("+".join(splits)))
@@ -285,7 +286,8 @@ def train(
         seed=args.seed,
         batch=batch,
         resumed=resumed,
-        fixed={**run, "args": groups.args_to_dict(args)},
+        # the ground that a sample covers, in pixels of the data: scenes are cut into tiles of that size
+        fixed={**run, "args": groups.args_to_dict(args), "sample_size": results.facts["sample_size"]},
         model=model,
         optimizer=optimizer,
         scaler=scaler,
