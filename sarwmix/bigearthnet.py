@@ -21,7 +21,7 @@ from sarwmix.datasets import NameList, SarDataset, UnreadableSample, finish_imag
 from sarwmix.geotiff import GeoTiffError, PatchReader
 from sarwmix.labels import CLASSES_19, class_codes, parse_label_list
 from sarwmix.lmdb_source import LmdbPatches, is_lmdb
-from sarwmix.registry import DatasetSpec, EmptySplit, Statistics, parse_split
+from sarwmix.registry import DatasetSpec, EmptySplit, Statistics, parse_split, parse_switch
 from sarwmix.zarr_source import ZarrPatches, is_zarr
 from util.errors import UserError
 
@@ -582,20 +582,6 @@ class BigEarthNet(SarDataset):
             for row, codes in enumerate(pool.map(codes_of, range(len(self)))):
                 labels[row, codes] = 1
         return labels
-
-
-def parse_switch(name: str, value: bool | str) -> bool:
-    """An on/off option that may come as text from a command line.
-
-    Raises:
-        UserError: The text is neither yes nor no.
-    """
-    text = str(value).strip().lower()
-    if text in ("1", "true", "yes", "on"):
-        return True
-    if text in ("0", "false", "no", "off"):
-        return False
-    raise UserError(f"option {name} must be true or false, not {value!r}")
 
 
 def build_benv2(

@@ -15,7 +15,7 @@ from typing import Any, overload
 import numpy as np
 import torch
 
-from sarwmix.registry import DatasetSpec, EmptySplit, Statistics
+from sarwmix.registry import DatasetSpec, EmptySplit, Preprocessing, Statistics
 from util.errors import UserError
 
 Replaced = list[tuple[str, str]]
@@ -173,13 +173,27 @@ class SarDataset(torch.utils.data.Dataset):
         }
 
     def provenance(self) -> dict[str, Any]:
-        """What a checkpoint says about its data: identity, band names in order, unit, statistics."""
-        return {
+        """What a checkpoint says about its data: identity, band names in order, unit, statistics, and the preprocessing
+        where it is not the usual one (z-score, resize)."""
+        facts: dict[str, Any] = {
             **self.identity(),
             "bands": list(self.spec.bands),
             "unit": self.spec.unit,
             "statistics": self.statistics.as_dict(),
         }
+        if self.spec.preprocessing != Preprocessing():
+            facts["preprocessing"] = self.spec.preprocessing.as_dict()
+        return facts
+
+    def strata(self) -> np.ndarray:
+        """What parts of the split are stratified on: the labels, one row or number a sample.
+
+        Raises:
+            UserError: The data set has no labels.
+        """
+        if self.labels is None:
+            raise UserError(f"--train_frac needs labels; split {self.split} of {self.spec.name} has none")
+        return self.labels
 
     # Reading -----------------------------------------------------------------------------------------------------
 
@@ -300,7 +314,7 @@ class SarDataset(torch.utils.data.Dataset):
         rows = np.asarray(self.labels[indices])
         return torch.from_numpy(rows.astype(np.float32 if rows.ndim == 2 else np.int64))
 
-    def subset(self, indices: np.ndarray) -> SarSubset:
+    def subset(self, indices: np.ndarray) -> SarDataset:
         """The samples at the given positions as a data set of its own (label fractions, a few samples for a test)."""
         return SarSubset(self, indices)
 
@@ -332,6 +346,99 @@ class SarSubset(SarDataset):
 
     def read_many(self, indices: np.ndarray, out: np.ndarray) -> list[tuple[int, UnreadableSample]]:
         return self.parent.read_many(self.positions[indices], out)
+
+
+class MaskDataset(SarDataset):
+    """Images with a label map each: batches hold ``label`` uint8 (B, H, W), class numbers and 255 for ignored pixels.
+
+    A subclass implements :meth:`read_pair`. A sample whose image or map cannot be used counts as one unreadable sample.
+    """
+
+    def __init__(
+        self,
+        spec: DatasetSpec,
+        split: str,
+        statistics: Statistics,
+        names: NameList | Sequence[str],
+        *,
+        on_error: str = "raise",
+        source: str | Path = "",
+    ) -> None:
+        super().__init__(spec, split, statistics, names, None, on_error=on_error, source=source)
+
+    def read_pair(self, index: int, image: np.ndarray, label: np.ndarray) -> None:
+        """Fill ``image`` float32 (C, H, W), NaN at invalid pixels, and ``label`` uint8 (H, W), 255 at ignored pixels.
+
+        Raises:
+            UnreadableSample: The sample cannot be used.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must implement read_pair")
+
+    def read_into(self, index: int, out: np.ndarray) -> None:
+        self.read_pair(index, out, np.empty(self.shape[1:], dtype=np.uint8))
+
+    def strata(self) -> np.ndarray:
+        """All samples are alike: parts of the split are drawn at random."""
+        return np.zeros(len(self), dtype=np.int64)
+
+    def get_batch(self, indices: np.ndarray, out: np.ndarray | None = None) -> dict[str, Any]:
+        """As :meth:`SarDataset.get_batch`, with label maps."""
+        indices = np.asarray(indices, dtype=np.int64)
+        images = np.empty((len(indices), *self.shape), dtype=np.float32) if out is None else out
+        labels = np.empty((len(indices), *self.shape[1:]), dtype=np.uint8)
+        used = indices.copy()
+        replaced: Replaced = []
+        for position, index in enumerate(indices):
+            used[position], error = self._read_or_replace(int(index), images[position], labels[position])
+            if error is not None:
+                replaced.append((error.name, f"{error.path}: {error.reason}"))
+        batch = self.make_batch(torch.from_numpy(images), used, replaced)
+        batch["label"] = torch.from_numpy(labels)
+        return batch
+
+    def _read_or_replace(self, index: int, image: np.ndarray, label: np.ndarray) -> tuple[int, UnreadableSample | None]:
+        """Read a sample, or its next readable neighbour; returns what was read and the error of the sample itself."""
+        first: UnreadableSample | None = None
+        for step in range(min(MAX_TRIES, len(self) - 1) + 1):
+            chosen = (index + step) % len(self)
+            try:
+                self.read_pair(chosen, image, label)
+                return chosen, first
+            except UnreadableSample as error:
+                if self.on_error == "raise":
+                    raise
+                first = first or error
+        assert first is not None
+        raise UnreadableSample(
+            first.name, first.path, f"{first.reason}; the next {MAX_TRIES} samples cannot be used either"
+        )
+
+    def subset(self, indices: np.ndarray) -> SarDataset:
+        return MaskSubset(self, indices)
+
+
+class MaskSubset(MaskDataset):
+    """Some samples of another data set with label maps, in a given order."""
+
+    def __init__(self, parent: MaskDataset, indices: np.ndarray) -> None:
+        positions = np.asarray(indices, dtype=np.int64)
+        super().__init__(
+            parent.spec,
+            parent.split,
+            parent.statistics,
+            parent.names.take(positions),
+            on_error=parent.on_error,
+            source=parent.source,
+        )
+        self.parent = parent
+        self.positions = positions
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.parent.shape
+
+    def read_pair(self, index: int, image: np.ndarray, label: np.ndarray) -> None:
+        self.parent.read_pair(int(self.positions[index]), image, label)
 
 
 def finish_image(image: np.ndarray, name: str, path: str | Path | Callable[[], str]) -> None:

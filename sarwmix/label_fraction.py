@@ -72,10 +72,9 @@ def take_fraction(dataset: SarDataset, fraction: float, *, seed: int, ids_file: 
     Raises:
         UserError: no labels.
     """
-    if dataset.labels is None:
-        raise UserError(f"--train_frac needs labels; split {dataset.split} of {dataset.spec.name} has none")
-    chosen = choose_fraction(dataset.labels, fraction, seed=seed)
-    lost = vanished_classes(dataset.labels, chosen, dataset.spec.classes)
+    strata = dataset.strata()
+    chosen = choose_fraction(strata, fraction, seed=seed)
+    lost = () if dataset.labels is None else vanished_classes(dataset.labels, chosen, dataset.spec.classes)
     if lost:
         get_logger().warning("--train_frac %g leaves no training sample of: %s", fraction, "; ".join(lost))
     part = dataset.subset(chosen)

@@ -11,7 +11,8 @@ nothing (no torch, no numpy). A builder has this signature::
 ``statistics`` and ``on_error`` are resolved and checked here for every data set. A directory that holds a packed store
 (its ``manifest.json`` says so) is opened by :func:`sarwmix.packed.build` instead, whatever the data set.
 
-Statistics are per band, in the unit of the data set (dB), in the order of ``bands``: VH, VV.
+Statistics are per band, in the band's unit, in the order of ``bands``; Sentinel-1 bands are VH, VV in dB wherever no
+other order is asked for. A data set with more bands than it shows by default names band sets (``--bands``).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import importlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,9 @@ if TYPE_CHECKING:
 
 BANDS = ("VH", "VV")
 TASKS = ("multilabel", "multiclass", "pair", "segmentation", "unlabelled")
-COMMON_OPTIONS = ("statistics", "on_error")
+COMMON_OPTIONS = ("statistics", "on_error", "bands")
+DECIBEL, REFLECTANCE = "dB", "reflectance x 1e4"
+SAR_BANDS = ("VH", "VV", "HH", "HV")
 PACKED_OPTIONS = ("check",)
 ON_ERROR = ("raise", "replace")
 NORMAL_1_PERCENT = 2.3263  # the 1 % quantile of a normal distribution lies this many deviations below its mean
@@ -80,6 +83,14 @@ class Statistics:
         p99 = tuple(round(m + NORMAL_1_PERCENT * s, 4) for m, s in zip(mean, std, strict=True))
         return cls(mean, std, p01, p99, f"{origin}; p01 and p99 by normal approximation (mean -+ 2.3263 std)")
 
+    def take(self, positions: Sequence[int]) -> Statistics:
+        """The statistics of some bands, in the given order."""
+
+        def pick(numbers: tuple[float, ...]) -> tuple[float, ...]:
+            return tuple(numbers[i] for i in positions)
+
+        return Statistics(pick(self.mean), pick(self.std), pick(self.p01), pick(self.p99), self.origin)
+
     def as_dict(self) -> dict[str, Any]:
         """Plain lists and strings, for checkpoints and JSON."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
@@ -102,6 +113,75 @@ class Statistics:
         return cls(lists[0], lists[1], lists[2], lists[3], origin)
 
 
+NORMALISATIONS = ("zscore", "clip", "quantiles")
+GEOMETRIES = ("resize", "resized_crop", "window")
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How images of a data set become model inputs; kept in checkpoints, so that every tool restores it.
+
+    Attributes:
+        normalisation: ``"zscore"``: (x - mean) / std. ``"clip"``: x clipped to ``clip`` and scaled to [0, 1].
+            ``"quantiles"``: each band of each image clipped to its own 1 and 99 % quantiles, then
+            (x - (mean - 2 std)) / (4 std) clipped to [0, 1] (EuroSAT-SAR in FG-MAE).
+        clip: low and high, the same for all bands, in their unit; only for ``"clip"``.
+        geometry: ``"resize"``: to the input size; flips in training. ``"resized_crop"``: a random crop of 20 to 100 % of
+            the area resized to the input size and a horizontal flip in training; resized to 8/7 of the input size
+            (256 for 224) and cut to its centre in evaluation. ``"window"``: for label maps; random windows of the input
+            size and flips in training, overlapping windows that cover the whole image in evaluation, in the images' own
+            resolution; images smaller than the input size are enlarged to it.
+    """
+
+    normalisation: str = "zscore"
+    clip: tuple[float, float] | None = None
+    geometry: str = "resize"
+
+    def __post_init__(self) -> None:
+        if self.normalisation not in NORMALISATIONS or self.geometry not in GEOMETRIES:
+            raise UserError(
+                f"preprocessing {asdict(self)} is not known; normalisation is one of {', '.join(NORMALISATIONS)}, "
+                f"geometry one of {', '.join(GEOMETRIES)}"
+            )
+        if (self.clip is not None) != (self.normalisation == "clip") or (self.clip and self.clip[0] >= self.clip[1]):
+            raise UserError(
+                f"preprocessing {asdict(self)}: clip = (low, high) belongs to normalisation clip, and only there"
+            )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for checkpoints."""
+        return {
+            "normalisation": self.normalisation,
+            "clip": None if self.clip is None else list(self.clip),
+            "geometry": self.geometry,
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any] | None) -> Preprocessing:
+        """Inverse of :meth:`as_dict`; None (checkpoints without the entry) is z-score and resize."""
+        if values is None:
+            return cls()
+        try:
+            clip = values["clip"]
+            return cls(
+                str(values["normalisation"]),
+                None if clip is None else (float(clip[0]), float(clip[1])),
+                str(values["geometry"]),
+            )
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise UserError(f"preprocessing {values!r} is not understood: {error!r}") from error
+
+
+def unit_of(band: str) -> str:
+    """Unit of a band, by its name: backscatter in dB, or Sentinel-2 reflectance times 10,000."""
+    return DECIBEL if band in SAR_BANDS else REFLECTANCE
+
+
+def unit_of_bands(bands: Sequence[str]) -> str:
+    """The units of several bands as one text."""
+    return " and ".join(dict.fromkeys(unit_of(band) for band in bands))
+
+
 @dataclass(frozen=True)
 class DatasetSpec:
     """Everything the rest of the program needs to know about a data set.
@@ -110,7 +190,7 @@ class DatasetSpec:
         name: The name given to ``--dataset``.
         task: One of :data:`TASKS`; it picks criterion, metrics and head.
         bands: Band names in the order of the sample's channels.
-        unit: Unit of the samples that the data set delivers; always ``"dB"``.
+        unit: Units of the bands, see :func:`unit_of`: ``"dB"`` unless there are Sentinel-2 bands.
         statistics: Named presets.
         default_statistics: The preset that is used unless the user asks for another.
         classes: Class names in the order of the label columns; empty when unlabelled.
@@ -119,6 +199,12 @@ class DatasetSpec:
         builder: ``"module:function"``.
         description: One line for help texts and errors.
         options: Names of the options that the builder accepts, beyond :data:`COMMON_OPTIONS`.
+        band_sets: Named choices of bands, in their order; empty: ``bands`` alone.
+        all_bands: Every band that may be chosen; ``bands`` where empty.
+        band_statistics: Presets over ``all_bands``; those that hold for a choice of bands are cut from them.
+        class_options: Option name -> classes that it leaves out when it is on.
+        preprocessing: How images become model inputs.
+        band_set: Name of the chosen band set, "" for the default one.
     """
 
     name: str
@@ -133,12 +219,18 @@ class DatasetSpec:
     description: str
     options: tuple[str, ...] = ()
     unit: str = field(default="dB")
+    band_sets: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    all_bands: tuple[str, ...] = ()
+    band_statistics: Mapping[str, Statistics] = field(default_factory=dict)
+    class_options: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    preprocessing: Preprocessing = field(default_factory=Preprocessing)
+    band_set: str = ""
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
             raise ValueError(f"{self.name}: task {self.task!r} is none of {TASKS}")
-        if self.unit != "dB":
-            raise ValueError(f"{self.name}: samples are delivered in dB, not in {self.unit!r}")
+        if self.unit != unit_of_bands(self.bands):
+            raise ValueError(f"{self.name}: bands {self.bands} are in {unit_of_bands(self.bands)}, not {self.unit!r}")
         if self.default_statistics not in self.statistics:
             raise ValueError(f"{self.name}: no statistics preset {self.default_statistics!r}")
         for preset, values in self.statistics.items():
@@ -148,6 +240,73 @@ class DatasetSpec:
             raise ValueError(f"{self.name}: a class name appears twice")
         if ":" not in self.builder:
             raise ValueError(f"{self.name}: builder {self.builder!r} is not of the form module:function")
+        known = self.all_bands or self.bands
+        for chosen in (self.bands, *self.band_sets.values()):
+            if set(chosen) - set(known) or len(set(chosen)) != len(chosen):
+                raise ValueError(f"{self.name}: bands {chosen} are not a choice of {known}")
+        for preset, values in self.band_statistics.items():
+            if len(values.mean) != len(known):
+                raise ValueError(f"{self.name}: preset {preset!r} has {len(values.mean)} bands, not {len(known)}")
+
+    @property
+    def units(self) -> tuple[str, ...]:
+        """Unit of each band."""
+        return tuple(unit_of(band) for band in self.bands)
+
+    def with_bands(self, choice: str | Sequence[str] | None) -> DatasetSpec:
+        """The entry with other bands.
+
+        Args:
+            choice: Name of a band set, band names joined with commas, a sequence of band names, or None: as it is.
+
+        Raises:
+            UserError: No such band set or band; the message lists what there is.
+        """
+        if choice is None:
+            return self
+        name, bands = "", tuple(choice)
+        if isinstance(choice, str):
+            name = choice.strip()
+            bands = self.band_sets.get(name) or tuple(part.strip() for part in name.split(","))
+        known = self.all_bands or self.bands
+        wrong = [band for band in bands if band not in known]
+        if wrong or len(set(bands)) != len(bands):
+            sets = "; ".join(f"{key}: {', '.join(value)}" for key, value in self.band_sets.items())
+            what = f"has no band {', '.join(wrong)}" if wrong else "cannot give a band twice"
+            raise UserError(
+                f"data set {self.name!r} {what} (asked for {','.join(bands)}); --bands takes "
+                + (f"one of the sets {sets}, or " if sets else "")
+                + f"names joined with commas, of {', '.join(known)}"
+            )
+        if bands == self.bands:
+            return self
+        tables: list[tuple[tuple[str, ...], Mapping[str, Statistics]]] = [
+            (self.bands, self.statistics),
+            (known, self.band_statistics),
+        ]
+        statistics = {
+            preset: values.take([order.index(band) for band in bands])
+            for order, table in tables
+            for preset, values in table.items()
+            if set(bands) <= set(order)
+        }
+        default = self.default_statistics if self.default_statistics in statistics else next(iter(statistics))
+        return replace(
+            self,
+            bands=bands,
+            unit=unit_of_bands(bands),
+            statistics=statistics,
+            default_statistics=default,
+            band_set=name if name in self.band_sets else ",".join(bands),
+        )
+
+    def with_options(self, options: Mapping[str, Any]) -> DatasetSpec:
+        """The entry without the classes that options leave out."""
+        classes = self.classes
+        for option, absent in self.class_options.items():
+            if parse_switch(option, options.get(option, False)):
+                classes = tuple(name for name in classes if name not in absent)
+        return self if classes == self.classes else replace(self, classes=classes)
 
 
 _SPECS: dict[str, DatasetSpec] = {}
@@ -166,15 +325,36 @@ def names(task: str | None = None) -> tuple[str, ...]:
     return tuple(name for name, spec in _SPECS.items() if task is None or spec.task == task)
 
 
-def get_spec(name: str) -> DatasetSpec:
-    """The entry of a data set.
+def get_spec(
+    name: str, bands: str | Sequence[str] | None = None, options: Mapping[str, Any] | None = None
+) -> DatasetSpec:
+    """The entry of a data set, with the chosen bands and the classes that options leave.
+
+    Args:
+        name: A registered name.
+        bands: See :meth:`DatasetSpec.with_bands`.
+        options: Options of the data set; those that change its classes are looked at.
 
     Raises:
         UserError: The name is unknown; the message lists what exists.
     """
     if name not in _SPECS:
         raise UserError(f"unknown data set {name!r}{_hint(name, _SPECS)}; there are: {', '.join(_SPECS)}")
-    return _SPECS[name]
+    return _SPECS[name].with_bands(bands).with_options(options or {})
+
+
+def parse_switch(name: str, value: bool | str | None) -> bool:
+    """An on/off option that may come as text from a command line; None is off.
+
+    Raises:
+        UserError: The text is neither yes nor no.
+    """
+    text = str(value).strip().lower()
+    if text in ("1", "true", "yes", "on"):
+        return True
+    if text in ("0", "false", "no", "off", "none"):
+        return False
+    raise UserError(f"option {name} must be true or false, not {value!r}")
 
 
 def parse_split(spec: DatasetSpec, split: str) -> tuple[str, ...]:
@@ -224,14 +404,7 @@ def read_statistics_file(path: str | Path, spec: DatasetSpec) -> Statistics:
     statistics = Statistics.from_dict(values, source=f"statistics file {path}")
     if len(statistics.mean) != len(found):
         raise UserError(f"statistics file {path} names {len(found)} bands but holds {len(statistics.mean)} means")
-    order = [found.index(band) for band in spec.bands]
-
-    def pick(numbers: tuple[float, ...]) -> tuple[float, ...]:
-        return tuple(numbers[i] for i in order)
-
-    return Statistics(
-        pick(statistics.mean), pick(statistics.std), pick(statistics.p01), pick(statistics.p99), statistics.origin
-    )
+    return statistics.take([found.index(band) for band in spec.bands])
 
 
 def statistics_file_content(statistics: Statistics, spec: DatasetSpec) -> dict[str, Any]:
@@ -265,7 +438,8 @@ def build_dataset(name: str, data_path: str | Path, split: str, **options: Any) 
         data_path: Folder or store with the data, or the directory of a packed store.
         split: One split, or several joined with ``+`` (``"train+val"``).
         **options: Checked by name: ``statistics`` (preset name or path of a JSON file), ``on_error``
-            (``"raise"`` or ``"replace"``) and the options of this data set's builder. None counts as not given.
+            (``"raise"`` or ``"replace"``), ``bands`` (a band set, or band names) and the options of this data set's
+            builder. None counts as not given.
 
     Returns:
         A map-style data set of dict samples, see :class:`sarwmix.datasets.SarDataset`.
@@ -273,8 +447,8 @@ def build_dataset(name: str, data_path: str | Path, split: str, **options: Any) 
     Raises:
         UserError: Unknown data set, split or option, or data that are missing or wrong.
     """
-    spec = get_spec(name)
     given = {key: value for key, value in options.items() if value is not None}
+    spec = get_spec(name, given.pop("bands", None), given)
     known = (*COMMON_OPTIONS, *spec.options)
     for key in given:
         if key not in known:
@@ -360,6 +534,57 @@ DEMO_STATISTICS = Statistics(
     (-9.0494, -2.7155),
     "computed over all pixels of the 624 train and validation patches of the default demo data (768 patches, seed 0)",
 )
+S2_10M_20M = ("B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B11", "B12")
+S2_L2A = ("B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B09", "B11", "B12")
+S2_L1C = ("B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B09", "B10", "B11", "B12")
+REBEN_BANDS = (*BANDS, *S2_L2A)
+REBEN_BAND_SETS = {
+    "s1": BANDS,
+    "s2": S2_10M_20M,
+    "all": (*BANDS, *S2_10M_20M),
+    "s1_full": BANDS,
+    "s2_full": S2_L2A,
+    "all_full": REBEN_BANDS,
+}
+REBEN_ALL_STATISTICS = Statistics.from_normal(
+    (-19.3526, -12.6439, 361.0768, 438.3721, 614.0557, 588.4096, 942.8433, 1769.9316, 2049.5515, 2193.2920, 2235.5566,
+     2241.4553, 1568.2268, 997.7325),
+    (5.5905, 5.1335, 575.0687, 607.0269, 603.2968, 684.5688, 738.4327, 1100.4560, 1275.8054, 1369.3717, 1356.5441,
+     1316.3933, 1070.1613, 813.5276),
+    origin="reBEN publication, BigEarthNet v2 training split, all bands brought to 120 px by nearest neighbour",
+)  # fmt: skip
+SSL4EO_STATISTICS = Statistics.from_normal(
+    (-20.26, -12.59), (5.91, 5.26), origin="FG-MAE for EuroSAT-SAR (statistics of SSL4EO-S12)"
+)
+FLOODS_S1_STATISTICS = Statistics.from_normal(
+    (round(0.5235 * 51 - 50, 4), round(0.6851 * 51 - 50, 4)),
+    (round(0.1102 * 51, 4), round(0.0820 * 51, 4)),
+    origin="Sen1Floods11 training notebook (given there after clipping to -50..1 dB and scaling to 0..1)",
+)
+FLOODS_CHIPS_STATISTICS = Statistics(
+    (-18.9735, -11.0671),
+    (6.0291, 4.4791),
+    (-37.5909, -24.1117),
+    (-10.4460, -3.3060),
+    "computed over all valid pixels of 10 hand-labelled chips of Sen1Floods11 (of 446)",
+)
+FLOODS_BANDS = (*BANDS, *S2_L1C)
+FLOODS_STATISTICS = Statistics.from_normal(
+    (*FLOODS_S1_STATISTICS.mean, 1645.0718, 1412.9560, 1379.5798, 1235.3792, 1481.0990, 2399.1728, 2858.7557, 2634.5379,
+     3090.2815, 491.1151, 65.2506, 2044.9580, 1191.2015),
+    (*FLOODS_S1_STATISTICS.std, 697.7374, 740.6382, 737.0365, 869.2279, 777.8555, 910.5416, 1069.0993, 1009.6586,
+     1179.8815, 338.0113, 146.3465, 977.2074, 765.9938),
+    origin="Sen1Floods11: Sentinel-1 from the training notebook, Sentinel-2 (TOA) from TerraTorch's data module",
+)  # fmt: skip
+SATLAS_BANDS = ("B02", "B03", "B04", "B05", "B06", "B07", "B08", "B11", "B12")
+SATLAS_STATISTICS = FLOODS_STATISTICS.take([FLOODS_BANDS.index(band) for band in SATLAS_BANDS])
+EUROSAT_CLASSES = (
+    "AnnualCrop", "Forest", "HerbaceousVegetation", "Highway", "Industrial", "Pasture", "PermanentCrop", "Residential",
+    "River", "SeaLake",
+)  # fmt: skip
+DFC_CLASSES = (
+    "forest", "shrubland", "savanna", "grassland", "wetland", "cropland", "urban", "snow and ice", "barren", "water",
+)  # fmt: skip
 SPLITS = ("train", "val", "test")
 OFFICIAL_COUNTS: dict[str, dict[str, int]] = {
     # v2: rows of the official metadata.parquet; v1: lines of the official split lists.
@@ -378,8 +603,11 @@ register(
         splits=SPLITS,
         size=120,
         builder="sarwmix.bigearthnet:build_benv2",
-        description="BigEarthNet v2 (reBEN) Sentinel-1: GeoTIFF tree or LMDB, with metadata.parquet or CSV",
+        description="BigEarthNet v2 (reBEN), Sentinel-1 and Sentinel-2: GeoTIFF tree or LMDB, with metadata",
         options=("metadata", "id_col", "exclude_snow_cloud", "check", "labels"),
+        band_sets=REBEN_BAND_SETS,
+        all_bands=REBEN_BANDS,
+        band_statistics={"reben": REBEN_ALL_STATISTICS},
     )
 )
 register(
@@ -440,5 +668,77 @@ register(
         builder="sarwmix.sen12flood.dataset:build",
         description="SEN12-FLOOD pairs of Sentinel-1 images of one place, linear power in the files",
         options=("val_frac",),
+    )
+)
+register(
+    DatasetSpec(
+        name="eurosat_sar",
+        task="multiclass",
+        bands=BANDS,
+        statistics={"fgmae": SSL4EO_STATISTICS, "benv2": BENV2_STATISTICS},
+        default_statistics="fgmae",
+        classes=EUROSAT_CLASSES,
+        splits=SPLITS,
+        size=64,
+        builder="sarwmix.eurosat:build",
+        description="EuroSAT-SAR: 64 px GeoTIFFs with VV and VH in dB, one folder a class",
+        options=("seed", "val_frac", "band_order"),
+        band_sets={"s1": BANDS},
+        preprocessing=Preprocessing("quantiles", geometry="resized_crop"),
+    )
+)
+register(
+    DatasetSpec(
+        name="dfc2020",
+        task="segmentation",
+        bands=BANDS,
+        statistics={"ssl4eo": SSL4EO_STATISTICS, "benv2": BENV2_STATISTICS},
+        default_statistics="ssl4eo",
+        classes=DFC_CLASSES,
+        splits=SPLITS,
+        size=256,
+        builder="sarwmix.dfc2020:build",
+        description="DFC2020 / SEN12MS land cover: 256 px Sentinel-1 patches with label maps",
+        options=("label_set", "no_savanna", "val_frac", "seed", "check"),
+        band_sets={"s1": BANDS},
+        class_options={"no_savanna": ("savanna",)},
+        preprocessing=Preprocessing("clip", clip=(-25.0, 0.0), geometry="window"),
+    )
+)
+register(
+    DatasetSpec(
+        name="sen1floods11",
+        task="segmentation",
+        bands=BANDS,
+        statistics={"published": FLOODS_S1_STATISTICS, "chips": FLOODS_CHIPS_STATISTICS, "benv2": BENV2_STATISTICS},
+        default_statistics="published",
+        classes=("no water", "water"),
+        splits=(*SPLITS, "bolivia"),
+        size=512,
+        builder="sarwmix.sen1floods11:build",
+        description="Sen1Floods11 hand-labelled chips: Sentinel-1, Sentinel-2 or both, water masks",
+        options=("lists", "missing", "skip"),
+        band_sets={"s1": BANDS, "s2": S2_L1C, "s1s2": FLOODS_BANDS},
+        all_bands=FLOODS_BANDS,
+        band_statistics={"published": FLOODS_STATISTICS},
+        preprocessing=Preprocessing(geometry="window"),
+    )
+)
+register(
+    DatasetSpec(
+        name="satlas",
+        task="segmentation",
+        bands=SATLAS_BANDS,
+        unit=REFLECTANCE,
+        statistics={"sen1floods11": SATLAS_STATISTICS},
+        default_statistics="sen1floods11",
+        classes=("background", "water", "developed", "tree, shrub, grass", "crop"),
+        splits=SPLITS,
+        size=512,
+        builder="sarwmix.satlas:build",
+        description="Satlas land cover: 512 px Sentinel-2 tiles with label maps, grouped into 5 classes",
+        options=("val_frac", "seed", "missing"),
+        band_sets={"s2": SATLAS_BANDS, "rgb": ("B04", "B03", "B02")},
+        preprocessing=Preprocessing(geometry="window"),
     )
 )
