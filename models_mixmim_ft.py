@@ -13,22 +13,23 @@ import torch
 from torch import Tensor, nn
 
 from models_mixmim import MODELS, MixMIMEncoder
+from sarwmix.heads import Classifier, LinearProbe, make_head, use_probe
 from util.checkpoint import load_checkpoint
 from util.errors import UserError
 from util.log import get_logger
 from util.optim import stage_depths
 from util.pos_embed import resize_position_table, resize_relative_bias
 
-HEAD_STD = 2e-5  # the head starts almost silent, so that the first steps do not shake the pretrained encoder
 
-
-class MixMIMClassifier(MixMIMEncoder):
-    """Encoder without mask, mean pooling, linear head.
+class MixMIMClassifier(Classifier, MixMIMEncoder):
+    """Encoder without mask, mean pooling, head.
 
     Args:
         num_classes: K, width of the head.
         drop_path_rate: stochastic depth of the last block, growing linearly from 0 at the first.
         img_size, patch_size, in_chans, embed_dim, depths, num_heads, window_size: see `MixMIMEncoder`.
+        head: name of the head, see `sarwmix.heads.make_head`; None: one linear layer.
+        drop_rate: dropout before the last layer.
     """
 
     def __init__(
@@ -42,6 +43,8 @@ class MixMIMClassifier(MixMIMEncoder):
         depths: tuple[int, ...] = (2, 2, 18, 2),
         num_heads: tuple[int, ...] = (4, 8, 16, 32),
         window_size: tuple[int, ...] = (8, 8, 8, 4),
+        head: str | None = None,
+        drop_rate: float = 0.0,
     ) -> None:
         super().__init__(
             img_size=img_size,
@@ -54,48 +57,11 @@ class MixMIMClassifier(MixMIMEncoder):
             drop_path_rate=drop_path_rate,
         )
         self.num_classes = num_classes
-        self.head: nn.Module = make_head(self.num_features, num_classes)
+        self.head = make_head(self.num_features, num_classes, name=head, drop_rate=drop_rate)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """(B, in_chans, H, W) standardised -> logits (B, K)."""
-        return self.apply_head(self.forward_features(images))
-
-    def apply_head(self, features: Tensor) -> Tensor:
-        """(B, D) -> logits (B, K), in float32 also under autocast: logits of 8 bits would tie in a ranking."""
-        with torch.autocast(features.device.type, enabled=False):
-            return self.head(features.float())
-
-
-def make_head(features: int, num_classes: int) -> nn.Linear:
-    """Linear layer (B, D) -> (B, K) with truncated-normal weights of std 2e-5 and zero bias."""
-    head = nn.Linear(features, num_classes)
-    nn.init.trunc_normal_(head.weight, std=HEAD_STD)
-    nn.init.zeros_(head.bias)
-    return head
-
-
-class LinearProbe(nn.Module):
-    """Linear probe of MAE (arXiv 2111.06377, appendix A.1): BatchNorm without affine parameters, then a linear layer.
-
-    The normalisation makes one learning rate fit encoders whose features differ in scale.
-    """
-
-    def __init__(self, features: int, num_classes: int) -> None:
-        super().__init__()
-        self.norm = nn.BatchNorm1d(features, affine=False, eps=1e-6)
-        self.linear = nn.Linear(features, num_classes)
-        nn.init.trunc_normal_(self.linear.weight, std=0.01)
-        nn.init.zeros_(self.linear.bias)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """(B, D) -> (B, K)."""
-        return self.linear(self.norm(features))
-
-
-def use_probe(model: MixMIMClassifier) -> None:
-    """Replace the model's head by a fresh linear probe on the same features."""
-    device = next(model.parameters()).device
-    model.head = LinearProbe(model.num_features, model.num_classes).to(device)
+    def last_blocks(self, images: Tensor) -> list[Tensor]:
+        """What heads on the last blocks of an encoder take; of a hierarchical one these are the stages."""
+        return self.feature_pyramid(images)
 
 
 @dataclass(frozen=True)

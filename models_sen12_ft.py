@@ -115,9 +115,9 @@ class MixMIMPair(MixMIMClassifier):
         """Two images (B, C, H, W), standardised, as one batch through the encoder -> (B, D)."""
         if image1.shape != image2.shape:
             raise ValueError(f"images of a pair have shapes {tuple(image1.shape)} and {tuple(image2.shape)}")
-        features1, features2 = self.encode_image(torch.cat([image1, image2])).chunk(2)
-        return self.compare(features1, features2)
+        both, count = self.encode_image(torch.cat([image1, image2])), image1.shape[0]
+        return self.compare(both[:count], both[count:])  # chunk(2) would keep torch.export from free batch sizes
 
     def forward(self, image1: Tensor, image2: Tensor) -> Tensor:  # type: ignore[override]
         """Two images (B, C, H, W), standardised -> logits (B, K). Which image comes first does not matter."""
-        return self.apply_head(self.forward_features(image1, image2))
+        return super().forward(image1, image2)

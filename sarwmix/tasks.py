@@ -25,9 +25,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models_mixmim import encoder_config
-from models_mixmim_ft import MixMIMClassifier
+from sarwmix.backbones import build_classifier
 from sarwmix.datasets import SarDataset
+from sarwmix.heads import CLASSIFICATION_HEADS, TaskModel
 from sarwmix.metrics import Report, align_table, metric_table, multilabel_report
 from sarwmix.mixup import smooth_labels
 from sarwmix.selection import Rule, multilabel_rules
@@ -90,6 +90,7 @@ class ModelSettings:
         drop_path_rate: stochastic depth of the last block.
         drop_rate: dropout before the last layer.
         head: name of the head; None: the task's usual one.
+        pool: ``token`` or ``avg``, how a ViT makes one vector of its tokens; None: its usual way.
     """
 
     name: str
@@ -98,15 +99,22 @@ class ModelSettings:
     drop_path_rate: float = 0.0
     drop_rate: float = 0.0
     head: str | None = None
+    pool: str | None = None
 
     def as_config(self) -> dict[str, Any]:
         """What a checkpoint keeps as `model_config`: all that decides which weights fit."""
-        return {"name": self.name, "img_size": self.input_size, "in_chans": self.in_chans, "head": self.head}
+        return {
+            "name": self.name,
+            "img_size": self.input_size,
+            "in_chans": self.in_chans,
+            "head": self.head,
+            "pool": self.pool,
+        }
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModelSettings:
         """Inverse of `as_config`, for evaluation: nothing is dropped."""
-        return cls(config["name"], config["img_size"], config["in_chans"], head=config["head"])
+        return cls(config["name"], config["img_size"], config["in_chans"], head=config["head"], pool=config.get("pool"))
 
 
 class Task(ABC):
@@ -121,6 +129,10 @@ class Task(ABC):
     mixable: ClassVar[bool] = True
     # whether a sample has exactly one class (softmax), or each label is a yes/no question of its own (sigmoid)
     exclusive: ClassVar[bool] = False
+    # names of the heads that fit, the usual one first
+    heads: ClassVar[tuple[str, ...]] = CLASSIFICATION_HEADS
+    # whether labels are per pixel: then a frozen encoder runs on the fly, and there is no probe on pooled features
+    dense: ClassVar[bool] = False
 
     def __init__(self, classes: Sequence[str]) -> None:
         if not classes:
@@ -157,7 +169,7 @@ class Task(ABC):
         return "val"
 
     @abstractmethod
-    def build_model(self, settings: ModelSettings) -> MixMIMClassifier:
+    def build_model(self, settings: ModelSettings) -> TaskModel:
         """The model with a fresh head.
 
         It must have `head`, its last layer, and `forward_features(*inputs) -> (B, D)`, what `head` is applied to.
@@ -299,14 +311,8 @@ class MultilabelTask(Task):
     name = "multilabel"
     primary = "ap_macro"
 
-    def build_model(self, settings: ModelSettings) -> MixMIMClassifier:
-        return MixMIMClassifier(
-            num_classes=self.num_outputs,
-            drop_path_rate=settings.drop_path_rate,
-            img_size=settings.input_size,
-            in_chans=settings.in_chans,
-            **encoder_config(settings.name),
-        )
+    def build_model(self, settings: ModelSettings) -> TaskModel:
+        return build_classifier(settings, self.num_outputs)
 
     def inputs(
         self,
