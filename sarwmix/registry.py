@@ -126,8 +126,8 @@ class Preprocessing:
             ``"quantiles"``: each band of each image clipped to its own 1 and 99 % quantiles, then
             (x - (mean - 2 std)) / (4 std) clipped to [0, 1] (EuroSAT-SAR in FG-MAE).
         clip: low and high, the same for all bands, in their unit; only for ``"clip"``.
-        geometry: ``"resize"``: to the input size; flips in training. ``"resized_crop"``: a random crop of 20 to 100 % of
-            the area resized to the input size and a horizontal flip in training; resized to 8/7 of the input size
+        geometry: ``"resize"``: to the input size; flips in training. ``"resized_crop"``: a random crop of 8 to 100 %
+            of the area resized to the input size and a horizontal flip in training; resized to 8/7 of the input size
             (256 for 224) and cut to its centre in evaluation. ``"window"``: for label maps; random windows of the input
             size and flips in training, overlapping windows that cover the whole image in evaluation, in the images' own
             resolution; images smaller than the input size are enlarged to it.

@@ -1,18 +1,22 @@
 """Batched transforms on the device: dB patches as read -> standardised model input and loss weights.
 
-Order, for every data set: fill invalid pixels with the band mean, resize (bilinear), flip, take loss weights from dB
-(`--weight_domain linear`), standardise to z-scores. One call handles a whole batch; nothing loops over samples.
+Order: fill invalid pixels with the band mean, resize (bilinear), flip, take loss weights from dB
+(`--weight_domain linear`), standardise to z-scores. Data sets whose images are clipped to a range instead
+(`Preprocessing.normalisation`) are scaled before they are resized. One call handles a whole batch; nothing loops over
+samples. Crops and windows of label maps follow those of their images.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sarwmix.registry import Preprocessing
 from sarwmix.weighting import WeightOptions, compute_weights, is_all_finite, spread_to_pixels
 
 
@@ -59,6 +63,73 @@ def resize(images: Tensor, size: int) -> Tensor:
     return F.interpolate(images, size=(size, size), mode="bilinear", align_corners=False, antialias=shrink)
 
 
+CROP_AREA = (0.08, 1.0)  # share of the image that a random crop covers
+CROP_RATIO = (3 / 4, 4 / 3)  # its width by its height
+QUANTILES = (0.01, 0.99)
+
+
+def draw_crops(batch: int, height: int, width: int, generator: torch.Generator) -> Tensor:
+    """Random crops as (B, 4) float32 on the CPU: left, top, width, height in whole pixels.
+
+    Area uniform in `CROP_AREA`, logarithm of the side ratio uniform in `CROP_RATIO`, place uniform; a side that would
+    leave the image is shortened to it.
+    """
+    draws = torch.rand(batch, 4, generator=generator)
+    area = height * width * (CROP_AREA[0] + (CROP_AREA[1] - CROP_AREA[0]) * draws[:, 0])
+    low, high = math.log(CROP_RATIO[0]), math.log(CROP_RATIO[1])
+    ratio = torch.exp(low + (high - low) * draws[:, 1])
+    wide = torch.sqrt(area * ratio).round().clamp(1, width)
+    tall = torch.sqrt(area / ratio).round().clamp(1, height)
+    left = (draws[:, 2] * (width - wide + 1)).floor()
+    top = (draws[:, 3] * (height - tall + 1)).floor()
+    return torch.stack([left, top, wide, tall], dim=1)
+
+
+def crop_and_resize(images: Tensor, crops: Tensor, size: int) -> Tensor:
+    """(B, C, H, W) and crops (B, 4) of `draw_crops` -> (B, C, size, size), bilinear, each crop on its own."""
+    height, width = images.shape[-2:]
+    left, top, wide, tall = crops.to(images.device, images.dtype).unbind(1)
+    steps = (torch.arange(size, device=images.device, dtype=images.dtype) + 0.5) / size
+    # Centres half a pixel inside the crop at most: nothing is taken from beyond its edge.
+    x = torch.minimum(torch.maximum(left[:, None] + wide[:, None] * steps, left[:, None] + 0.5),
+                      (left + wide)[:, None] - 0.5)  # fmt: skip
+    y = torch.minimum(torch.maximum(top[:, None] + tall[:, None] * steps, top[:, None] + 0.5),
+                      (top + tall)[:, None] - 0.5)  # fmt: skip
+    x, y = 2 * x / width - 1, 2 * y / height - 1
+    grid = torch.stack([x[:, None, :].expand(-1, size, -1), y[:, :, None].expand(-1, -1, size)], dim=-1)
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
+
+
+def draw_windows(batch: int, height: int, width: int, size: int, generator: torch.Generator) -> Tensor:
+    """(B, 2) int64 on the CPU: top and left of a random window of `size` pixels within the image (0 where it is not
+    larger than the window)."""
+    draws = torch.rand(batch, 2, generator=generator)
+    room = torch.tensor([max(height - size, 0) + 1, max(width - size, 0) + 1])
+    return (draws * room).floor().long()
+
+
+def cut_windows(maps: Tensor, corners: Tensor, size: int) -> Tensor:
+    """(B, ..., H, W) and corners (B, 2) -> (B, ..., min(size, H), min(size, W))."""
+    height, width = maps.shape[-2:]
+    tall, wide = min(size, height), min(size, width)
+    corners = corners.to(maps.device, non_blocking=True)
+    rows = corners[:, 0, None] + torch.arange(tall, device=maps.device)  # (B, tall)
+    columns = corners[:, 1, None] + torch.arange(wide, device=maps.device)
+    between = [1] * (maps.ndim - 3)
+    rows = rows.view(len(maps), *between, tall, 1).expand(*maps.shape[:-2], tall, width)
+    cut = torch.gather(maps, -2, rows)
+    columns = columns.view(len(maps), *between, 1, wide).expand(*maps.shape[:-2], tall, wide)
+    return torch.gather(cut, -1, columns)
+
+
+def window_starts(length: int, size: int) -> list[int]:
+    """First pixels of as few windows as cover `length` pixels, evenly spread; they overlap where they must."""
+    if length <= size:
+        return [0]
+    count = math.ceil(length / size)
+    return [round(number * (length - size) / (count - 1)) for number in range(count)]
+
+
 class SarTransform:
     """Resize, flip, weight and standardise batches of one data set.
 
@@ -67,6 +138,7 @@ class SarTransform:
         mean, std: per band, dB.
         weighting: None leaves ``weights`` out (fine-tuning, evaluation).
         linear_range_db: registered (1 %, 99 %) percentiles per band in dB; needed for ``--weight_norm dataset``.
+        preprocessing: normalisation and geometry; None: z-score and resize.
     """
 
     def __init__(
@@ -77,9 +149,13 @@ class SarTransform:
         std: Sequence[float],
         weighting: WeightOptions | None = None,
         linear_range_db: tuple[Sequence[float], Sequence[float]] | None = None,
+        preprocessing: Preprocessing | None = None,
     ) -> None:
         self.size = size
         self.weighting = weighting
+        self.preprocessing = preprocessing or Preprocessing()
+        if weighting is not None and self.preprocessing != Preprocessing():
+            raise ValueError("loss weights are defined for z-scores of resized images only")
         self._mean = torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1)
         self._std = torch.tensor(std, dtype=torch.float32).view(-1, 1, 1)
         self._range: tuple[Tensor, Tensor] | None = None
@@ -103,6 +179,53 @@ class SarTransform:
         """z-score -> dB."""
         return images * self._std + self._mean
 
+    @property
+    def evaluation_size(self) -> int:
+        """Side to which an image is resized in evaluation, before its centre is cut out."""
+        return round(self.size * 8 / 7) if self.preprocessing.geometry == "resized_crop" else self.size
+
+    def scale(self, filled: Tensor, image: Tensor) -> Tensor:
+        """Images to [0, 1] as `Preprocessing.normalisation` says; z-scores are taken later, they stay as they are.
+
+        Args:
+            filled: (B, bands, H, W) with the band mean at invalid pixels.
+            image: the same with NaN or infinity there.
+        """
+        how = self.preprocessing
+        if how.clip is not None:
+            low, high = how.clip
+            return (filled.clamp(low, high) - low) / (high - low)
+        if how.normalisation == "quantiles":
+            pixels = torch.where(torch.isfinite(image), image, torch.nan).flatten(2)
+            points = torch.tensor(QUANTILES, device=image.device, dtype=image.dtype)
+            # one image at a time: torch's quantile takes 16 million values at most
+            limits = torch.stack([torch.nanquantile(one, points, dim=1) for one in pixels])  # (B, 2, bands)
+            limits = torch.where(torch.isfinite(limits), limits, self._mean.flatten())
+            low, high = limits[:, 0, :, None, None], limits[:, 1, :, None, None]
+            clipped = torch.maximum(torch.minimum(filled, high), low)
+            return ((clipped - (self._mean - 2 * self._std)) / (4 * self._std)).clamp(0, 1)
+        return filled
+
+    def model_input(self, image: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """(B, bands, H, W) as read -> (B, bands, S, S), augmented where a generator is given.
+
+        Args:
+            image: NaN or infinity marks invalid pixels.
+            generator: CPU generator of the training step; None: evaluation.
+        """
+        if generator is None:
+            return self(image).images
+        if self.preprocessing.geometry != "resized_crop":
+            return self(image, draw_flips(len(image), generator)).images
+        if image.device != self._mean.device:
+            self.to_device(image.device)
+        crops = draw_crops(len(image), *image.shape[-2:], generator)
+        flips = draw_flips(len(image), generator)
+        flips[:, 1] = False  # rows keep their order
+        filled = torch.where(torch.isfinite(image), image, self._mean)
+        images = apply_flips(crop_and_resize(self.scale(filled, image), crops, self.size), flips)
+        return self.standardise(images) if self.preprocessing.normalisation == "zscore" else images
+
     def __call__(self, image: Tensor, flips: Tensor | None = None) -> SarBatch:
         """Transform a batch.
 
@@ -113,21 +236,33 @@ class SarTransform:
         if image.device != self._mean.device:
             self.to_device(image.device)
         valid: Tensor | None = None
+        scaled: Tensor | None = None
+        zscore = self.preprocessing.normalisation == "zscore"
         if is_all_finite(image):
             num_invalid = torch.zeros((), dtype=torch.int64)
-            db = resize(image, self.size)
+            db = self._resize(image)
+            scaled = None if zscore else self._resize(self.scale(image, image))
         else:
             valid = torch.isfinite(image)
             num_invalid = valid.numel() - valid.sum()
-            db = resize(torch.where(valid, image, self._mean), self.size)
+            filled = torch.where(valid, image, self._mean)
+            db = self._resize(filled)
+            scaled = None if zscore else self._resize(self.scale(filled, image))
             # A resized pixel is valid when all pixels it was interpolated from are.
-            valid = resize(valid.to(torch.float32), self.size) > 1.0 - 1e-4
+            valid = self._resize(valid.to(torch.float32)) > 1.0 - 1e-4
             db = torch.where(valid, db, self._mean)
         if flips is not None:
             db = apply_flips(db, flips)
+            scaled = None if scaled is None else apply_flips(scaled, flips)
             valid = None if valid is None else apply_flips(valid, flips)
-        images = self.standardise(db)
+        images = self.standardise(db) if scaled is None else scaled
         return SarBatch(images, self._weights(db, images, valid), db, valid, num_invalid)
+
+    def _resize(self, images: Tensor) -> Tensor:
+        """Resize as evaluation does, and cut out the centre where the geometry says so."""
+        images = resize(images, self.evaluation_size)
+        start = (self.evaluation_size - self.size) // 2
+        return images[..., start : start + self.size, start : start + self.size] if start else images
 
     def _weights(self, db: Tensor, images: Tensor, valid: Tensor | None) -> Tensor | None:
         options = self.weighting
@@ -146,3 +281,18 @@ class SarTransform:
         if valid is not None and options.level == "token":
             weights = spread_to_pixels(weights, valid)  # invalid pixels inside a cell must not count
         return weights
+
+
+def transform_of(data: Mapping[str, Any], *, size: int) -> SarTransform:
+    """The transform that a checkpoint's `data` entry describes.
+
+    Args:
+        data: with `statistics` and, where it is not z-score and resize, `preprocessing`.
+        size: side of the model input.
+    """
+    return SarTransform(
+        size=size,
+        mean=data["statistics"]["mean"],
+        std=data["statistics"]["std"],
+        preprocessing=Preprocessing.from_dict(data.get("preprocessing")),
+    )
