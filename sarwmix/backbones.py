@@ -199,6 +199,7 @@ class TimmClassifier(Classifier, TimmEncoder):
         self.num_classes = num_classes
         self.head = make_head(self.num_features, num_classes, name=settings.head, drop_rate=settings.drop_rate)
 
+    encoder_prefix = "encoder."
     feature_settings = TimmEncoder.feature_settings
 
 
@@ -217,6 +218,7 @@ class TimmSegmenter(Segmenter, TimmEncoder):
             drop_rate=settings.drop_rate,
         )
 
+    encoder_prefix = "encoder."
     feature_settings = TimmEncoder.feature_settings
 
 

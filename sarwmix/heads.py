@@ -28,6 +28,7 @@ class TaskModel(nn.Module):
         in_chans: bands.
         num_features: D.
         num_classes: K.
+        encoder_prefix: with which the encoder's state-dict keys begin.
         frozen: whether the encoder is only read: no gradients, evaluation mode also while the head is trained.
     """
 
@@ -35,6 +36,7 @@ class TaskModel(nn.Module):
     in_chans: int
     num_features: int
     num_classes: int
+    encoder_prefix = ""
     frozen = False
 
     @property
