@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from engine_pretrain import (
-    SYNC_EVERY,
     BadSamples,
     EpochResult,
     FiniteGuard,
     accumulation_group,
     bare,
     optimizer_step,
+    sync_interval,
 )
 from sarwmix.mixup import Mixup, random_erase
 from sarwmix.tasks import Predictor, Prepared, Task
@@ -98,7 +98,7 @@ def train_one_epoch(
     parameters = [p for p in model.parameters() if p.requires_grad]
     # Sum of finite losses, their number, sum of gradient norms, optimizer steps; on the device, read now and then.
     totals = torch.zeros(4, device=device, dtype=torch.float64)
-    sync_every = 1 if device.type == "cpu" else SYNC_EVERY
+    sync_every = sync_interval(device)
     samples_seen, learning_rate = 0, 0.0
     names: list[str] = []
     steps_done, stop = start_step, False

@@ -24,6 +24,11 @@ from util.seeding import step_generator
 SYNC_EVERY = 20  # steps between looks at device values; each look waits for the device once
 
 
+def sync_interval(device: torch.device) -> int:
+    """Steps between looks at device values; on the CPU looking costs nothing."""
+    return 1 if device.type == "cpu" else SYNC_EVERY
+
+
 @dataclass
 class BadSamples:
     """Counts unreadable samples that were replaced while training, and stops when there are too many.
@@ -187,7 +192,7 @@ def train_one_epoch(
     totals = torch.zeros(4, device=device, dtype=torch.float64)
     invalid = torch.zeros((), device=device, dtype=torch.int64)
     images_seen, waited, learning_rate = 0, 0.0, 0.0
-    sync_every = 1 if device.type == "cpu" else SYNC_EVERY
+    sync_every = sync_interval(device)
     began = time.perf_counter()
     names_of_group: list[str] = []
     steps_done, stop = start_step, False

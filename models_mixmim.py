@@ -19,6 +19,7 @@ tables are stored row-major as published and permuted when used. ``tests/plain_m
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from util.errors import UserError
+from util.linear import Linear, linear
 from util.pos_embed import sincos_table
 
 CELL_STRIDE = 32  # pixels per side of a mask cell = stride of the last stage = 4 * 2**3
@@ -170,8 +172,8 @@ class WindowAttention(nn.Module):
         self.num_heads = num_heads
         self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window - 1) ** 2, num_heads))
         self.register_buffer("relative_position_index", relative_position_index(window))
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
 
     def forward(self, x: Tensor, sizes: tuple[int, ...], biases: tuple[Tensor, ...]) -> Tensor:
@@ -196,8 +198,8 @@ class Mlp(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, 4 * dim)
-        self.fc2 = nn.Linear(4 * dim, dim)
+        self.fc1 = Linear(dim, 4 * dim)
+        self.fc2 = Linear(4 * dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x)))
@@ -234,7 +236,7 @@ class PatchMerging(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+        self.reduction = Linear(4 * dim, 2 * dim, bias=False)
         self.norm = nn.LayerNorm(4 * dim)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -252,7 +254,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, patches: Tensor) -> Tensor:
         """(B, T, in_chans * patch**2), channel-major as a convolution kernel -> (B, T, C)."""
-        return self.norm(F.linear(patches, self.proj.weight.flatten(1), self.proj.bias))
+        return self.norm(linear(patches, self.proj.weight.flatten(1), self.proj.bias))
 
 
 class Stage(nn.Module):
@@ -452,11 +454,11 @@ class MixMIMEncoder(nn.Module):
         """Same as :meth:`forward_features`; subclasses replace it."""
         return self.forward_features(images)
 
-    def compile_blocks(self) -> None:
+    def compile_blocks(self, backend: str | Callable[..., Any] = "inductor") -> None:
         """torch.compile each block in place: a handful of distinct graphs (one per stage) instead of one huge one."""
         for module in self.modules():
             if isinstance(module, MixMIMBlock | PatchMerging | DecoderBlock):
-                module.compile()
+                module.compile(backend=backend)
 
     # ------------------------------------------------------------------ stages
 
@@ -537,8 +539,8 @@ class DecoderAttention(nn.Module):
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         batch, cells, width = x.shape
@@ -609,10 +611,10 @@ class MixMIM(MixMIMEncoder):
         self.norm_pix_loss = norm_pix_loss
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
         self.decoder_pos_embed = nn.Parameter(sincos_table(decoder_dim, img_size // CELL_STRIDE), requires_grad=False)
-        self.decoder_embed = nn.Linear(self.num_features, decoder_dim)
+        self.decoder_embed = Linear(self.num_features, decoder_dim)
         self.decoder_blocks = nn.ModuleList(DecoderBlock(decoder_dim, decoder_num_heads) for _ in range(decoder_depth))
         self.decoder_norm = nn.LayerNorm(decoder_dim)
-        self.decoder_pred = nn.Linear(decoder_dim, CELL_STRIDE**2 * in_chans)
+        self.decoder_pred = Linear(decoder_dim, CELL_STRIDE**2 * in_chans)
         for part in (self.decoder_embed, self.decoder_blocks, self.decoder_pred):
             part.apply(init_linear)
         nn.init.normal_(self.mask_token, std=0.02)

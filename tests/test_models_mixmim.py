@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+import torch._dynamo.testing
 from conftest import PARITY, parity_weights
 from plain_mixmim import PlainMixMIM
 from torch import Tensor
@@ -33,11 +34,22 @@ def relative(a: Tensor, b: np.ndarray) -> float:
     return float((a - torch.from_numpy(b)).abs().max() / np.abs(b).max())
 
 
+FAST_PATHS = ("as trained", "PyTorch's linear", "activation checkpointing", "compiled")
+
+
+@pytest.mark.parametrize("path", FAST_PATHS)
 @pytest.mark.parametrize("norm_pix_loss", [False, True], ids=["raw", "norm"])
-def test_published_small(norm_pix_loss: bool) -> None:
+def test_published_small(norm_pix_loss: bool, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     recorded = np.load(PARITY / "pretrain_small.npz")
     model = MixMIM(**json.loads(str(recorded["config"])), norm_pix_loss=norm_pix_loss)
     parity_weights(model, int(recorded["salt"]))
+    if path == "PyTorch's linear":
+        monkeypatch.setattr("util.linear._WANTED", False)
+    elif path == "activation checkpointing":
+        model.activation_checkpointing = True
+    elif path == "compiled":
+        torch.compiler.reset()
+        model.compile_blocks(backend="aot_eager")  # traced forward and backward graphs, run without a C++ compiler
     x, w, mask = (torch.from_numpy(recorded[key]) for key in ("x", "w", "mask"))
     kind = "norm" if norm_pix_loss else "raw"
 
@@ -255,6 +267,23 @@ def test_activation_checkpointing_same_gradients() -> None:
         model(x, mask=mask).loss.backward()
         gradients.append(model.patch_embed.proj.weight.grad.clone())
     assert torch.equal(*gradients)
+
+
+def test_blocks_compile_without_graph_breaks_into_few_graphs() -> None:
+    """One graph for each kind of block: 4 stages, 3 mergings, 1 decoder block (its last runs in two halves)."""
+    torch.compiler.reset()
+    model = MixMIM(**model_config("mixmim_tiny"))
+    counter = torch._dynamo.testing.CompileCounter()
+    model.compile_blocks(backend=counter)
+    for seed in range(3):  # other masks of the same ratio need no further graph
+        mask = model.draw_mask(generator=torch.Generator().manual_seed(seed))
+        model(torch.randn(2, 2, 128, 128), mask=mask).loss.backward()
+    assert counter.frame_count <= 9
+    blocks = [model.layers[2].blocks[0], model.layers[0].downsample, model.decoder_blocks[0]]
+    sizes, biases = model._attention_plan(model.layers[2], 64, model.prepare_mask(mask), is_sorted=True)
+    inputs = [(torch.randn(2, 64, 128), sizes, biases[0]), (torch.randn(2, 1024, 32),), (torch.randn(2, 16, 128),)]
+    for block, arguments in zip(blocks, inputs, strict=True):
+        assert torch._dynamo.explain(block.__class__.forward)(block, *arguments).graph_break_count == 0
 
 
 def test_bfloat16_is_close() -> None:
