@@ -21,15 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from models_mixmim import MODELS, MixMIMEncoder, encoder_config
-from models_mixmim_ft import load_trained
 from sarwmix import registry
 from sarwmix.registry import Statistics
 from sarwmix.tasks import ModelSettings, Task, build_task, task_class
-from sarwmix.transforms import SarTransform
+from sarwmix.transforms import transform_of
+from sarwmix.weights import load_trained
 from util.checkpoint import CheckpointError, load_checkpoint
 from util.errors import UserError
 from util.files import read_json
-from util.log import get_logger
 from util.optim import stage_depths
 
 EXPORT_FORMAT = "sarwmix-export/1"
@@ -75,7 +74,7 @@ class Pretrained:
         self.model.eval()
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
-        self.transform = make_transform(self.record["data"], self.statistics, size=self.settings.input_size)
+        self.transform = transform_of(self.record["data"], size=self.settings.input_size)
 
     def to(self, device: torch.device | str) -> Pretrained:
         """Move the model; returns self."""
@@ -102,20 +101,22 @@ class Pretrained:
             raise UserError(f"{self.source} was trained for the task {self.task.name}, expected {wanted}")
         return self.task
 
-    def batch(self, *images: Tensor) -> dict[str, Any]:
-        """Images in dB as a batch in the form that the task reads.
+    def _pair(self, *images: Tensor) -> dict[str, Any]:
+        """Two images in dB as the batch of power that the pair task reads; NaN stays NaN."""
+        if len(images) != 2:
+            raise UserError(f"{self.source} compares two images of one place; {len(images)} given")
+        return {f"image{i}": torch.pow(10.0, image / 10.0) for i, image in enumerate(images, start=1)}
 
-        Args:
-            images: one (B, C, H, W), or two for a pair; dB, NaN is no data.
+    @property
+    def tile(self) -> int:
+        """Side of the ground that the model looks at, in pixels of the data.
+
+        The side of a training sample; for models that read windows of larger images in their own resolution
+        (segmentation) the input size.
         """
-        if self.task is not None and self.task.name == "pair":
-            if len(images) != 2:
-                raise UserError(f"{self.source} compares two images of one place; {len(images)} given")
-            # The pair task reads power: 10^(dB/10); NaN stays NaN.
-            return {f"image{i}": torch.pow(10.0, image / 10.0) for i, image in enumerate(images, start=1)}
-        if len(images) != 1:
-            raise UserError(f"{self.source} looks at one image; {len(images)} given")
-        return {"image": images[0]}
+        if self.transform.preprocessing.geometry == "window":
+            return self.settings.input_size
+        return self.sample_size[0]
 
     def inputs(self, *images: Tensor) -> tuple[Tensor, ...]:
         """Images in dB -> standardised inputs of the model, on its device; what training's evaluation does."""
@@ -125,9 +126,11 @@ class Pretrained:
                     f"images have shape {tuple(image.shape)}; expected (B, {len(self.bands)}, H, W) with the bands "
                     f"{', '.join(self.bands)} in {self.unit}"
                 )
-        if self.task is None:
-            return (self.transform(images[0].to(self.device)).images,)
-        return self.task.inputs(self.batch(*images), self.transform, device=self.device)
+        if self.task is not None and self.task.name == "pair":
+            return self.task.inputs(self._pair(*images), self.transform, device=self.device)
+        if len(images) != 1:
+            raise UserError(f"{self.source} looks at one image; {len(images)} given")
+        return (self.transform.model_input(images[0].to(self.device)),)
 
     @torch.no_grad()
     def logits(self, *images: Tensor) -> Tensor:
@@ -152,11 +155,6 @@ class Pretrained:
         else:  # a segmentation model: the mean of its deepest map
             features = self.model.feature_pyramid(*inputs)[-1]  # type: ignore[operator]
         return (features.mean(dim=(2, 3)) if features.ndim == 4 else features).float()
-
-
-def make_transform(data: Mapping[str, Any], statistics: Statistics, *, size: int) -> SarTransform:
-    """The device transform of evaluation, as the stored entries say."""
-    return SarTransform(size=size, mean=statistics.mean, std=statistics.std)
 
 
 def open_model(path: str | Path, *, trained_on: str | None = None) -> Pretrained:
@@ -338,7 +336,7 @@ def _assemble(
     else:
         raise UserError(f"{source} is of kind {kind!r}; expected finetune or pretrain")
     size = record.get("sample_size") or _registered_size(data.get("dataset"), settings.input_size)
-    found = Pretrained(
+    return Pretrained(
         model=model,
         kind=kind,
         task=task,
@@ -352,8 +350,6 @@ def _assemble(
         source=source,
         metrics=metrics or {},
     )
-    get_logger().info("%s", describe(found))
-    return found
 
 
 def _registered_size(dataset: Any, otherwise: int) -> Sequence[int]:

@@ -69,9 +69,13 @@ def _final_mode(target: Path) -> int:
     """Permission bits for a new version of `target`: those of the old file, else what the umask gives."""
     with contextlib.suppress(FileNotFoundError):
         return target.stat().st_mode & 0o777
+    return 0o666 & ~_umask()
+
+
+def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
-    return 0o666 & ~mask
+    return mask
 
 
 @contextlib.contextmanager
@@ -111,6 +115,78 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[
         if temporary is not None:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
+
+
+@contextlib.contextmanager
+def file_set(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """Write several files with programs that need paths (GDAL): all are complete before the first one appears.
+
+    Yields:
+        A hidden working folder inside `folder`; its files move to `folder` at the end, in alphabetical order. After an
+        error nothing moves; a kill leaves the hidden folder, which is safe to delete.
+
+    Raises:
+        WriteError: disk full, no permission...; nothing has changed then.
+    """
+    target = make_directory(folder)
+    try:
+        work = Path(tempfile.mkdtemp(prefix=".", suffix=TEMP_SUFFIX, dir=target))
+    except OSError as error:
+        raise _write_error(target, error) from error
+    try:
+        yield work
+        written = sorted(path for path in work.iterdir() if path.is_file())
+        for path in written:
+            _sync_file(path)
+            path.chmod(_final_mode(target / path.name))
+        for path in written:
+            os.replace(path, target / path.name)
+        _sync_directory(target)
+    except OSError as error:
+        raise _write_error(target, error) from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Fill a folder that appears whole or not at all.
+
+    Yields:
+        A hidden folder beside `path` that gets its name at the end.
+
+    Raises:
+        UserError: `path` exists and is not an empty folder.
+        WriteError: disk full, no permission...; nothing has changed then.
+    """
+    target = Path(path)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target} exists already; give a new folder, or delete that one first")
+    parent = make_directory(target.absolute().parent)
+    try:
+        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=TEMP_SUFFIX, dir=parent))
+    except OSError as error:
+        raise _write_error(target, error) from error
+    try:
+        yield work
+        for written in work.iterdir():
+            _sync_file(written)
+            written.chmod(0o666 & ~_umask())
+        work.chmod(0o777 & ~_umask())
+        os.replace(work, target)
+        _sync_directory(parent)
+    except OSError as error:
+        raise _write_error(target, error) from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _sync_file(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def remove_partial_files(folder: str | os.PathLike[str]) -> int:

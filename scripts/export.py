@@ -1,0 +1,47 @@
+#!/usr/bin/env python
+"""Export a checkpoint: weights as safetensors, config.json, model card and a torch.export program in one folder."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from util.errors import UserError, run_cli
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(
+        description=__doc__, epilog="Results are taken from metrics.json beside the checkpoint, where there is one."
+    )
+    result.add_argument("--checkpoint", required=True, metavar="CKPT", help="ours, or a released one")
+    result.add_argument("--export", required=True, metavar="DIR", help="folder to make; must not exist yet")
+    result.add_argument(
+        "--trained_on", default=None, metavar="DATASET", help="for files that hold weights only: their data set"
+    )
+    result.add_argument("--no_program", action="store_true", help="leave the torch.export program out")
+    result.add_argument("--push_to_hub", default=None, metavar="OWNER/NAME", help="also upload to the Hugging Face hub")
+    return result
+
+
+def main() -> None:
+    """Entry point."""
+    args = parser().parse_args()
+    if not Path(args.checkpoint).is_file():
+        raise UserError(f"checkpoint {args.checkpoint} does not exist; give the path of a .pth file")
+    from sarwmix.export import check_hub, export_model, push_to_hub
+    from util.log import setup_logging
+
+    setup_logging()
+    if args.push_to_hub:
+        check_hub(args.push_to_hub)
+    export_model(args.checkpoint, args.export, trained_on=args.trained_on, program=not args.no_program)
+    if args.push_to_hub:
+        print(f"pushed to {push_to_hub(args.export, args.push_to_hub)}")
+
+
+if __name__ == "__main__":
+    run_cli(main)
