@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +24,7 @@ from util.files import make_directory, write_json
 if TYPE_CHECKING:
     import torch
 
-    from models_mixmim_ft import MixMIMClassifier
+    from sarwmix.heads import TaskModel
     from sarwmix.protocols import Workbench
     from sarwmix.results import Results
     from sarwmix.tasks import ModelSettings
@@ -37,6 +38,8 @@ PROTOCOLS: dict[str, dict[str, float]] = {
     "frozen": {"blr": 1e-3, "min_lr": 0.0, "warmup_epochs": 0, "weight_decay": 0.05},
     "knn": {},
 }
+# ... and on the task. linear on classes of whole images: FG-MAE's lr 0.1 at batch 256 for EuroSAT-SAR.
+TASK_DEFAULTS: dict[tuple[str, str], dict[str, float]] = {("linear", "multiclass"): {"blr": 0.1, "weight_decay": 0.001}}
 IMAGE_FLAGS = ("reprob", "mixup", "cutmix")
 
 
@@ -46,7 +49,7 @@ def get_parser() -> argparse.ArgumentParser:
     groups.add_run_args(parser, output_dir="runs/finetune")
     groups.add_data_args(parser, datasets=labelled, default="benv2")
     groups.add_data_detail_args(parser)
-    groups.add_model_args(parser)
+    groups.add_backbone_args(parser)
     groups.add_protocol_args(parser)
     groups.add_pair_args(parser)
     groups.add_optim_args(parser, batch_size=128, epochs=50, blr=5e-4, warmup_epochs=5, min_lr=1e-6)
@@ -56,6 +59,7 @@ def get_parser() -> argparse.ArgumentParser:
     groups.add_finetune_args(parser, layer_decay=0.75, drop_path=0.1)
     groups.add_resume_args(parser, save_every=5)
     groups.add_fault_args(parser)
+    groups.add_export_args(parser)
     groups.add_distributed_args(parser)
     return parser
 
@@ -64,11 +68,11 @@ def main() -> int | None:
     args = get_parser().parse_args()
     check_args(args)
 
-    from models_mixmim_ft import load_start
-    from sarwmix.protocols import Workbench, open_splits
+    from sarwmix.protocols import Workbench, check_protocol, open_splits
     from sarwmix.results import Results
     from sarwmix.tasks import ModelSettings, build_task
     from sarwmix.transforms import SarTransform
+    from sarwmix.weights import load_start, load_timm_weights
     from util.distributed import setup_processes
     from util.log import get_logger, setup_logging
     from util.precision import precision
@@ -87,6 +91,7 @@ def main() -> int | None:
     spec = registry.get_spec(args.dataset)
     of_pairs = {"patch_op": args.patch_op, "legacy_tiling": args.legacy_tiling or None, "val_frac": args.val_frac}
     task = build_task(spec.task, spec.classes, of_pairs)
+    check_protocol(task, args.protocol, head=args.head)
     splits = open_splits(
         args.dataset,
         args.data_path,
@@ -98,7 +103,15 @@ def main() -> int | None:
         limit=TEST_RUN_STEPS * args.batch_size if args.test_run else None,
     )
     statistics = splits["test"].statistics
-    settings = ModelSettings(args.model, args.input_size, len(spec.bands), drop_path_rate=args.drop_path)
+    settings = ModelSettings(
+        args.model,
+        args.input_size,
+        len(spec.bands),
+        drop_path_rate=args.drop_path,
+        drop_rate=args.drop_rate,
+        head=args.head,
+        pool=args.pool,
+    )
     model = task.build_model(settings).to(processes.device)
     bench = Workbench(
         task=task,
@@ -117,6 +130,8 @@ def main() -> int | None:
         "protocol": args.protocol if args.probe_solver == "sgd" else f"{args.protocol} ({args.probe_solver})",
         "dataset": spec.name,
         "model": args.model,
+        "head": args.head or task.heads[0],
+        "bands": list(spec.bands),
         "classes": list(spec.classes),
         "statistics": args.statistics or spec.default_statistics,
         "statistics_origin": statistics.origin,
@@ -130,50 +145,100 @@ def main() -> int | None:
     if args.eval:
         results.evaluate_checkpoint(bench, model, args.resume, protocol=args.protocol)
     else:
-        facts["initialisation"] = args.finetune or "random"
-        load_start(model, args.finetune, bands=spec.bands, statistics=statistics.as_dict(), new_head=args.new_head)
+        facts["initialisation"] = args.finetune or (f"timm {args.model}" if args.pretrained else "random")
+        if args.pretrained:
+            load_timm_weights(model, settings)
+        else:
+            load_start(
+                model,
+                args.finetune,
+                bands=spec.bands,
+                statistics=statistics.as_dict(),
+                new_head=args.new_head,
+                adapt_bands=args.adapt_bands,
+            )
         if processes.is_main:
             write_json(Path(args.output_dir) / "args.json", groups.args_to_dict(args))
         run_protocol(args, bench, model, results, settings)
+    if args.export and processes.is_main:
+        export_result(args, results)
     processes.close()
     return None
 
 
 def check_args(args: argparse.Namespace) -> None:
     """Fill in the protocol's defaults; refuse what can be refused before anything heavy is imported."""
-    for name, value in PROTOCOLS[args.protocol].items():
+    kind = registry.get_spec(args.dataset).task
+    for name, value in (PROTOCOLS[args.protocol] | TASK_DEFAULTS.get((args.protocol, kind), {})).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.eval and (not args.resume or args.finetune):
         raise UserError("--eval evaluates a fine-tuned checkpoint: give --resume CKPT, and no --finetune")
     if args.finetune and args.resume not in ("", "auto"):  # a job that is submitted again may name both
         raise UserError("--resume continues a run, --finetune starts one from pretrained weights; give one of them")
-    if args.new_head and not args.finetune:
-        raise UserError("--new_head leaves out the head of a --finetune checkpoint; there is none")
+    if args.pretrained and (args.finetune or args.eval):
+        raise UserError("--pretrained takes timm's own weights; it does not go with --finetune CKPT or --eval")
+    for flag, what in (("new_head", "leaves out the head"), ("adapt_bands", "spreads the first layer")):
+        if getattr(args, flag) and not args.finetune:
+            raise UserError(f"--{flag} {what} of a --finetune checkpoint; there is none")
     for path in (args.finetune, args.resume if args.resume != "auto" else ""):
         if path and not Path(path).is_file():
             raise UserError(f"checkpoint {path} does not exist; give the path of a .pth file")
+    if args.push_to_hub and not args.export:
+        raise UserError("--push_to_hub uploads what --export writes; give --export DIR, too")
+    if args.export and Path(args.export).exists():
+        raise UserError(f"--export {args.export} exists already; give a new folder")
+    if args.export and (args.protocol == "knn" or args.probe_solver == "lbfgs"):
+        raise UserError("--export writes a trained checkpoint; --protocol knn and --probe_solver lbfgs leave none")
     used = [name for name in IMAGE_FLAGS if getattr(args, name)]
-    if used and args.protocol != "finetune":
+    cached = args.protocol != "finetune" and kind != "segmentation" and args.feature_cache != "none"
+    if used and cached:
         raise UserError(f"--{used[0]} changes images, but --protocol {args.protocol} works on cached features")
+    if args.feature_cache == "none" and (args.protocol == "knn" or args.probe_solver == "lbfgs"):
+        raise UserError(
+            "--feature_cache none trains by SGD on images; neighbours and --probe_solver lbfgs need features"
+        )
+    if args.drop_rate and args.protocol in ("linear", "knn"):
+        raise UserError(f"--drop_rate has no place in --protocol {args.protocol}; leave it out")
     if args.probe_solver == "lbfgs" and args.protocol != "linear":
         raise UserError(f"--probe_solver lbfgs belongs to --protocol linear, not to {args.protocol}")
     if args.stop_epoch is not None and args.stop_epoch > args.epochs:
         raise UserError(f"--stop_epoch {args.stop_epoch} lies behind the schedule's end, --epochs {args.epochs}")
 
 
+def export_result(args: argparse.Namespace, results: Results) -> None:
+    """Export the evaluated checkpoint, or the best one of the run that has just ended."""
+    from sarwmix.export import export_model, push_to_hub
+    from util.log import get_logger
+
+    if args.eval:
+        name, entry = next(iter(results.entries.items()))
+        checkpoint = Path(name)
+    else:
+        checkpoint = Path(args.output_dir) / results.task.rules()[0].filename
+        entry = results.entries[checkpoint.name]
+    export_model(checkpoint, args.export, metrics=entry)
+    if args.push_to_hub:
+        get_logger().info("pushed to %s", push_to_hub(args.export, args.push_to_hub))
+
+
 def run_protocol(
-    args: argparse.Namespace, bench: Workbench, model: MixMIMClassifier, results: Results, settings: ModelSettings
+    args: argparse.Namespace, bench: Workbench, model: TaskModel, results: Results, settings: ModelSettings
 ) -> None:
     """Train what the protocol trains; report test."""
-    from models_mixmim_ft import use_probe
+    from sarwmix.heads import use_probe
 
+    if args.protocol == "linear":
+        use_probe(model)
+        settings = replace(settings, head="bn_linear")
     if args.protocol == "finetune":
         train(args, bench, model, model, results, settings)
         return
+    model.freeze_encoder()
+    if bench.task.dense or args.feature_cache == "none":
+        train(args, bench, model, model, results, settings)
+        return
     bench = bench.with_features(model, Path(args.feature_cache or Path(args.output_dir) / "features"))
-    if args.protocol == "linear":
-        use_probe(model)
     if args.protocol == "knn":
         results.report_knn(bench, k=KNN_NEIGHBOURS)
     elif args.probe_solver == "lbfgs":
@@ -185,7 +250,7 @@ def run_protocol(
 def train(
     args: argparse.Namespace,
     bench: Workbench,
-    model: MixMIMClassifier,
+    model: TaskModel,
     module: torch.nn.Module,
     results: Results,
     settings: ModelSettings,
@@ -194,22 +259,23 @@ def train(
 
     Args:
         model: what checkpoints hold.
-        module: what is trained: the model itself, or its head on cached features.
+        module: what is trained: the model itself (its encoder may be frozen), or its head on cached features.
     """
-    import torch
-
     from engine_finetune import Augmentation, train_one_epoch
     from engine_pretrain import BadSamples, FiniteGuard
-    from models_mixmim_ft import load_trained
+    from sarwmix.heads import count_trainable
     from sarwmix.mixup import Mixup
     from sarwmix.results import EpochJournal
-    from sarwmix.selection import Selector
+    from sarwmix.selection import EarlyStopping, Selector
+    from sarwmix.weights import load_trained
+    from util.distributed import data_parallel, share_statistics
     from util.log import Progress, get_logger
     from util.optim import build_adamw, build_sgd, parameter_groups
     from util.precision import precision
     from util.resume import Batch, Resumed, find_checkpoint, resume_run
     from util.saving import RunSaver
     from util.schedule import check_schedule, effective_batch, learning_rate, scaled_lr
+    from util.tracking import Tracker
 
     log, task, group, device, is_main = get_logger(), bench.task, bench.group, bench.device, bench.processes.is_main
     output_dir, whole = make_directory(args.output_dir), args.protocol == "finetune"
@@ -225,10 +291,11 @@ def train(
     check_schedule(lr=lr, min_lr=args.min_lr, warmup_epochs=args.warmup_epochs, epochs=args.epochs)
     parts = parameter_groups(module, weight_decay=args.weight_decay, layer_decay=args.layer_decay if whole else None)
     optimizer = build_sgd(parts, lr=lr) if args.protocol == "linear" else build_adamw(parts, lr=lr)
-    amp_dtype, scaler = precision(args.amp if whole else "off", device)
+    amp_dtype, scaler = precision(args.amp if bench.transform is not None else "off", device)
     loader, judge = bench.loader("train", train=True), bench.loader(task.select_on, train=False)
     steps = min(TEST_RUN_STEPS, len(loader)) if args.test_run else len(loader)
-    selector = Selector(task.rules())
+    selector, stopping = Selector(task.rules()), EarlyStopping(task.primary, args.patience)
+    results.facts["trainable_parameters"] = count_trainable(module)
     run = {
         "kind": "finetune",
         "task": task.name,
@@ -249,7 +316,14 @@ def train(
             resume,
             run,
             processes=group,
-            load_model=partial(load_trained, model, source=str(resume), protocol=args.protocol, classes=task.classes),
+            load_model=partial(
+                load_trained,
+                model,
+                source=str(resume),
+                protocol=args.protocol,
+                classes=task.classes,
+                bands=run["data"]["bands"],
+            ),
             optimizer=optimizer,
             scaler=scaler,
             batch=batch,
@@ -257,21 +331,15 @@ def train(
             allow_mismatch=args.allow_mismatch,
         )
         selector.load_state_dict(resumed.entries["best"])
+        stopping.load_state_dict(resumed.entries.get("patience", {}))
         spent = float(resumed.entries["seconds"])
     start_epoch, start_step = resumed.epoch, resumed.step
     if args.start_epoch is not None:
         start_epoch, start_step = args.start_epoch, 0
 
-    trained = module
     if args.compile and whole:
-        model.compile_blocks()
-    if group.world_size > 1:
-        trained = torch.nn.parallel.DistributedDataParallel(
-            module,
-            device_ids=[device] if device.type == "cuda" else None,
-            broadcast_buffers=False,
-            gradient_as_bucket_view=True,
-        )
+        model.compile_blocks()  # type: ignore[operator]
+    trained = data_parallel(module, group)
     guard = FiniteGuard(optimizer, allowed=args.skip_nonfinite, device=device)
     guard.skipped = resumed.skipped
     bad_samples = BadSamples(limit=args.max_bad_samples, found=resumed.bad_samples)
@@ -293,15 +361,22 @@ def train(
         scaler=scaler,
         changing=lambda: {
             "best": selector.state_dict(),
+            "patience": stopping.state_dict(),
             "bad_samples": [list(item) for item in bad_samples.found],
             "skipped_steps": guard.skipped,
             "seconds": spent + time.monotonic() - began,
         },
     )
-    journal = EpochJournal(output_dir, args.log_dir, task=task, is_main=is_main, start_epoch=start_epoch)
+    tracker = Tracker(output_dir, groups.args_to_dict(args)) if args.use_wandb and is_main else None
+    journal = EpochJournal(
+        output_dir, args.log_dir, task=task, is_main=is_main, start_epoch=start_epoch, tracker=tracker
+    )
     end_epoch = min(args.epochs, args.stop_epoch or args.epochs)
     if args.test_run:
         end_epoch = min(end_epoch, start_epoch + 2)
+    if stopping.exhausted:  # the checkpoint is that of a run that has ended early
+        end_epoch = start_epoch
+    log.info("%d trainable parameters", results.facts["trainable_parameters"])
     log.info("effective batch %d, peak lr %.3g, %d steps an epoch, up to epoch %d", effective, lr, steps, end_epoch - 1)
     for epoch in range(start_epoch, end_epoch):
         loader.set_epoch(epoch)
@@ -338,19 +413,25 @@ def train(
         if not result.finished:
             saver.save_and_stop(epoch - 1, result.steps_done)
             break
+        share_statistics(module, group)
         evaluation = bench.evaluate(trained, task.select_on, saver.watch(iter(judge), alone=True))
         report = task.report(evaluation.outputs)
         improved = selector.update(epoch, report.scalars)
         journal.write(epoch, result.stats, report, improved, selector.best[selector.rules[0].filename])
-        due = (epoch + 1) % args.save_every == 0 or epoch + 1 == end_epoch
+        last = stopping.update(report.scalars) or epoch + 1 == end_epoch
+        due = (epoch + 1) % args.save_every == 0 or last
         if improved or due:
             names = [*improved, *(["checkpoint.pth"] if due else [])]
-            saver.save(epoch, 0, names, recent=due, wait=epoch + 1 == end_epoch)
-        if saver.stopping and epoch + 1 < end_epoch:
+            saver.save(epoch, 0, names, recent=due, wait=last)
+        if last:
+            break
+        if saver.stopping:
             saver.save_and_stop(epoch, 0)
             break
-    else:
+    if not saver.stopped:
         saver.close()
+    if stopping.exhausted:
+        log.info("stopped early: %s has not risen for %d epochs (--patience)", stopping.metric, stopping.waited)
     journal.close()
     loader.close()
     judge.close()

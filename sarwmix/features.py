@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models_mixmim_ft import LinearProbe
 from sarwmix.datasets import SarDataset
+from sarwmix.heads import LinearProbe
 from sarwmix.tasks import Task
 from util.errors import UserError
 from util.files import atomic_write, make_directory

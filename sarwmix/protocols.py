@@ -21,8 +21,24 @@ from sarwmix.loader import Loader, build_loader
 from sarwmix.tasks import Task
 from sarwmix.transforms import SarTransform
 from util.distributed import Processes
+from util.errors import UserError
 from util.files import make_directory
 from util.log import get_logger
+
+
+def check_protocol(task: Task, protocol: str, *, head: str | None) -> None:
+    """Refuse a protocol or a head that the kind of label has no use for.
+
+    Raises:
+        UserError: says what fits.
+    """
+    if task.dense and protocol in ("linear", "knn"):
+        raise UserError(
+            f"--protocol {protocol} works on one vector per image, the labels are per pixel; use --protocol frozen, "
+            "which trains the head alone, or finetune"
+        )
+    if head is not None and head not in task.heads:
+        raise UserError(f"--head {head} does not fit the {task.name} task; choose one of {', '.join(task.heads)}")
 
 
 def open_splits(

@@ -14,27 +14,37 @@ import numpy as np
 from torch import nn
 
 from engine_finetune import Evaluation
-from models_mixmim_ft import MixMIMClassifier, load_trained
 from sarwmix.datasets import SarDataset
 from sarwmix.features import fit_logistic_probe
+from sarwmix.heads import TaskModel
 from sarwmix.metrics import Report
 from sarwmix.protocols import Workbench
 from sarwmix.selection import Selector
 from sarwmix.tasks import Task, per_class_text
+from sarwmix.weights import load_trained
 from util.checkpoint import load_checkpoint
 from util.errors import UserError
 from util.files import atomic_write, make_directory, write_json
 from util.log import EpochLog, ScalarWriter, format_duration, get_logger, memory_mib
 from util.resume import find_checkpoint, load_verified
+from util.tracking import Tracker
 
 
 class EpochJournal:
     """One line a training epoch in log.txt, the same numbers in TensorBoard, and a sentence on the console."""
 
     def __init__(
-        self, output_dir: Path, log_dir: str | os.PathLike[str] | None, *, task: Task, is_main: bool, start_epoch: int
+        self,
+        output_dir: Path,
+        log_dir: str | os.PathLike[str] | None,
+        *,
+        task: Task,
+        is_main: bool,
+        start_epoch: int,
+        tracker: Tracker | None = None,
     ) -> None:
         self._task = task
+        self._tracker = tracker
         self._log = EpochLog(output_dir, start_epoch=start_epoch) if is_main else None
         folder = (log_dir or output_dir / "tensorboard") if is_main else None
         self._scalars = ScalarWriter(folder, start=1000 * start_epoch)
@@ -60,6 +70,8 @@ class EpochJournal:
         record |= {f"{split}_{name}": value for name, value in report.scalars.items()}
         if self._log is not None:
             self._log.write({**record, "best": list(improved)})
+        if self._tracker is not None:
+            self._tracker.log(epoch, record)
         perf = {f"perf/{split}_{name}": value for name, value in report.scalars.items()}
         self._scalars.add(1000 * epoch, {"loss": stats["train_loss"], "lr": stats["train_lr"], **perf})
         get_logger().info(
@@ -76,8 +88,10 @@ class EpochJournal:
             get_logger().info("%s", line)
 
     def close(self) -> None:
-        """Flush TensorBoard."""
+        """Flush TensorBoard and end tracking."""
         self._scalars.close()
+        if self._tracker is not None:
+            self._tracker.close()
 
 
 @dataclass
@@ -141,7 +155,7 @@ class Results:
         """Write everything as JSON."""
         write_json(self.output_dir / filename, {**self.facts, **extra, "results": self.entries})
 
-    def evaluate_checkpoint(self, bench: Workbench, model: MixMIMClassifier, resume: str, *, protocol: str) -> None:
+    def evaluate_checkpoint(self, bench: Workbench, model: TaskModel, resume: str, *, protocol: str) -> None:
         """Val and test of one fine-tuned checkpoint. Called by every process.
 
         Args:
@@ -158,7 +172,8 @@ class Results:
             raise UserError(f"--eval --resume auto found no checkpoint in {self.output_dir}")
         checkpoint = load_verified(path, bench.processes)
         self.task.check_settings(checkpoint.get("model_config") or {}, source=str(path))
-        load_trained(model, checkpoint, source=str(path), protocol=protocol, classes=self.task.classes)
+        bands = bench.splits["test"].spec.bands
+        load_trained(model, checkpoint, source=str(path), protocol=protocol, classes=self.task.classes, bands=bands)
         for split in bench.splits:
             evaluation = bench.evaluate(model, split)
             if bench.processes.is_main:
@@ -171,7 +186,7 @@ class Results:
         began = time.monotonic()
         self._report_untrained(bench, lambda split: bench.knn(split, k=k), "knn", began)
 
-    def report_logistic_probe(self, bench: Workbench, model: MixMIMClassifier) -> None:
+    def report_logistic_probe(self, bench: Workbench, model: TaskModel) -> None:
         """Linear probe by L-BFGS on cached features; the model's head becomes the probe. Called by every process."""
         began = time.monotonic()
         train, val = bench.splits["train"], bench.splits[self.task.select_on]
@@ -188,7 +203,7 @@ class Results:
             self.write(seconds=time.monotonic() - began)
 
     def finish(
-        self, bench: Workbench, model: MixMIMClassifier, module: nn.Module, selector: Selector, *, seconds: float
+        self, bench: Workbench, model: TaskModel, module: nn.Module, selector: Selector, *, seconds: float
     ) -> None:
         """Evaluate the best epoch of every rule on test and print the run's last lines. Called by every process.
 

@@ -76,6 +76,43 @@ def multilabel_rules() -> tuple[Rule, ...]:
     )
 
 
+class EarlyStopping:
+    """Ends training when a metric has not risen for a number of epochs.
+
+    Args:
+        metric: name of the scalar that should rise.
+        patience: epochs without a new best value after which training ends; None: never.
+    """
+
+    def __init__(self, metric: str, patience: int | None) -> None:
+        self.metric, self.patience = metric, patience
+        self.best: float | None = None
+        self.waited = 0
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether training is over."""
+        return self.patience is not None and self.waited >= self.patience
+
+    def update(self, metrics: Metrics) -> bool:
+        """Take an epoch's metrics in; returns `exhausted`."""
+        value = float(metrics[self.metric])
+        if self.best is None or value > self.best:
+            self.best, self.waited = value, 0
+        else:
+            self.waited += 1
+        return self.exhausted
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain data for the checkpoint, so that a resumed run goes on counting."""
+        return {"metric": self.metric, "best": self.best, "waited": self.waited}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over the count of an earlier part of the run; one of another metric starts afresh."""
+        if state.get("metric") == self.metric:
+            self.best, self.waited = state["best"], int(state["waited"])
+
+
 class Selector:
     """Keeps the best epoch of every rule."""
 

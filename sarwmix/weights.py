@@ -1,7 +1,7 @@
 """Weights of other runs and other projects into a model: pretrained encoders, fine-tuned checkpoints, local files.
 
-What can be read: checkpoints of this repository; released MixMIM checkpoints; MAE and FG-MAE ViTs (a dict with `model`);
-state dicts of DINOv2 and timm, as .pth or .safetensors. Nothing in a file is executed.
+What can be read: checkpoints of this repository; released MixMIM checkpoints; MAE and FG-MAE ViTs (a dict with
+`model`); state dicts of DINOv2 and timm, as .pth or .safetensors. Nothing in a file is executed.
 
 What is left out is left out by name and said; everything else must fit exactly.
 """
@@ -46,7 +46,7 @@ class LoadedWeights:
     fresh: tuple[str, ...]
 
 
-# ---------------------------------------------------------------------------------------------------------- entry points
+# --------------------------------------------------------------------------------------------------- entry points
 
 
 def load_start(
@@ -117,8 +117,8 @@ def read_weights(path: str) -> dict[str, Any]:
     else:
         if not content or not all(isinstance(value, Tensor) for value in content.values()):
             raise UserError(
-                f"{path} holds no weights: expected a dict under one of {', '.join(_WRAPPERS)}, or nothing but tensors; "
-                f"it has {_shorten(list(map(str, content)))}"
+                f"{path} holds no weights: expected a dict under one of {', '.join(_WRAPPERS)}, or tensors alone; it "
+                f"has {_shorten(list(map(str, content)))}"
             )
         content = {"model": content}
     state = content["model"]
@@ -315,7 +315,7 @@ def _classifier_names(model: TaskModel) -> tuple[str, ...]:
 
 
 def _rename_dinov2(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """DINOv2's published names -> timm's: registers, and the position of the class token, which timm adds to the token."""
+    """DINOv2's published names -> timm's: registers; the class token's position, which timm adds to the token."""
     renamed = dict(state)
     if "register_tokens" in renamed and "reg_token" in own:
         renamed["reg_token"] = renamed.pop("register_tokens")
@@ -356,9 +356,7 @@ def _other_bands(weight: Tensor, own: Tensor, source: str, adapt: bool, bands: S
     return (weight.float().sum(dim=1, keepdim=True) / own.shape[1]).expand(-1, own.shape[1], -1, -1).to(weight.dtype)
 
 
-def _resize_tables(
-    state: Mapping[str, Tensor], own: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], list[str]]:
+def _resize_tables(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
     """Bring position tables to the model's input and windows."""
     fitted, resized = {}, []
     for name, value in state.items():
@@ -383,7 +381,7 @@ def _resize_tables(
 
 
 def _use_own_norm(state: dict[str, Tensor], own: Mapping[str, Tensor], dropped: list[str]) -> list[str]:
-    """A ViT that pools all tokens has a norm of its own behind the pooling: it starts fresh, as in MAE's fine-tuning."""
+    """A ViT that pools all tokens has its own norm behind the pooling: it starts fresh, as in MAE's fine-tuning."""
     if "fc_norm.weight" not in own or "fc_norm.weight" in state or "norm.weight" in own:
         return []
     for name in ("norm.weight", "norm.bias"):
@@ -408,8 +406,8 @@ def _fit_head(
     if set(head) != set(own):
         raise UserError(
             f"{source} has another kind of head ({_shorten(sorted(set(head) - set(own)) or sorted(head))}) than the "
-            f"model ({_shorten(sorted(set(own) - set(head)) or sorted(own))}); choose --head to fit, or give --new_head "
-            "to take its encoder only"
+            f"model ({_shorten(sorted(set(own) - set(head)) or sorted(own))}); choose --head to fit, or give "
+            "--new_head to take its encoder only"
         )
     last = getattr(model.head, "last_layer", None)
     swapped = [
@@ -449,7 +447,7 @@ def _check_timm(model: TaskModel, state: Mapping[str, Tensor], own: Mapping[str,
     if theirs != ours:
         words = "width {}, {} blocks and patches of {} px"
         raise UserError(
-            f"{source} has {words.format(*theirs)}, {name} has {words.format(*ours)}; choose --model to fit the checkpoint"
+            f"{source} has {words.format(*theirs)}, {name} has {words.format(*ours)}; choose --model to fit it"
         )
 
 

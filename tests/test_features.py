@@ -11,7 +11,6 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score
 from sklearn.neighbors import KNeighborsClassifier
 
-from models_mixmim_ft import LinearProbe
 from sarwmix.features import (
     FeatureDataset,
     feature_key,
@@ -21,6 +20,7 @@ from sarwmix.features import (
     load_features,
     save_features,
 )
+from sarwmix.heads import LinearProbe
 from sarwmix.protocols import Workbench
 from sarwmix.tasks import MultilabelTask, Task
 from sarwmix.transforms import SarTransform

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from models_mixmim import MixMIM
-from models_mixmim_ft import LinearProbe, MixMIMClassifier, load_pretrained, load_trained
+from models_mixmim_ft import MixMIMClassifier
+from sarwmix.heads import LinearProbe
+from sarwmix.weights import load_pretrained, load_trained
 from tests.conftest import PARITY, parity_weights
 from util.errors import UserError
 from util.optim import parameter_groups

@@ -185,13 +185,46 @@ def add_model_args(parser: argparse.ArgumentParser, *, models: Sequence[str] = M
     """Model size and input size."""
     group = parser.add_argument_group("model")
     group.add_argument("--model", choices=tuple(models), default=default, help="model size")
+    _add_input_size(group)
+
+
+def _add_input_size(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--input_size",
         type=positive_int,
         default=128,
         metavar="PX",
-        help="side of the model's input in pixels, a multiple of 128; patches are resized to it",
+        help="side of the model's input in pixels; mixmim_*: a multiple of 128, ViTs: of their patch; "
+        "patches are resized to it",
     )
+
+
+def add_backbone_args(parser: argparse.ArgumentParser, *, default: str = "mixmim_base") -> None:
+    """Encoder by name, and what comes after it."""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model",
+        default=default,
+        metavar="NAME",
+        help=f"{', '.join(MIXMIM_NAMES)}, or any timm model: resnet50, vit_small_patch16_224, ...",
+    )
+    _add_input_size(group)
+    group.add_argument(
+        "--head",
+        choices=("linear", "bn_linear", "upernet", "fused"),
+        default=None,
+        help="for images: linear (the default), bn_linear; for pixels: upernet (the default), fused = the last four "
+        "blocks or stages",
+    )
+    group.add_argument(
+        "--pool",
+        choices=("token", "avg"),
+        default=None,
+        help="how a ViT makes one vector: class token, or mean of the others with a norm of its own (not given: "
+        "timm's choice for the model)",
+    )
+    group.add_argument("--drop_rate", type=half_open_fraction, default=0.0, metavar="R",
+                       help="dropout before the last layer")  # fmt: skip
 
 
 def add_pretrain_args(parser: argparse.ArgumentParser) -> None:
@@ -364,7 +397,16 @@ def add_protocol_args(parser: argparse.ArgumentParser) -> None:
         "--finetune",
         default="",
         metavar="CKPT",
-        help="pretrained checkpoint, ours or a released one (not given: random initialisation)",
+        help="pretrained checkpoint: ours, a released one, MAE, FG-MAE, DINOv2 or timm, .pth or .safetensors (not "
+        "given: random initialisation)",
+    )
+    group.add_argument(
+        "--pretrained", action="store_true", help="start a timm model from timm's own weights, which are downloaded"
+    )
+    group.add_argument(
+        "--adapt_bands",
+        action="store_true",
+        help="accept a --finetune file made for another number of bands: the mean of its first layer is spread",
     )
     group.add_argument(
         "--new_head",
@@ -382,7 +424,15 @@ def add_protocol_args(parser: argparse.ArgumentParser) -> None:
         "--feature_cache",
         default=None,
         metavar="DIR",
-        help="folder for features of frozen encoders (not given: <output_dir>/features)",
+        help="folder for features of frozen encoders (not given: <output_dir>/features); none: run the encoder on "
+        "every augmented image in every epoch",
+    )
+    group.add_argument(
+        "--patience",
+        type=positive_int,
+        default=None,
+        metavar="N",
+        help="stop when the task's main metric (macro AP, ...) has not risen for N epochs (not given: never)",
     )
     group.add_argument(
         "--train_frac",
@@ -444,6 +494,23 @@ def add_finetune_args(parser: argparse.ArgumentParser, *, layer_decay: float, dr
     )
     group.add_argument("--mixup_mode", choices=("batch", "elem"), default="batch",
                        help="draw the mixing once for a batch, or for each sample")  # fmt: skip
+
+
+def add_export_args(parser: argparse.ArgumentParser) -> None:
+    """What happens with the finished model, and experiment tracking."""
+    group = parser.add_argument_group("export and tracking (opt-in)")
+    group.add_argument(
+        "--export",
+        default=None,
+        metavar="DIR",
+        help="write the best checkpoint (with --eval: the evaluated one) as safetensors, config.json and model card "
+        "into a new folder",
+    )
+    group.add_argument(
+        "--push_to_hub", default=None, metavar="OWNER/NAME", help="upload the --export folder to the Hugging Face hub"
+    )
+    group.add_argument("--use_wandb", action="store_true",
+                       help="send the numbers of each epoch to Weights & Biases, too (needs wandb)")  # fmt: skip
 
 
 def add_distributed_args(parser: argparse.ArgumentParser) -> None:

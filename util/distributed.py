@@ -156,17 +156,35 @@ class Processes:
 def data_parallel(model: torch.nn.Module, processes: Processes) -> torch.nn.Module:
     """Wrap a model for several processes; alone it stays as it is.
 
-    Buffers are constants (index tables), so they are not broadcast before each forward pass; gradients live in the
-    communication buckets, which saves one copy of all of them.
+    Buffers that are constants (index tables) are not broadcast before each forward pass; running statistics
+    (BatchNorm) are, so that all processes go on from those of rank 0. Gradients live in the communication buckets,
+    which saves one copy of all of them.
     """
     if processes.world_size == 1:
         return model
     parallel = torch.nn.parallel.DistributedDataParallel
     # torch 2.15 renames the option and deprecates the old name.
     renamed = "forward_sync_buffers" in inspect.signature(parallel).parameters
-    options: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+    options: dict[str, Any] = {
+        "forward_sync_buffers" if renamed else "broadcast_buffers": has_running_statistics(model)
+    }
     devices = [processes.device] if processes.device.type == "cuda" else None
     return parallel(model, device_ids=devices, gradient_as_bucket_view=True, **options)
+
+
+def has_running_statistics(model: torch.nn.Module) -> bool:
+    """Whether training changes buffers of the model."""
+    return any(isinstance(module, torch.nn.modules.batchnorm._NormBase) for module in model.modules())
+
+
+def share_statistics(model: torch.nn.Module, processes: Processes) -> None:
+    """Give all processes the running statistics of rank 0: an evaluation must not depend on who does which sample."""
+    if processes.world_size == 1 or not has_running_statistics(model):
+        return
+    own = {name: value for name, value in model.named_buffers() if value.is_floating_point()}
+    shared = processes.broadcast_object({name: value.cpu() for name, value in own.items()})
+    for name, value in own.items():
+        value.copy_(shared[name])
 
 
 class FlagExchange:

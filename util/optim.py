@@ -55,10 +55,11 @@ def parameter_groups(
     """Split the trainable parameters into optimizer groups.
 
     Args:
-        model: any module; for `layer_decay` its encoder blocks are named `layers.<stage>.blocks.<block>`.
+        model: any module. For `layer_decay` it has `layer_ids()`, or encoder blocks named
+            `layers.<stage>.blocks.<block>`. Weights named by its `no_weight_decay()`, if it has one, do not decay.
         weight_decay: decay of the weights that decay at all.
-        layer_decay: factor per layer, in (0, 1]; scale = layer_decay ** (number of blocks + 1 - layer id).
-            `None`: every scale is 1.
+        layer_decay: factor per layer, in (0, 1]; scale = layer_decay ** (last layer - layer id), where the last
+            layer is the number of blocks + 1 unless the model says otherwise. `None`: every scale is 1.
 
     Returns:
         Groups with keys `params`, `weight_decay`, `lr_scale`, `layer_id`, in order of first appearance.
@@ -67,28 +68,36 @@ def parameter_groups(
         UserError: `layer_decay` out of range, or the model has no blocks to count.
     """
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    depths = stage_depths(name for name, _ in model.named_parameters())
-    if layer_decay is not None:
-        if not 0 < layer_decay <= 1:
-            raise UserError(f"--layer_decay must lie in (0, 1], got {layer_decay}")
-        if not depths:
-            raise UserError(f"--layer_decay needs a model with layers.<stage>.blocks; {type(model).__name__} has none")
-    blocks = sum(depths)
+    never_decayed: set[str] = getattr(model, "no_weight_decay", set)()
+    if layer_decay is not None and not 0 < layer_decay <= 1:
+        raise UserError(f"--layer_decay must lie in (0, 1], got {layer_decay}")
+    ids, last = _layer_ids(model, [name for name, _ in named]) if layer_decay is not None else ({}, 0)
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for name, parameter in named:
-        depth = layer_id(name, depths) if layer_decay is not None else blocks + 1
-        decays = has_weight_decay(name, parameter)
+        depth = ids.get(name, last)
+        decays = has_weight_decay(name, parameter) and name not in never_decayed
         group = groups.setdefault(
             (depth, decays),
             {
                 "params": [],
                 "weight_decay": weight_decay if decays else 0.0,
-                "lr_scale": layer_decay ** (blocks + 1 - depth) if layer_decay is not None else 1.0,
+                "lr_scale": layer_decay ** (last - depth) if layer_decay is not None else 1.0,
                 "layer_id": depth,
             },
         )
         group["params"].append(parameter)
     return list(groups.values())
+
+
+def _layer_ids(model: nn.Module, names: Sequence[str]) -> tuple[dict[str, int], int]:
+    """Layer id of each parameter, and the id at which the scale is 1."""
+    own = getattr(model, "layer_ids", None)
+    if own is not None:
+        return own()
+    depths = stage_depths(name for name, _ in model.named_parameters())
+    if not depths:
+        raise UserError(f"--layer_decay needs a model with layers.<stage>.blocks; {type(model).__name__} has none")
+    return {name: layer_id(name, depths) for name in names}, sum(depths) + 1
 
 
 def build_adamw(
