@@ -127,7 +127,7 @@ def train_one_epoch(
         with together:
             with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
                 logits = model(*inputs)
-            loss = task.losses(logits.float(), target, smoothing=augmentation.smoothing).mean()
+            loss = task.loss(logits.float(), target, smoothing=augmentation.smoothing)
             scaled = loss / group_size
             (scaled if scaler is None else scaler.scale(scaled)).backward()
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -49,6 +50,7 @@ def get_parser() -> argparse.ArgumentParser:
     groups.add_run_args(parser, output_dir="runs/finetune")
     groups.add_data_args(parser, datasets=labelled, default="benv2")
     groups.add_data_detail_args(parser)
+    groups.add_label_args(parser)
     groups.add_backbone_args(parser)
     groups.add_protocol_args(parser)
     groups.add_pair_args(parser)
@@ -88,15 +90,15 @@ def main() -> int | None:
     setup_logging(args.output_dir, rank=processes.rank)
     seed_everything(args.seed)
 
-    spec = registry.get_spec(args.dataset)
-    of_pairs = {"patch_op": args.patch_op, "legacy_tiling": args.legacy_tiling or None, "val_frac": args.val_frac}
-    task = build_task(spec.task, spec.classes, of_pairs)
+    options = data_options(args)
+    spec = registry.get_spec(args.dataset, args.bands, options)
+    task = build_task(spec.task, spec.classes, task_options(args, spec, options))
     check_protocol(task, args.protocol, head=args.head)
     splits = open_splits(
         args.dataset,
         args.data_path,
-        ([] if args.eval else ["train"]) + [task.select_on, "test"],
-        options={"statistics": args.statistics, "val_frac": args.val_frac} | registry.parse_options(args.data_option),
+        ([*spec.extra_splits] if args.eval else ["train"]) + [task.select_on, "test"],
+        options=options,
         train_frac=args.train_frac,
         seed=args.seed,
         output_dir=args.output_dir,
@@ -116,7 +118,9 @@ def main() -> int | None:
     bench = Workbench(
         task=task,
         splits=splits,
-        transform=SarTransform(size=args.input_size, mean=statistics.mean, std=statistics.std),
+        transform=SarTransform(
+            size=args.input_size, mean=statistics.mean, std=statistics.std, preprocessing=spec.preprocessing
+        ),
         processes=processes,
         group=processes,
         batch_size=args.batch_size,
@@ -164,6 +168,34 @@ def main() -> int | None:
         export_result(args, results)
     processes.close()
     return None
+
+
+def data_options(args: argparse.Namespace) -> dict[str, object]:
+    """Options of the data set, from their own flags and from --data_option; None where not given."""
+    own = {
+        "statistics": args.statistics,
+        "bands": args.bands,
+        "val_frac": args.val_frac,
+        "label_set": args.label_set,
+        "no_savanna": args.no_savanna or None,
+    }
+    return own | registry.parse_options(args.data_option)
+
+
+def task_options(
+    args: argparse.Namespace, spec: registry.DatasetSpec, options: Mapping[str, object]
+) -> dict[str, object]:
+    """Options of the task; None where not given."""
+    own = {
+        "patch_op": args.patch_op,
+        "legacy_tiling": args.legacy_tiling or None,
+        "class_weights": args.class_weights,
+    }
+    if spec.task == "pair":
+        return own | {"val_frac": args.val_frac}
+    # Published splits without a validation part: the best epoch is selected on test unless a part is held out.
+    without_val = "val_frac" in spec.options and options.get("val_frac") is None
+    return own | {"select_on": "test" if without_val else None}
 
 
 def check_args(args: argparse.Namespace) -> None:

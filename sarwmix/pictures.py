@@ -42,6 +42,12 @@ BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE = (
 )  # Okabe and Ito
 CYCLE = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK)
 DASHES = ("-", "--", "-.", ":")
+GREY, LIGHT = "#999999", "#dddddd"
+MAP_COLOURS = (BLUE, ORANGE, GREEN, VERMILION, PURPLE, YELLOW, BLACK, GREY, "#882255", "#117733")
+"""Classes of a label map; two classes are drawn in light grey and blue."""
+RGB_BANDS = ("B04", "B03", "B02")
+RGB_WHITE = 3000.0
+"""Reflectance x 1e4 that is drawn white."""
 SAMPLES_PER_PAGE = 8
 DPI = 110
 PathLike = str | os.PathLike[str]
@@ -632,8 +638,32 @@ def confusion_matrix_figure(
     """
     several = np.asarray(y_true).ndim == 2
     truth, predicted = _multi_hot(y_true, len(class_names)), _multi_hot(y_pred, len(class_names))
-    support = truth.sum(axis=0)
+    default = (
+        "Predicted classes of the samples that have each class (diagonal: recall)" if several else "Confusion matrix"
+    )
     counts = truth.T.astype(np.int64) @ predicted.astype(np.int64)
+    return _confusion_figure(path, counts, truth.sum(axis=0), class_names, unit="samples", title=title or default)
+
+
+def confusion_counts_figure(
+    path: PathLike, counts: ArrayLike, class_names: Sequence[str], *, unit: str, title: str
+) -> Path:
+    """A confusion matrix that has been counted already, each row in percent of its true class.
+
+    Args:
+        path: PNG to write.
+        counts: (K, K), rows are true classes.
+        class_names: K names.
+        unit: What was counted, such as "pixels".
+        title: Heading.
+    """
+    matrix = np.asarray(counts)
+    return _confusion_figure(path, matrix, matrix.sum(axis=1), class_names, unit=unit, title=title)
+
+
+def _confusion_figure(
+    path: PathLike, counts: FloatArray, support: FloatArray, class_names: Sequence[str], *, unit: str, title: str
+) -> Path:
     with np.errstate(invalid="ignore"):
         share = 100 * counts / support[:, None]
     classes = len(class_names)
@@ -644,10 +674,7 @@ def confusion_matrix_figure(
     left, bottom = 0.6 + glyph * (longest + 2 + len(f"({support.max():,})")), 0.55 + glyph * longest
     width, height = max(left + cell * classes + 1.0, 4.0), bottom + cell * classes + 0.8
     figure = _figure(width, height)
-    default = (
-        "Predicted classes of the samples that have each class (diagonal: recall)" if several else "Confusion matrix"
-    )
-    figure.text(0.02, 1 - 0.12 / height, _wrap(title or default, width - 0.4, 10), fontsize=10, weight="bold", va="top")
+    figure.text(0.02, 1 - 0.12 / height, _wrap(title, width - 0.4, 10), fontsize=10, weight="bold", va="top")
     axes = figure.add_axes((left / width, bottom / height, cell * classes / width, cell * classes / height))
     image = axes.imshow(share, cmap=_colours("cividis"), vmin=0, vmax=100)
     for i in range(classes):
@@ -665,11 +692,11 @@ def confusion_matrix_figure(
     axes.set_xticks(range(classes), shown, fontsize=6.5, rotation=90)
     axes.set_yticks(range(classes), [f"{name}  ({n:,})" for name, n in zip(shown, support, strict=True)], fontsize=6.5)
     axes.set_xlabel("predicted", fontsize=9)
-    axes.set_ylabel("true (samples)", fontsize=9)
+    axes.set_ylabel(f"true ({unit})", fontsize=9)
     bar = figure.add_axes(
         ((left + cell * classes + 0.15) / width, bottom / height, 0.15 / width, cell * classes / height)
     )
-    figure.colorbar(image, cax=bar).set_label("share of the row's samples (%)", fontsize=8)
+    figure.colorbar(image, cax=bar).set_label(f"share of the row's {unit} (%)", fontsize=8)
     bar.tick_params(labelsize=7)
     return _save(figure, path)
 
@@ -722,3 +749,148 @@ def per_class_table_figure(
                 )
             )
     return _save(figure, path)
+
+
+def label_map_figure(
+    path: PathLike,
+    *,
+    images: FloatArray,
+    bands: Sequence[str],
+    labels: FloatArray,
+    predictions: FloatArray,
+    classes: Sequence[str],
+    captions: Sequence[str],
+    ignored: int,
+    title: str,
+) -> Path:
+    """One row a sample: image, label, prediction, and where the two differ.
+
+    Sentinel-1 bands are drawn in grey with their dB scale, Sentinel-2 in true colour where its red, green and blue are
+    there. No data and ignored pixels are light blue.
+
+    Args:
+        path: PNG to write.
+        images: (B, C, H, W) in the bands' units, NaN where there is no data.
+        bands: C band names.
+        labels: (B, H, W) class numbers.
+        predictions: (B, H, W) class numbers.
+        classes: K names, at most 10.
+        captions: B texts.
+        ignored: Class number of ignored pixels.
+        title: Heading.
+
+    Raises:
+        ValueError: Shapes that do not fit, or more classes than colours.
+    """
+    from matplotlib.patches import Patch
+
+    if len(classes) > len(MAP_COLOURS):
+        raise ValueError(f"{len(classes)} classes, but {len(MAP_COLOURS)} colours")
+    if not len(images) == len(labels) == len(predictions) == len(captions):
+        raise ValueError(f"{len(images)} images, {len(labels)} labels, {len(predictions)} predictions")
+    binary = len(classes) == 2
+    colours = (LIGHT, BLUE) if binary else MAP_COLOURS[: len(classes)]
+    greys = [band for band in bands if band in GREY_DB]
+    colour = all(band in bands for band in RGB_BANDS)
+    views: list[str] = [*greys, *(["true colour"] if colour else [])] or [bands[0]]
+    columns = [*views, "label", "prediction", "errors"]
+    side, gap, left, caption = 1.75, 0.08, 0.15, 0.38  # inches
+    width = left + len(columns) * (side + gap) + 0.1
+    heading = _wrap(title, width - 0.4, 10)
+    top, bottom = 0.45 + 0.17 * (heading.count("\n") + 1), 1.15 + 0.19 * -(-len(classes) // 4)
+    height = top + len(images) * (side + caption) + bottom
+    figure = _figure(width, height)
+    figure.text(0.15 / width, 1 - 0.12 / height, heading, fontsize=10, weight="bold", va="top")
+    for row in range(len(images)):
+        label, predicted = np.asarray(labels[row]), np.asarray(predictions[row])
+        outside = label == ignored
+        drawn = [_view(images[row], bands, name) for name in views]
+        drawn += [_paint(label, colours, outside), _paint(predicted, colours, np.isnan(images[row]).any(axis=0))]
+        drawn.append(_errors(label, predicted, outside, binary=binary))
+        y = height - top - row * (side + caption) - side
+        for column, picture in enumerate(drawn):
+            x = left + column * (side + gap)
+            axes = figure.add_axes((x / width, y / height, side / width, side / height))
+            axes.imshow(picture, interpolation="nearest", aspect="equal")
+            axes.set_xticks([])
+            axes.set_yticks([])
+            if row == 0:
+                axes.set_title(columns[column], fontsize=9)
+        figure.text(left / width, (y - 0.05) / height, captions[row], fontsize=7, va="top")
+    for column, name in enumerate(greys):
+        _bar(
+            figure,
+            (left + column * (side + gap) + 0.1, bottom - 0.45, side - 0.2, 0.1),
+            "gray",
+            _grey(name),
+            f"{name} (dB)",
+        )
+    if binary:
+        right, missed, claimed = f"{classes[1]} found", f"{classes[1]} missed", f"{classes[1]} claimed wrongly"
+        marks = [(BLUE, right), (LIGHT, f"{classes[0]}, right"), (VERMILION, missed), (YELLOW, claimed)]
+    else:
+        marks = [(LIGHT, "right"), (VERMILION, "wrong")]
+    classes_shown = [
+        Patch(facecolor=shade, edgecolor=GREY, label=name) for shade, name in zip(colours, classes, strict=True)
+    ]
+    errors_shown = [Patch(facecolor=shade, edgecolor=GREY, label=name) for shade, name in marks]
+    errors_shown.append(Patch(facecolor=NO_DATA, edgecolor=GREY, label="no data, or ignored"))
+    style: dict[str, Any] = {"fontsize": 7, "frameon": False, "borderaxespad": 0.2, "title_fontsize": 8}
+    at = (left + len(greys) * (side + gap)) / width if len(greys) < len(columns) - 2 else left / width
+    figure.legend(
+        handles=classes_shown,
+        title="label, prediction",
+        loc="lower left",
+        bbox_to_anchor=(at, 0.05 / height),
+        ncols=min(3, len(classes)),
+        **style,
+    )
+    figure.legend(
+        handles=errors_shown,
+        title="errors",
+        loc="lower right",
+        bbox_to_anchor=(1 - 0.05 / width, 0.05 / height),
+        ncols=2 if binary else 1,
+        **style,
+    )
+    return _save(figure, path)
+
+
+def _rgb(colour: str) -> FloatArray:
+    from matplotlib.colors import to_rgb
+
+    return np.asarray(to_rgb(colour))
+
+
+def _view(image: FloatArray, bands: Sequence[str], name: str) -> FloatArray:
+    """One band in grey, or the true colour of an optical image, as (H, W, 3) in [0, 1]."""
+    if name == "true colour":
+        stack = np.stack([image[list(bands).index(band)] for band in RGB_BANDS], axis=-1) / RGB_WHITE
+    else:
+        plane = image[list(bands).index(name)]
+        low, high = _grey(name) if name in GREY_DB else np.nanpercentile(plane, [2, 98])
+        stack = np.repeat(((plane - low) / max(high - low, 1e-9))[..., None], 3, axis=-1)
+    shown = np.clip(stack, 0, 1)
+    return np.where(np.isfinite(shown).all(axis=-1, keepdims=True), shown, _rgb(NO_DATA))
+
+
+def _paint(numbers: FloatArray, colours: Sequence[str], outside: FloatArray) -> FloatArray:
+    """Class numbers (H, W) -> (H, W, 3)."""
+    table = np.stack([_rgb(colour) for colour in colours])
+    painted = table[np.clip(numbers, 0, len(table) - 1)]
+    painted[outside] = _rgb(NO_DATA)
+    return painted
+
+
+def _errors(label: FloatArray, predicted: FloatArray, outside: FloatArray, *, binary: bool) -> FloatArray:
+    """Where label and prediction differ, (H, W, 3)."""
+    shown = np.empty((*label.shape, 3))
+    shown[...] = _rgb(LIGHT)
+    if binary:
+        shown[(label == 1) & (predicted == 1)] = _rgb(BLUE)
+        shown[(label == 1) & (predicted == 0)] = _rgb(VERMILION)
+        shown[(label == 0) & (predicted == 1)] = _rgb(YELLOW)
+    else:
+        shown[label != predicted] = _rgb(VERMILION)
+    shown[outside] = _rgb(NO_DATA)
+    return shown

@@ -162,7 +162,8 @@ class Workbench:
         data = self.splits[split]
         key = feature_key(
             model,
-            data.identity(),
+            # the usual preprocessing leaves no trace, so that features cached before there was another one stay valid
+            data.identity() | {key: data.provenance()[key] for key in ("preprocessing",) if key in data.provenance()},
             data.statistics.as_dict(),
             input_size=self.transform.size,
             precision=str(self.amp_dtype or torch.float32),

@@ -253,6 +253,11 @@ class DatasetSpec:
         """Unit of each band."""
         return tuple(unit_of(band) for band in self.bands)
 
+    @property
+    def extra_splits(self) -> tuple[str, ...]:
+        """Splits beside train, val and test: held out for evaluation alone."""
+        return tuple(split for split in self.splits if split not in ("train", "val", "test"))
+
     def with_bands(self, choice: str | Sequence[str] | None) -> DatasetSpec:
         """The entry with other bands.
 

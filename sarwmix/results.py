@@ -136,7 +136,7 @@ class Results:
         log = get_logger()
         log.info("%s: %s", name, self.line(evaluation.split))
         if report.per_class:
-            log.info("%s", per_class_text(report))
+            log.info("%s", per_class_text(report, self.task.class_columns))
         log.info("%s", self.task.format_report(report))
         folder = make_directory(self.output_dir / "pictures")
         self.task.write_pictures(folder, data, evaluation.outputs, report)

@@ -31,11 +31,13 @@ from sarwmix.heads import CLASSIFICATION_HEADS, TaskModel
 from sarwmix.metrics import Report, align_table, metric_table, multilabel_report
 from sarwmix.mixup import smooth_labels
 from sarwmix.selection import Rule, multilabel_rules
-from sarwmix.transforms import SarTransform, draw_flips
+from sarwmix.transforms import SarTransform
 from util.errors import UserError
 
 TASKS = {
     "multilabel": "sarwmix.tasks:MultilabelTask",
+    "multiclass": "sarwmix.multiclass:MulticlassTask",
+    "segmentation": "sarwmix.segmentation:SegmentationTask",
     "pair": "sarwmix.sen12flood.task:PairTask",
 }
 
@@ -134,6 +136,9 @@ class Task(ABC):
     # whether labels are per pixel: then a frozen encoder runs on the fly, and there is no probe on pooled features
     dense: ClassVar[bool] = False
 
+    # columns of the per-class table: title, key of the report's rows
+    class_columns: ClassVar[tuple[tuple[str, str], ...]] = (("AP", "ap"), ("F1", "f1"), ("Precision", "precision"))
+
     def __init__(self, classes: Sequence[str]) -> None:
         if not classes:
             raise UserError(f"task {self.name} needs a data set with labels, this one has no classes")
@@ -219,6 +224,10 @@ class Task(ABC):
     @abstractmethod
     def losses(self, logits: Tensor, target: Tensor, *, smoothing: float = 0.0) -> Tensor:
         """Loss of each sample, (B,), float32. The target may be mixed (soft)."""
+
+    def loss(self, logits: Tensor, target: Tensor, *, smoothing: float = 0.0) -> Tensor:
+        """Loss of a batch, what training minimises."""
+        return self.losses(logits, target, smoothing=smoothing).mean()
 
     @abstractmethod
     def scores(self, logits: Tensor) -> Tensor:
@@ -322,9 +331,7 @@ class MultilabelTask(Task):
         device: torch.device,
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, ...]:
-        images = batch["image"].to(device, non_blocking=True)  # (B, bands, H, W) dB
-        flips = None if generator is None else draw_flips(len(images), generator)
-        return (transform(images, flips).images,)
+        return (transform.model_input(batch["image"].to(device, non_blocking=True), generator),)
 
     def target(self, batch: Mapping[str, Any], device: torch.device) -> Tensor:
         return batch["label"].to(device, torch.float32, non_blocking=True)  # (B, K)
@@ -383,14 +390,17 @@ class MultilabelTask(Task):
         return [curves, table]
 
 
-def per_class_text(report: Report) -> str:
-    """Per-class metrics as an aligned text table."""
-    rows = [("Class", "Support", "AP", "F1", "Precision")]
+def per_class_text(report: Report, columns: Sequence[tuple[str, str]] = Task.class_columns) -> str:
+    """Per-class metrics as an aligned text table.
+
+    Args:
+        report: its `per_class` rows hold `class`, `support` and the columns.
+        columns: title and key of each; None as a value is undefined.
+    """
+    rows = [("Class", "Support", *(title for title, _ in columns))]
     for row in report.per_class:
-        average_precision = "-" if row["ap"] is None else f"{row['ap']:.4f}"
-        rows.append(
-            (row["class"], str(row["support"]), average_precision, f"{row['f1']:.4f}", f"{row['precision']:.4f}")
-        )
+        values = ("-" if row[key] is None else f"{row[key]:.4f}" for _, key in columns)
+        rows.append((row["class"], str(row["support"]), *values))
     return align_table(rows)
 
 

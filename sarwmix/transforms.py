@@ -48,6 +48,11 @@ def apply_flips(images: Tensor, flips: Tensor) -> Tensor:
 
     ``flips`` stays on the CPU: so the number of flipped samples is known without waiting for a GPU.
     """
+    if images.device.type == "cpu":  # image by image: several times quicker than gathering the flipped ones
+        flipped = torch.empty_like(images)
+        for target, image, (columns, rows) in zip(flipped, images, flips.tolist(), strict=True):
+            target.copy_(image.flip([axis for axis, wanted in ((-1, columns), (-2, rows)) if wanted]))
+        return flipped
     for column, axis in ((0, -1), (1, -2)):
         chosen = flips[:, column].nonzero().flatten().to(images.device, non_blocking=True)
         images = images.index_copy(0, chosen, images.index_select(0, chosen).flip(axis))
@@ -193,8 +198,8 @@ class SarTransform:
         """
         how = self.preprocessing
         if how.clip is not None:
-            low, high = how.clip
-            return (filled.clamp(low, high) - low) / (high - low)
+            black, white = how.clip
+            return (filled.clamp(black, white) - black) / (white - black)
         if how.normalisation == "quantiles":
             pixels = torch.where(torch.isfinite(image), image, torch.nan).flatten(2)
             points = torch.tensor(QUANTILES, device=image.device, dtype=image.dtype)
@@ -219,7 +224,7 @@ class SarTransform:
             return self(image, draw_flips(len(image), generator)).images
         if image.device != self._mean.device:
             self.to_device(image.device)
-        crops = draw_crops(len(image), *image.shape[-2:], generator)
+        crops = draw_crops(len(image), image.shape[-2], image.shape[-1], generator)
         flips = draw_flips(len(image), generator)
         flips[:, 1] = False  # rows keep their order
         filled = torch.where(torch.isfinite(image), image, self._mean)

@@ -366,6 +366,20 @@ def add_data_detail_args(parser: argparse.ArgumentParser) -> None:
                             "them")  # fmt: skip
 
 
+def add_label_args(parser: argparse.ArgumentParser) -> None:
+    """Bands, and options of data sets with label maps."""
+    group = parser.add_argument_group("bands and label maps")
+    group.add_argument("--bands", default=None, metavar="SET|NAMES",
+                       help="band set of the data set, such as s1, s2 or all, or band names joined with commas, in the "
+                            "wanted order; not given: VH,VV where there are such")  # fmt: skip
+    group.add_argument("--class_weights", type=non_negative_float, nargs="+", default=None, metavar="W",
+                       help="weight of each class in the loss of label maps, in the order of the classes")  # fmt: skip
+    group.add_argument("--label_set", choices=("dfc", "igbp"), default=None,
+                       help="dfc2020: which label files are read, hand-made (dfc, the default) or MODIS "
+                            "(igbp)")  # fmt: skip
+    group.add_argument("--no_savanna", action="store_true", help="dfc2020: leave class savanna out")
+
+
 def add_pair_args(parser: argparse.ArgumentParser) -> None:
     """Options of tasks with two images a sample (SEN12-FLOOD)."""
     group = parser.add_argument_group("pairs of images")

@@ -1,0 +1,160 @@
+"""The multi-class task: exactly one class per image (EuroSAT-SAR and data sets like it).
+
+Shapes: B samples of a batch, N samples of a split, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sarwmix.backbones import build_classifier
+from sarwmix.datasets import SarDataset
+from sarwmix.heads import TaskModel
+from sarwmix.metrics import Report, align_table, bootstrap_intervals
+from sarwmix.selection import Rule
+from sarwmix.tasks import ModelSettings, Task
+from sarwmix.transforms import SarTransform
+from util.errors import UserError
+
+
+class MulticlassTask(Task):
+    """Cross-entropy over K classes; accuracy (ACC) and mean class accuracy (aACC), in fractions.
+
+    Args:
+        classes: Class names.
+        select_on: Split that selects the best epoch.
+    """
+
+    name = "multiclass"
+    options = ("select_on",)
+    primary = "acc"
+    exclusive = True
+    class_columns = (("Accuracy", "recall"), ("F1", "f1"), ("Precision", "precision"), ("AP", "ap"))
+
+    def __init__(self, classes: Sequence[str], select_on: str = "val") -> None:
+        super().__init__(classes)
+        if len(self.classes) < 2:
+            raise UserError(f"the multiclass task needs two classes or more, got {', '.join(self.classes)}")
+        self._select_on = select_on
+
+    @property
+    def select_on(self) -> str:
+        return self._select_on
+
+    def build_model(self, settings: ModelSettings) -> TaskModel:
+        return build_classifier(settings, self.num_outputs)
+
+    def inputs(
+        self,
+        batch: Mapping[str, Any],
+        transform: SarTransform,
+        *,
+        device: torch.device,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, ...]:
+        return (transform.model_input(batch["image"].to(device, non_blocking=True), generator),)
+
+    def target(self, batch: Mapping[str, Any], device: torch.device) -> Tensor:
+        return batch["label"].to(device, torch.int64, non_blocking=True)  # (B,)
+
+    def soft_target(self, target: Tensor) -> Tensor:
+        return F.one_hot(target, self.num_outputs).float()
+
+    def losses(self, logits: Tensor, target: Tensor, *, smoothing: float = 0.0) -> Tensor:
+        return F.cross_entropy(logits.float(), target, reduction="none", label_smoothing=smoothing)
+
+    def scores(self, logits: Tensor) -> Tensor:
+        return torch.softmax(logits.double(), dim=1)
+
+    def report(self, gathered: Mapping[str, np.ndarray], *, bootstrap: int = 0, seed: int = 0) -> Report:
+        """Scalars: ``acc``, ``aacc`` (mean over the classes that have samples), ``loss``."""
+        from sklearn.metrics import average_precision_score
+
+        truth = gathered["target"].astype(np.int64)  # (N,)
+        scores = gathered["scores"]  # (N, K)
+        predicted = scores.argmax(axis=1)
+        scalars = class_accuracy(truth, predicted, len(self.classes))
+        if "loss" in gathered:
+            scalars["loss"] = float(np.mean(gathered["loss"], dtype=np.float64))
+        per_class: list[dict[str, Any]] = []
+        for number, name in enumerate(self.classes):
+            own, found = truth == number, predicted == number
+            support, hits, claimed = int(own.sum()), int((own & found).sum()), int(found.sum())
+            per_class.append(
+                {
+                    "class": name,
+                    "support": support,
+                    "predicted": claimed,
+                    "recall": hits / support if support else None,
+                    "f1": 2 * hits / (support + claimed) if support + claimed else 0.0,
+                    "precision": hits / claimed if claimed else 0.0,
+                    "ap": float(average_precision_score(own, scores[:, number])) if support else None,
+                }
+            )
+        absent = tuple(str(row["class"]) for row in per_class if not row["support"])
+        intervals = {}
+        if bootstrap:
+
+            def evaluate(counts: np.ndarray) -> dict[str, float]:
+                return class_accuracy(truth, predicted, len(self.classes), counts)
+
+            intervals = bootstrap_intervals(len(truth), evaluate, draws=bootstrap, seed=seed)
+        return Report(scalars=scalars, per_class=per_class, absent=absent, intervals=intervals)
+
+    def rules(self) -> tuple[Rule, ...]:
+        return (
+            Rule(
+                "checkpoint_best.pth",
+                "maximum of accuracy",
+                lambda new, best: new["acc"] > best["acc"],
+                lambda metrics: metrics["acc"],
+            ),
+        )
+
+    def format_report(self, report: Report) -> str:
+        rows = [("Metric", "Value")]
+        for title, name in (("Accuracy (ACC)", "acc"), ("Mean class accuracy (aACC)", "aacc")):
+            text = f"{report.scalars[name]:.4f}"
+            if name in report.intervals:
+                low, high = report.intervals[name]
+                text += f" [{low:.4f}, {high:.4f}]"
+            rows.append((title, text))
+        text = align_table(rows)
+        if report.absent:
+            text += f"\nleft out of aACC (no sample): {'; '.join(report.absent)}"
+        return text
+
+    def write_pictures(
+        self, folder: Path, data: SarDataset, gathered: Mapping[str, np.ndarray], report: Report
+    ) -> list[Path]:
+        from sarwmix.pictures import confusion_matrix_figure
+
+        truth, predicted = gathered["target"].astype(np.int64), gathered["scores"].argmax(axis=1)
+        title = f"Confusion on {len(data):,} samples of {data.split}: accuracy {report.scalars['acc']:.4f}"
+        path = folder / f"confusion_{data.split}.png"
+        return [confusion_matrix_figure(path, truth, predicted, self.classes, title=title)]
+
+
+def class_accuracy(
+    truth: np.ndarray, predicted: np.ndarray, classes: int, counts: np.ndarray | None = None
+) -> dict[str, float]:
+    """Share of samples that are right, and its mean over the classes that have samples.
+
+    Args:
+        truth: (N,) class numbers.
+        predicted: (N,) class numbers.
+        classes: K.
+        counts: How often each sample counts, (N,); once by default.
+    """
+    weight = np.ones(len(truth)) if counts is None else counts.astype(np.float64)
+    right = np.bincount(truth, weight * (truth == predicted), minlength=classes)
+    support = np.bincount(truth, weight, minlength=classes)
+    present = support > 0
+    return {"acc": float(right.sum() / weight.sum()), "aacc": float((right[present] / support[present]).mean())}
