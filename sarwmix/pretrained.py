@@ -157,6 +157,22 @@ class Pretrained:
         return (features.mean(dim=(2, 3)) if features.ndim == 4 else features).float()
 
 
+def choose_device(name: str) -> torch.device:
+    """The device of a tool: "auto" is CUDA when there is a GPU.
+
+    Raises:
+        UserError: no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"--device {name} cannot be used: {_first_line(error)}; give auto, cpu or cuda:N") from error
+    return device
+
+
 def open_model(path: str | Path, *, trained_on: str | None = None) -> Pretrained:
     """A checkpoint file, the folder of a run (its best checkpoint), an exported folder, or a hub repository.
 

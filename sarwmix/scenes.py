@@ -152,7 +152,8 @@ def _read_header(path: Path) -> _Header | str:
         return f"cannot be opened (truncated or no GeoTIFF?): {error}"
 
 
-def _parse_band_order(text: str | None, bands: Sequence[str]) -> tuple[str, ...] | None:
+def parse_band_order(text: str | None, bands: Sequence[str]) -> tuple[str, ...] | None:
+    """Declared names of the bands of multi-band files, from text such as "VV,VH"; None: not declared."""
     if text is None:
         return None
     order = tuple(part.strip().upper() for part in text.split(","))
@@ -189,11 +190,13 @@ def _whole_bands(header: _Header, order: tuple[str, ...] | None, bands: Sequence
     return f"has {header.count} bands and no descriptions that name {' and '.join(bands)} once each (found: {given})"
 
 
-def find_scenes(root: Path, bands: Sequence[str], order: tuple[str, ...] | None) -> tuple[list[Scene], list[str]]:
+def find_scenes(
+    root: Path | Sequence[Path], bands: Sequence[str], order: tuple[str, ...] | None
+) -> tuple[list[Scene], list[str]]:
     """Find the scenes of a folder.
 
     Args:
-        root: Folder, searched with all folders below it, or one file.
+        root: Folder, searched with all folders below it, one file, or several of them.
         bands: Wanted bands.
         order: Declared names of the bands of multi-band files.
 
@@ -203,7 +206,9 @@ def find_scenes(root: Path, bands: Sequence[str], order: tuple[str, ...] | None)
     Raises:
         UserError: No scene, a band without its partner, grids that differ, or a contradiction.
     """
-    paths = find_files(root)
+    paths = find_files(root) if isinstance(root, Path) else [path for one in root for path in find_files(one)]
+    if not isinstance(root, Path):
+        root = Path(os.path.commonpath([path.parent for path in paths])) if paths else root[0]
     if not paths:
         raise UserError(
             f"{root} holds no GeoTIFF (*.tif, *.tiff); expected Sentinel-1 scenes with "
@@ -591,7 +596,7 @@ def build(
             "that, or give for example holdout=0.2 to keep 10 % of the scenes each for val and test"
         )
 
-    scenes, ignored = find_scenes(data_path, spec.bands, _parse_band_order(band_order, spec.bands))
+    scenes, ignored = find_scenes(data_path, spec.bands, parse_band_order(band_order, spec.bands))
     skipped = Skipped(files=ignored)
     reader = SceneReader(unit)
 

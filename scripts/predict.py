@@ -1,0 +1,145 @@
+#!/usr/bin/env python
+"""Predict Sentinel-1 scenes of any size with a fine-tuned model: class probabilities, flood from two dates, class maps.
+
+    python scripts/predict.py --model runs/finetune/checkpoint_best.pth --scene scene.tif --unit dB --out maps/
+    python scripts/predict.py --model runs/flood --scene before.tif --second after.tif --unit linear --out maps/
+
+Writes GeoTIFF, CSV, JSON and a quick-look PNG for each scene; see docs/prediction.md. Bands, statistics and classes
+come from the model's file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from util.args import closed_fraction, positive_int
+from util.errors import UserError, run_cli
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    result.add_argument(
+        "--model",
+        required=True,
+        metavar="PATH",
+        help="fine-tuned checkpoint, output folder of its run, folder written by --export, or owner/name on the hub",
+    )
+    result.add_argument(
+        "--scene",
+        required=True,
+        nargs="+",
+        metavar="PATH",
+        help="GeoTIFF with VH and VV, one file for each, or a folder of scenes",
+    )
+    result.add_argument(
+        "--second", nargs="+", default=None, metavar="PATH", help="second date on the same grid, for flood models"
+    )
+    result.add_argument("--out", required=True, metavar="DIR", help="folder for the results")
+    result.add_argument(
+        "--unit", choices=("dB", "linear"), default=None, help="of the values (default: found out, with a warning)"
+    )
+    result.add_argument(
+        "--band_order",
+        default=None,
+        metavar="NAMES",
+        help="names of all bands of multi-band files without band descriptions, such as VV,VH",
+    )
+    result.add_argument(
+        "--stride",
+        type=positive_int,
+        default=None,
+        metavar="PX",
+        help="distance of neighbouring tiles; smaller than a tile: overlapping tiles are blended (default: a tile; "
+        "half a tile for class maps)",
+    )
+    result.add_argument(
+        "--min_valid",
+        type=closed_fraction,
+        default=0.5,
+        metavar="F",
+        help="least share of valid pixels of a tile (default %(default)s)",
+    )
+    result.add_argument(
+        "--probabilities", action="store_true", help="class maps: also write the probability of each class"
+    )
+    result.add_argument("--batch_size", type=positive_int, default=32, metavar="N", help="default %(default)s")
+    result.add_argument("--device", default="auto", help="auto (CUDA when there is a GPU), cpu, cuda or cuda:N")
+    result.add_argument(
+        "--trained_on", default=None, metavar="DATASET", help="for files that hold weights only: their data set"
+    )
+    return result
+
+
+def main() -> None:
+    """Entry point."""
+    args = parser().parse_args()
+    for path in [*args.scene, *(args.second or [])]:
+        if not Path(path).exists():
+            raise UserError(f"{path} does not exist; give a GeoTIFF with VH and VV, one file for each, or a folder")
+
+    from sarwmix.prediction import EmptyScene, Options, open_scenes, predict_scene
+    from sarwmix.pretrained import choose_device, describe, open_model
+    from util.log import get_logger, memory_mib, setup_logging
+
+    setup_logging()
+    log, began = get_logger(), time.monotonic()
+    model = open_model(args.model, trained_on=args.trained_on).to(choose_device(args.device))
+    model.need_task()
+    log.info("%s", describe(model))
+    scenes = open_scenes([Path(path) for path in args.scene], model.bands, args.band_order)
+    seconds = open_scenes([Path(path) for path in args.second], model.bands, args.band_order) if args.second else []
+    if args.second and (len(scenes), len(seconds)) != (1, 1):
+        raise UserError(
+            f"--scene holds {len(scenes)} scene(s) and --second {len(seconds)}; two dates need one scene each"
+        )
+    options = Options(args.stride, args.min_valid, args.batch_size, args.probabilities)
+    failed: list[str] = []
+    for scene in scenes:
+        try:
+            outcome = predict_scene(
+                model, scene, Path(args.out), second=seconds[0] if seconds else None, unit=args.unit, options=options
+            )
+        except EmptyScene as error:
+            if len(scenes) == 1:
+                raise
+            log.warning("left out: %s", error)
+            failed.append(scene.name)
+            continue
+        log.info("%s: %s", outcome.name, headline(outcome.summary))
+        log.info("  %s", ", ".join(path.name for path in outcome.files))
+    if len(failed) == len(scenes):
+        raise UserError(f"none of the {len(scenes)} scenes could be predicted; the warnings above say why")
+    log.info(
+        "%d scene(s) in %s, %d left out, %.1f s, peak memory %.0f MiB (device %.0f MiB)",
+        len(scenes) - len(failed),
+        args.out,
+        len(failed),
+        time.monotonic() - began,
+        *memory_mib(),
+    )
+
+
+def headline(summary: dict[str, object]) -> str:
+    """The result of a scene in one line."""
+    if "probability_flood" in summary:
+        return (
+            f"probability of flood {summary['probability_flood']:.4f}; {summary['windows']} window(s), highest "
+            f"{summary['highest_window']:.4f}, {100 * summary['share_of_windows_with_flood']:.1f} % above 0.5"  # type: ignore[operator]
+        )
+    values = summary.get("share") or summary["mean_probability"]
+    assert isinstance(values, dict)
+    best = sorted(values.items(), key=lambda item: -item[1])[:3]
+    kind = "area" if "share" in summary else "mean probability"
+    return f"{summary['tiles']} tiles; {kind}: " + ", ".join(f"{name} {value:.3f}" for name, value in best)
+
+
+if __name__ == "__main__":
+    run_cli(main)
