@@ -27,6 +27,7 @@ class MixMIMPair(MixMIMClassifier):
         drop_path_rate: stochastic depth of the last block.
         img_size: S, side of a tile; images may have any multiple of it.
         patch_size, in_chans, embed_dim, depths, num_heads, window_size: see `MixMIMEncoder`.
+        drop_rate: dropout before the last layer.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class MixMIMPair(MixMIMClassifier):
         depths: tuple[int, ...] = (2, 2, 18, 2),
         num_heads: tuple[int, ...] = (4, 8, 16, 32),
         window_size: tuple[int, ...] = (8, 8, 8, 4),
+        drop_rate: float = 0.0,
     ) -> None:
         if patch_op not in PATCH_OPS:
             raise UserError(f"patch_op is {patch_op!r}; expected one of {', '.join(PATCH_OPS)}")
@@ -55,6 +57,7 @@ class MixMIMPair(MixMIMClassifier):
             depths=depths,
             num_heads=num_heads,
             window_size=window_size,
+            drop_rate=drop_rate,
         )
         self.patch_op = patch_op
         self.legacy_tiling = legacy_tiling

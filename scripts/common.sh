@@ -38,3 +38,9 @@ mpi_run() {
     if [ "$(id -u)" = 0 ]; then flags+=(--allow-run-as-root); fi
     mpirun -np "$processes" "${flags[@]}" "$@"
 }
+
+# pretrain_demo DATA OUT: the demo's pretraining, the same wherever it is used: mixmim_tiny, two processes, 36 epochs.
+pretrain_demo() {
+    mpi_run 2 python main_pretrain.py --dataset demo --data_path "$1" --model mixmim_tiny \
+        --batch_size 8 --epochs 36 --warmup_epochs 2 --lr 2e-3 --num_workers 0 --save_epochs 1 --output_dir "$2"
+}

@@ -17,9 +17,7 @@ python scripts/make_demo_data.py --out "$data"
 
 say "pretraining mixmim_tiny with mpirun -np 2"
 rm -rf "$out/pretrain"
-mpi_run 2 python main_pretrain.py --dataset demo --data_path "$data" --model mixmim_tiny \
-    --batch_size 8 --epochs 36 --warmup_epochs 2 --lr 2e-3 \
-    --num_workers 0 --save_epochs 1 --output_dir "$out/pretrain"
+pretrain_demo "$data" "$out/pretrain"
 
 say "reconstruction pictures: after 1 epoch and at the end"
 python main_pretrain.py --dataset demo --data_path "$data" --split test --model mixmim_tiny --batch_size 4 --seed 5 \

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from models_mixmim import encoder_config
+from models_mixmim import MODELS, encoder_config
 from models_sen12_ft import PATCH_OPS, MixMIMPair
+from sarwmix.backbones import is_mixmim
 from sarwmix.datasets import SarDataset
 from sarwmix.loader import Loader
 from sarwmix.metrics import Report, bootstrap_intervals
@@ -68,6 +69,7 @@ class PairTask(Task):
     name = "pair"
     options = ("patch_op", "legacy_tiling", "val_frac")
     primary = "acc"
+    heads = ("linear",)
 
     def __init__(
         self,
@@ -95,6 +97,10 @@ class PairTask(Task):
         return "test" if self.val_frac is None else "val"
 
     def build_model(self, settings: ModelSettings) -> MixMIMPair:
+        if not is_mixmim(settings.name) or settings.pool is not None:
+            raise UserError(
+                f"--model {settings.name} cannot compare pairs of images; choose one of {', '.join(MODELS)}, without --pool"
+            )
         input_size = settings.input_size
         if input_size < TILE or input_size % TILE:
             raise UserError(
@@ -108,6 +114,7 @@ class PairTask(Task):
             drop_path_rate=settings.drop_path_rate,
             img_size=TILE,
             in_chans=settings.in_chans,
+            drop_rate=settings.drop_rate,
             **encoder_config(settings.name),
         )
 

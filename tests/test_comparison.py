@@ -1,0 +1,182 @@
+"""Finished runs as one table: averaging over seeds, marks of what is not like for like, published numbers, refusals."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sarwmix.comparison import (
+    NOT_OURS,
+    Published,
+    as_latex,
+    as_markdown,
+    as_records,
+    build_tables,
+    read_published,
+    read_run,
+)
+from tests.conftest import Runner
+from util.errors import UserError
+
+
+def write_run(folder: Path, *, args: dict[str, Any] | None = None, value: float = 0.5, **facts: Any) -> Path:
+    content = {
+        "protocol": "linear",
+        "dataset": "benv2",
+        "model": "mixmim_tiny",
+        "head": "linear",
+        "bands": ["VH", "VV"],
+        "classes": ["a", "b"],
+        "statistics": "v2",
+        "statistics_origin": "train",
+        "seed": 0,
+        "train_frac": 1.0,
+        "samples": {"train": 60, "val": 20, "test": 20},
+        "initialisation": "random",
+        **facts,
+    }
+    scalars = {"ap_macro": value, "ap_micro": value + 0.1, "loss": 1.0}
+    content["results"] = {"checkpoint_best.pth": {"epoch": 1, "test": {"scalars": scalars}}}
+    folder.mkdir(parents=True)
+    (folder / "metrics.json").write_text(json.dumps(content))
+    (folder / "args.json").write_text(json.dumps({"epochs": 30, "batch_size": 64, "layer_decay": 0.7, **(args or {})}))
+    return folder
+
+
+def test_seeds_become_mean_and_deviation(tmp_path: Path) -> None:
+    runs = [read_run(write_run(tmp_path / str(seed), seed=seed, value=0.4 + 0.1 * seed)) for seed in range(3)]
+    (table,) = build_tables(runs)
+    (row,) = table.rows
+    assert row.cells["linear"].value("ap_macro") == pytest.approx((0.5, 0.1))
+    assert not table.notes
+    text = as_markdown([table])
+    assert "| mixmim_tiny | random | 0.500 ± 0.100 (3) |" in text
+    assert NOT_OURS not in text
+    assert r"0.500 $\pm$ 0.100 (3)" in as_latex([table])
+    assert r"mixmim\_tiny" in as_latex([table])
+
+
+def test_what_is_not_like_for_like_is_marked_and_never_averaged(tmp_path: Path) -> None:
+    runs = [
+        write_run(tmp_path / "a", model="resnet50"),
+        write_run(tmp_path / "b", initialisation="runs/pretrain/checkpoint.pth"),
+        write_run(tmp_path / "c"),
+        write_run(tmp_path / "d", seed=1, samples={"train": 60, "val": 20, "test": 19}),
+        write_run(tmp_path / "e", args={"epochs": 50}),
+        write_run(tmp_path / "f", model="vit", statistics="other"),
+        write_run(tmp_path / "g", model="x", args={"layer_decay": 0.9}),  # changes nothing in a linear probe
+        write_run(tmp_path / "h", model="y", train_frac=0.5),
+    ]
+    (table,) = build_tables([read_run(run) for run in runs])
+    assert [(row.encoder, row.start) for row in table.rows] == [
+        ("resnet50", "random"),
+        ("mixmim_tiny", "pretrain/checkpoint.pth"),
+        ("mixmim_tiny", "random"),
+        ("mixmim_tiny", "random"),  # another recipe
+        ("mixmim_tiny", "random"),  # other samples
+        ("vit", "random"),
+        ("x", "random"),
+        ("y", "random"),
+    ]
+    notes = {text: letter for letter, text in table.notes.items()}
+    assert set(notes) == {
+        "samples test 19, train 60, val 20 instead of test 20, train 60, val 20",
+        "seeds 1 instead of 0",
+        "epochs 50 instead of 30",
+        "statistics other instead of v2",
+        "train_frac 0.5 instead of 1",
+    }
+    marked = [table.marks.get(id(row.cells["linear"]), []) for row in table.rows]
+    assert marked[0] == marked[1] == marked[2] == marked[6] == []
+    assert marked[3] == [notes["epochs 50 instead of 30"]]
+    assert len(marked[4]) == 2
+    assert "Not like for like: [a]" in as_markdown([table])
+
+
+def published(**changes: Any) -> Published:
+    entry = {
+        **{"dataset": "benv2", "bands": "s1", "protocol": "finetune", "model": "resnet50", "start": "random"},
+        **{"train_frac": 1.0, "metric": "ap_macro", "value": 0.6284, "source": "model card", "note": "one seed"},
+    }
+    return Published(**{**entry, **changes})
+
+
+def test_published_numbers_have_their_own_column_and_are_never_ours(tmp_path: Path) -> None:
+    runs = [
+        read_run(write_run(tmp_path / "a", model="resnet50", protocol="finetune", value=0.3)),
+        read_run(write_run(tmp_path / "b", protocol="knn", value=0.2)),
+    ]
+    others = [
+        published(),
+        published(model="mobilevit_s", value=0.6312),
+        published(model="mixmim_base", start="SAR-W-MixMAE", train_frac=0.5),
+        published(dataset="eurosat_sar"),
+        published(metric="ap_micro", value=0.8),
+    ]
+    (table,) = build_tables(runs, others)
+    lines = as_markdown([table]).splitlines()
+    assert lines[2] == f"| encoder | start | knn | finetune | {NOT_OURS} |"
+    assert lines[4] == "| resnet50 | random | - | 0.300 | finetune 0.628 (random; model card) |"
+    assert lines[5] == "| mixmim_tiny | random | 0.200 | - | - |"
+    assert lines[6] == "| mobilevit_s (s1) | random | - | - | finetune 0.631 (random; model card) |"
+    assert len([line for line in lines if line.startswith("|")]) == 5
+    records = as_records([table])
+    ours = [record for record in records if record["origin"] == "ours"]
+    assert {record["metric"] for record in ours} == {"ap_macro", "ap_micro"}
+    assert [record["mean"] for record in records if record["origin"] == NOT_OURS] == [0.6284, 0.6312]
+    (micro,) = build_tables(runs, others, metric="ap_micro")
+    assert "finetune 0.800 (random; model card)" in as_markdown([micro])
+
+
+def test_the_repository_s_published_numbers_can_be_read() -> None:
+    rows = read_published()
+    assert all(row.source and row.metric and 0 < row.value <= 100 for row in rows)
+    keyed = [(row.dataset, row.bands, row.protocol, row.model, row.start, row.train_frac, row.metric) for row in rows]
+    assert len(set(keyed)) == len(keyed)
+    by_key = {key: row.value for key, row in zip(keyed, rows, strict=True)}
+    assert by_key["benv2", "s1", "finetune", "mobilevit_s", "random", 1.0, "ap_macro"] == 0.6312
+    assert by_key["eurosat_sar", "s1", "finetune", "vit_huge_patch14_224", "FG-MAE", 1.0, "aacc"] == 0.431
+
+
+def test_missing_unfinished_damaged_and_doubled_runs_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nowhere does not exist"):
+        read_run(tmp_path / "nowhere")
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    with pytest.raises(UserError, match="it is no run of main_finetune.py"):
+        read_run(begun)
+    (begun / "log.txt").write_text("")
+    with pytest.raises(UserError, match=r"has not finished; continue it with --resume auto"):
+        read_run(begun)
+    whole = write_run(tmp_path / "whole")
+    (begun / "metrics.json").write_text((whole / "metrics.json").read_text()[:100])
+    with pytest.raises(UserError, match=r"begun/metrics.json is not valid JSON"):
+        read_run(begun)
+    (begun / "metrics.json").write_text('{"protocol": "linear"}')
+    with pytest.raises(UserError, match="not the result of a finished fine-tuning run"):
+        read_run(begun)
+    run = read_run(whole)
+    with pytest.raises(UserError, match="same run with the same seed 0"):
+        build_tables([run, run])
+    with pytest.raises(UserError, match=r"no run on benv2 has the metric miou; there are: ap_macro, ap_micro"):
+        build_tables([run], metric="miou")
+    (tmp_path / "numbers.csv").write_text("dataset,value\nbenv2,x\n")
+    with pytest.raises(UserError, match="line 2"):
+        read_published(tmp_path / "numbers.csv")
+
+
+def test_script_writes_all_three_files(tmp_path: Path, run_script: Runner) -> None:
+    runs = [write_run(tmp_path / str(seed), seed=seed) for seed in range(2)]
+    done = run_script("scripts/compare.py", *runs, "--out", tmp_path / "new" / "table", "--latex")
+    assert (tmp_path / "new" / "table.md").read_text() == done.stdout
+    with open(tmp_path / "new" / "table.csv", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert {row["origin"] for row in rows} == {"ours", NOT_OURS}
+    assert "\\toprule" in (tmp_path / "new" / "table.tex").read_text()
+    failed = run_script("scripts/compare.py", tmp_path / "absent", check=False)
+    assert failed.returncode == 2
+    assert failed.stderr.startswith("error: ")
