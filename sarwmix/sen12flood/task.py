@@ -99,7 +99,7 @@ class PairTask(Task):
     def build_model(self, settings: ModelSettings) -> MixMIMPair:
         if not is_mixmim(settings.name) or settings.pool is not None:
             raise UserError(
-                f"--model {settings.name} cannot compare pairs of images; choose one of {', '.join(MODELS)}, without --pool"
+                f"--model {settings.name} cannot compare pairs; choose one of {', '.join(MODELS)}, without --pool"
             )
         input_size = settings.input_size
         if input_size < TILE or input_size % TILE:
