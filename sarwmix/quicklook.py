@@ -156,12 +156,14 @@ def _scale_bar(axes: Axes, pixels: float, width: int, metres: float | None) -> N
     power = 10.0 ** math.floor(math.log10(wanted))
     length = max(step * power for step in (1, 2, 5) if step * power <= wanted)
     text = f"{length:g} px" if metres is None else f"{length / 1000:g} km" if length >= 1000 else f"{length:g} m"
-    x0, x1, y0, y1 = 0.04, 0.04 + length / unit / width, 0.035, 0.05
-    back = Rectangle((0.015, 0.015), max(x1 - 0.015, 0.16) + 0.025, 0.105, transform=axes.transAxes, color="white",
-                     alpha=0.8, linewidth=0)  # fmt: skip
+    share = length / unit / width
+    # Heights in shares of the panel's height, so that the box fits flat and tall scenes.
+    tall = 0.32 / (axes.get_position().height * axes.figure.get_size_inches()[1])  # 0.32 inches
+    back = Rectangle((0, 0), share + 0.06, tall, transform=axes.transAxes, color="white", alpha=0.8, linewidth=0)
     axes.add_patch(back)
-    axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, transform=axes.transAxes, color="black", linewidth=0))
-    axes.text(x0, 0.06, text, transform=axes.transAxes, fontsize=7.5, va="bottom")
+    line = Rectangle((0.03, 0.18 * tall), share, 0.14 * tall, transform=axes.transAxes, color="black", linewidth=0)
+    axes.add_patch(line)
+    axes.text(0.03, 0.38 * tall, text, transform=axes.transAxes, fontsize=7, va="bottom")
 
 
 def _backscatter(page: _Page, thumbnail: Thumbnail, metres: float | None, date: str = "") -> None:
@@ -214,7 +216,7 @@ def classification_figure(
         colours.append(OTHER)
     # Crop the picture to the scene: cells at the lower and right edge may reach beyond it.
     shape = (thumbnail.height, thumbnail.width)
-    page = _Page(shape, 3 + len(order), title, below=0.28 + 0.17 * max(3, -(-len(labels) // 2)))
+    page = _Page(shape, 3 + len(order), title, below=max(0.62, 0.12 + 0.155 * -(-len(labels) // 2)))
     _backscatter(page, thumbnail, metres)
     page.classes("class of highest probability", _crop(numbers, cell, shape), colours, labels)
     what = "probability" if exclusive else "probability that the class is present"
@@ -264,7 +266,7 @@ def segmentation_figure(
     share = 100 * areas / areas.sum()
     labels = [_short(f"{name} ({part:.1f} %)") for name, part in zip(names, share, strict=True)]
     colours = [class_colour(number) for number in range(len(names))]
-    page = _Page(numbers.shape, 4, title, below=max(0.62, 0.2 + 0.17 * -(-len(labels) // 2)))
+    page = _Page(numbers.shape, 4, title, below=max(0.62, 0.12 + 0.155 * -(-len(labels) // 2)))
     _backscatter(page, thumbnail, metres)
     page.classes("class of highest probability", numbers, colours, labels)
     if len(names) == 2:

@@ -39,7 +39,9 @@ def write_finetuned(
     built = build_task(task, names, options)
     settings = ModelSettings("mixmim_tiny", input_size, len(bands))
     model = built.build_model(settings)
-    torch.nn.init.normal_(model.head.weight, std=spread)
+    weight = getattr(model.head, "weight", None)
+    if isinstance(weight, torch.Tensor):
+        torch.nn.init.normal_(weight, std=spread)
     if sample_size is None:
         sample_size = (input_size, input_size) if task == "pair" else (spec.size, spec.size)
     save_checkpoint(path, {
@@ -55,6 +57,7 @@ def write_finetuned(
             "bands": list(bands),
             "unit": "dB",
             "statistics": statistics or spec.statistics[spec.default_statistics].as_dict(),
+            "preprocessing": spec.preprocessing.as_dict(),
         },
         "sample_size": list(sample_size),
         "epoch": 3,
