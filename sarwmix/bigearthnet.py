@@ -1,11 +1,13 @@
-"""BigEarthNet v1 and v2, Sentinel-1 part: metadata, three storages (GeoTIFF tree, Zarr, LMDB), one class.
+"""BigEarthNet v1 and v2: metadata, three storages (GeoTIFF tree, Zarr, LMDB), one class.
 
 Metadata says which patches exist, their labels and splits; a source reads one patch by its ``s1_name``. Any metadata
-goes with any source: what a folder holds is recognised by what lies in it.
+goes with any source: what a folder holds is recognised by what lies in it. Sentinel-2 bands of v2 are read by the
+patch's ``patch_id`` and brought to 120 px by nearest neighbour, as reBEN does; the sample keeps its Sentinel-1 name.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -21,7 +23,8 @@ from sarwmix.datasets import NameList, SarDataset, UnreadableSample, finish_imag
 from sarwmix.geotiff import GeoTiffError, PatchReader
 from sarwmix.labels import CLASSES_19, class_codes, parse_label_list
 from sarwmix.lmdb_source import LmdbPatches, is_lmdb
-from sarwmix.registry import DatasetSpec, EmptySplit, Statistics, parse_split, parse_switch
+from sarwmix.rasters import read_raster
+from sarwmix.registry import SAR_BANDS, DatasetSpec, EmptySplit, Statistics, parse_split, parse_switch
 from sarwmix.zarr_source import ZarrPatches, is_zarr
 from util.errors import UserError
 
@@ -46,6 +49,7 @@ class Metadata:
         split: uint8 (N,), position of the patch's split in ``splits``.
         splits: Names of the splits.
         flagged: bool (N,), seasonal snow, cloud or cloud shadow.
+        s2_names: patch_id (Sentinel-2 name) of each patch, or None when the metadata has none.
     """
 
     names: NameList
@@ -53,10 +57,12 @@ class Metadata:
     split: np.ndarray
     splits: tuple[str, ...]
     flagged: np.ndarray
+    s2_names: NameList | None = None
 
     def select(self, rows: np.ndarray) -> Metadata:
         labels = None if self.labels is None else self.labels[rows]
-        return Metadata(self.names.take(rows), labels, self.split[rows], self.splits, self.flagged[rows])
+        s2_names = None if self.s2_names is None else self.s2_names.take(rows)
+        return Metadata(self.names.take(rows), labels, self.split[rows], self.splits, self.flagged[rows], s2_names)
 
 
 def check_name(name: str, where: str) -> str:
@@ -114,7 +120,7 @@ def read_metadata(
 
 
 def _join_tables(tables: list[Metadata], wanted: tuple[str, ...]) -> Metadata:
-    names, labels, codes, flagged = [], [], [], []
+    names, labels, codes, flagged, s2_names = [], [], [], [], []
     for code, split in enumerate(wanted):
         for table in tables:
             place = table.splits.index(split) if split in table.splits else -1
@@ -124,16 +130,23 @@ def _join_tables(tables: list[Metadata], wanted: tuple[str, ...]) -> Metadata:
             flagged.append(part.flagged)
             if part.labels is not None:
                 labels.append(part.labels)
-    lengths = np.concatenate([np.diff(part.offsets) for part in names])
-    offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
-    np.cumsum(lengths, out=offsets[1:])
+            if part.s2_names is not None:
+                s2_names.append(part.s2_names)
     return Metadata(
-        NameList(np.concatenate([part.buffer for part in names]), offsets),
+        _join_names(names),
         np.concatenate(labels) if labels else None,
         np.concatenate(codes),
         wanted,
         np.concatenate(flagged),
+        _join_names(s2_names) if len(s2_names) == len(names) else None,
     )
+
+
+def _join_names(parts: Sequence[NameList]) -> NameList:
+    lengths = np.concatenate([np.diff(part.offsets) for part in parts])
+    offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return NameList(np.concatenate([part.buffer for part in parts]), offsets)
 
 
 def _split_codes(values: Sequence[str], codes: np.ndarray, path: Path) -> tuple[np.ndarray, tuple[str, ...]]:
@@ -165,11 +178,12 @@ def _read_parquet(path: Path, id_col: int | str | None, nomenclature: str) -> Me
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    columns = pq.read_schema(path).names
+    file = pq.ParquetFile(path)  # pq.read_table would import pyarrow.dataset and with it pandas: 0.3 s
+    columns = file.schema_arrow.names
     id_name = _column_name(path, columns, id_col, "s1_name")
     flags = [name for name in ("contains_seasonal_snow", "contains_cloud_or_shadow") if name in columns]
-    wanted = [id_name, *(name for name in ("split", "labels") if name in columns), *flags]
-    table = pq.read_table(path, columns=list(dict.fromkeys(wanted)), use_threads=False)
+    wanted = [id_name, *(name for name in ("split", "labels", "patch_id") if name in columns), *flags]
+    table = file.read(columns=list(dict.fromkeys(wanted)), use_threads=False)
     count = table.num_rows
 
     ids = table.column(id_name).combine_chunks()
@@ -183,7 +197,7 @@ def _read_parquet(path: Path, id_col: int | str | None, nomenclature: str) -> Me
 
     if "split" in columns:
         encoded = table.column("split").combine_chunks().cast(pa.string()).dictionary_encode()
-        split, splits = _split_codes(encoded.dictionary.to_pylist(), encoded.indices.to_numpy(), path)
+        split, splits = _split_codes(encoded.dictionary.to_pylist(), _numbers(encoded.indices), path)
     else:
         split, splits = np.zeros(count, dtype=np.uint8), (_split_of_file(path),)
 
@@ -196,8 +210,17 @@ def _read_parquet(path: Path, id_col: int | str | None, nomenclature: str) -> Me
             labels = _labels_of_texts(column.to_pylist(), path, nomenclature, first_row=1)
     flagged = np.zeros(count, dtype=bool)
     for flag in flags:
-        flagged |= table.column(flag).combine_chunks().fill_null(False).to_numpy(zero_copy_only=False).astype(bool)
-    return Metadata(names, labels, split, splits, flagged)
+        flagged |= _numbers(table.column(flag).combine_chunks().cast(pa.uint8())) > 0  # a missing value is no flag
+    s2_names = None
+    if "patch_id" in columns:
+        texts = pc.fill_null(table.column("patch_id").combine_chunks(), "").cast(pa.large_string())
+        s2_names = _names_of_arrow(texts.combine_chunks() if isinstance(texts, pa.ChunkedArray) else texts)
+    return Metadata(names, labels, split, splits, flagged, s2_names)
+
+
+def _numbers(array) -> np.ndarray:  # type: ignore[no-untyped-def]
+    """Numbers of an arrow array; `to_numpy`, which imports pandas, only where values are missing."""
+    return np.from_dlpack(array) if array.null_count == 0 else array.to_numpy(zero_copy_only=False)
 
 
 def _names_of_arrow(ids) -> NameList:  # type: ignore[no-untyped-def]  # pyarrow has no type information
@@ -212,10 +235,10 @@ def _labels_of_lists(column, count: int, path: Path, nomenclature: str) -> np.nd
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
+    lengths = np.nan_to_num(_numbers(pc.list_value_length(column))).astype(np.int64)  # 0 for a missing list
     rows = np.repeat(np.arange(count), lengths)
     encoded = column.flatten().cast(pa.string()).dictionary_encode()
-    codes = encoded.indices.to_numpy(zero_copy_only=False)
+    codes = _numbers(encoded.indices)
     labels = np.zeros((count, len(CLASSES_19)), dtype=np.uint8)
     for code, name in enumerate(encoded.dictionary.to_pylist()):
         of_name = rows[codes == code]
@@ -294,7 +317,8 @@ def _read_csv(path: Path, id_col: int | str | None, nomenclature: str) -> Metada
     for flag in ("contains_seasonal_snow", "contains_cloud_or_shadow"):
         if flag in columns:
             flagged |= frame[flag].str.lower().isin(("true", "1")).to_numpy()
-    return Metadata(names, labels, split, splits, flagged)
+    s2_names = NameList.of(frame["patch_id"].tolist()) if "patch_id" in columns else None
+    return Metadata(names, labels, split, splits, flagged, s2_names)
 
 
 def _header_of(cells: list[str]) -> list[str] | None:
@@ -471,6 +495,152 @@ class GeoTiffTree:
             raise UnreadableSample(name, path, f"no labels: {error}") from error
 
 
+S2_NAME = re.compile(r"S2[ABC]_[A-Za-z0-9]+(_[A-Za-z0-9]+){3,}")
+S2_SCENE_PARTS = 2  # S2A_MSIL2A_20170613T101031_N9999_R022_T33UUP_26_57: all but the last two parts name the tile
+
+
+class OpticalTree:
+    """``<root>/<tile>/<patch_id>/<patch_id>_<band>.tif`` (v2), or without the tile folder: 120, 60 or 20 px a band."""
+
+    def __init__(self, root: Path, bands: Sequence[str], size: int, *, nested: bool) -> None:
+        self.root = str(root)
+        self.bands = tuple(bands)
+        self.size = size
+        self.nested = nested
+
+    def path(self, name: str, band: str) -> str:
+        """File of one band."""
+        tile = f"{'_'.join(name.split('_')[:-S2_SCENE_PARTS])}/" if self.nested else ""
+        return f"{self.root}/{tile}{name}/{name}_{band}.tif"
+
+    def read_into(self, name: str, out: np.ndarray) -> None:
+        for channel, band in enumerate(self.bands):
+            path = self.path(name, band)
+            try:
+                values = read_raster(path, numbers=[1]).floats()[0]
+                out[channel] = enlarge(values, self.size)
+            except (GeoTiffError, ValueError) as error:
+                raise UnreadableSample(name, path, str(error)) from error
+
+    def missing(self, name: str) -> str | None:
+        return next((path for band in self.bands if not os.path.isfile(path := self.path(name, band))), None)
+
+    def labels(self, name: str) -> list[str] | None:
+        return None  # the metadata that name the Sentinel-2 patch have labels, too
+
+
+def enlarge(values: np.ndarray, size: int) -> np.ndarray:
+    """A square band to `size` px by nearest neighbour.
+
+    Raises:
+        ValueError: its side does not divide `size`.
+    """
+    side = values.shape[-1]
+    if values.ndim != 2 or values.shape[0] != side or side == 0 or size % side:
+        raise ValueError(
+            f"has shape {'x'.join(map(str, values.shape))}, expected {size}, {size // 2} or {size // 6} px"
+        )
+    return values.repeat(size // side, axis=0).repeat(size // side, axis=1)
+
+
+def open_optical(data_path: Path, bands: Sequence[str], size: int, example: str) -> PatchSource:
+    """Where Sentinel-2 patches lie: an LMDB, or a GeoTIFF tree ``BigEarthNet-S2`` in or beside the data path.
+
+    Raises:
+        UserError: There is none.
+    """
+    if is_lmdb(data_path):
+        return LmdbPatches(data_path, bands, size, enlarge=True)
+    if is_zarr(data_path):
+        raise UserError(f"Zarr store {data_path} holds Sentinel-1 only; bands {', '.join(bands)} need GeoTIFF or LMDB")
+    places = (data_path / "BigEarthNet-S2", data_path.parent / "BigEarthNet-S2", data_path)
+    for root in places:
+        nested = _optical_nesting(root)
+        if nested is not None:
+            return OpticalTree(root, bands, size, nested=nested)
+    wanted = OpticalTree(places[0], bands, size, nested=True).path(example, bands[0])
+    raise UserError(
+        f"no Sentinel-2 patches for the bands {', '.join(bands)} were found in {', '.join(map(str, places))}; expected "
+        f"for example {wanted}"
+    )
+
+
+def _optical_nesting(root: Path) -> bool | None:
+    """Whether Sentinel-2 patches lie in tile folders, or directly in `root`; None when there are none."""
+    if not root.is_dir():
+        return None
+    for entry in sorted(root.iterdir()):
+        if entry.is_dir() and S2_NAME.fullmatch(entry.name):
+            return not any(path.suffix == ".tif" for path in entry.iterdir())
+    return None
+
+
+class JoinedSource:
+    """Sentinel-1 and Sentinel-2 bands of a patch, each from its own source.
+
+    Args:
+        bands: All bands, in the order of the channels.
+        sar: Source of the Sentinel-1 bands, or None when there are none; asked for the patch's own name.
+        optical: Source of the Sentinel-2 bands; asked for the patch_id.
+        s2_names: Sentinel-1 name -> patch_id.
+        size: Height and width.
+    """
+
+    def __init__(
+        self,
+        bands: Sequence[str],
+        sar: PatchSource | None,
+        optical: PatchSource,
+        names: NameList,
+        s2_names: NameList,
+        size: int,
+    ) -> None:
+        self.sar, self.optical = sar, optical
+        self.sar_channels = np.array([k for k, band in enumerate(bands) if band in SAR_BANDS], dtype=np.int64)
+        self.s2_channels = np.array([k for k, band in enumerate(bands) if band not in SAR_BANDS], dtype=np.int64)
+        self.size = size
+        self.names, self.s2_names = names, s2_names
+        # Rows of the names sorted by a hash: a dictionary of half a million texts would be copied by every worker.
+        hashes = np.array([hash_name(name) for name in names], dtype=np.uint64)
+        self._order = np.argsort(hashes, kind="stable")
+        self._hashes = hashes[self._order]
+
+    def s2_name(self, name: str) -> str:
+        """patch_id of a patch."""
+        wanted = np.uint64(hash_name(name))
+        place = int(np.searchsorted(self._hashes, wanted))
+        while place < len(self._hashes) and self._hashes[place] == wanted:
+            row = int(self._order[place])
+            if self.names[row] == name:
+                return self.s2_names[row]
+            place += 1
+        raise UnreadableSample(name, "metadata", "names no patch_id")
+
+    def read_into(self, name: str, out: np.ndarray) -> None:
+        try:
+            optical = np.empty((len(self.s2_channels), self.size, self.size), dtype=np.float32)
+            self.optical.read_into(self.s2_name(name), optical)
+        except UnreadableSample as error:
+            raise UnreadableSample(name, error.path, error.reason) from error
+        out[self.s2_channels] = optical
+        if self.sar is not None:
+            sar = np.empty((len(self.sar_channels), self.size, self.size), dtype=np.float32)
+            self.sar.read_into(name, sar)
+            out[self.sar_channels] = sar
+
+    def missing(self, name: str) -> str | None:
+        lost = self.optical.missing(self.s2_name(name))
+        return lost if lost is not None or self.sar is None else self.sar.missing(name)
+
+    def labels(self, name: str) -> list[str] | None:
+        return None if self.sar is None else self.sar.labels(name)
+
+
+def hash_name(name: str) -> int:
+    """64 bits that are the same in every process."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
+
+
 def open_source(data_path: Path, bands: Sequence[str], size: int, example: str) -> PatchSource:
     """Recognise what ``data_path`` holds: an LMDB, a Zarr store, or a GeoTIFF tree with or without scene folders.
 
@@ -584,6 +754,31 @@ class BigEarthNet(SarDataset):
         return labels
 
 
+def open_bands(data_path: Path, bands: Sequence[str], size: int, table: Metadata) -> PatchSource:
+    """The source of the wanted bands: Sentinel-1 by name, Sentinel-2 by patch_id.
+
+    Raises:
+        UserError: The data or the patch_ids are missing.
+    """
+    sar = [band for band in bands if band in SAR_BANDS]
+    optical = [band for band in bands if band not in SAR_BANDS]
+    if not optical:
+        return open_source(data_path, bands, size, table.names[0])
+    if table.s2_names is None or "" in (table.s2_names[0], table.s2_names[-1]):
+        raise UserError(
+            f"bands {', '.join(optical)} are those of Sentinel-2, but the metadata have no column patch_id with the "
+            "names of its patches; use the official metadata.parquet"
+        )
+    return JoinedSource(
+        bands,
+        open_source(data_path, sar, size, table.names[0]) if sar else None,
+        open_optical(data_path, optical, size, table.s2_names[0]),
+        table.names,
+        table.s2_names,
+        size,
+    )
+
+
 def build_benv2(
     spec: DatasetSpec,
     data_path: Path,
@@ -601,7 +796,8 @@ def build_benv2(
 
     Args:
         spec: The registry's entry.
-        data_path: GeoTIFF tree, Zarr store or LMDB.
+        data_path: GeoTIFF tree, Zarr store or LMDB; for Sentinel-2 bands the folder with BigEarthNet-S2 (and
+            BigEarthNet-S1), or an LMDB with both.
         split: Wanted splits.
         statistics: The statistics in use.
         on_error: See :class:`sarwmix.datasets.SarDataset`.
@@ -669,7 +865,7 @@ def _build(
         table = table.select(np.flatnonzero(~table.flagged))
         if len(table.names) == 0:
             raise UserError(f"all patches of {split!r} are flagged with snow or cloud; use exclude_snow_cloud=False")
-    source = open_source(data_path, spec.bands, spec.size, table.names[0])
+    source = open_bands(data_path, spec.bands, spec.size, table)
     return BigEarthNet(
         spec,
         split,

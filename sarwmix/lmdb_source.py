@@ -1,6 +1,7 @@
 """BigEarthNet patches in an LMDB: key ``s1_name``, value a safetensors record with one tensor (H, W) for each band.
 
-This is how reBEN's tools store the data. Records are found by name, never by position, and hold the values unchanged.
+Sentinel-2 patches have their ``patch_id`` as key and tensors of 120, 60 and 20 px. This is how reBEN's tools store the
+data. Records are found by name, never by position, and hold the values unchanged.
 """
 
 from __future__ import annotations
@@ -90,17 +91,19 @@ class LmdbPatches:
         path: Folder (or file) of the LMDB.
         bands: Band names in the order of the channels; keys inside a record.
         size: Height and width of a patch.
+        enlarge: Whether tensors may be smaller by a whole factor; they are enlarged by nearest neighbour.
     """
 
-    def __init__(self, path: Path, bands: Sequence[str], size: int) -> None:
+    def __init__(self, path: Path, bands: Sequence[str], size: int, *, enlarge: bool = False) -> None:
         self.path = Path(path)
         self.bands = tuple(bands)
         self.size = size
+        self.enlarge = enlarge
         self._reading: lmdb.Transaction | None = None
         self._process = 0
         # Records of one data set have the same header: it is parsed once and compared afterwards.
         self._header = b""
-        self._places: list[tuple[str, int, int]] = []
+        self._places: list[tuple[str, int, int, int]] = []
         self._transaction()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -123,10 +126,12 @@ class LmdbPatches:
         if header != self._header:
             self._learn(bytes(header), len(record) - 8 - length, name, place)
         data = record[8 + length :]
-        for channel, (dtype, start, end) in enumerate(self._places):
+        for channel, (dtype, start, end, side) in enumerate(self._places):
             if end > len(data):
                 raise UnreadableSample(name, place, f"record of {len(record)} bytes is truncated")
-            out[channel] = np.frombuffer(data[start:end], dtype=dtype).reshape(self.size, self.size)
+            values = np.frombuffer(data[start:end], dtype=dtype).reshape(side, side)
+            factor = self.size // side
+            out[channel] = values if factor == 1 else values.repeat(factor, axis=0).repeat(factor, axis=1)
 
     def _learn(self, header: bytes, size: int, name: str, place: str) -> None:
         self._header = b""
@@ -139,11 +144,13 @@ class LmdbPatches:
             if band not in tensors:
                 raise UnreadableSample(name, place, f"has no tensor {band!r}; it has: {', '.join(tensors)}")
             dtype, shape, start, end = tensors[band]
-            if shape != (self.size, self.size):
+            side = shape[0] if shape else 0
+            smaller = self.enlarge and 0 < side < self.size and self.size % side == 0
+            if shape != (side, side) or (side != self.size and not smaller):
                 raise UnreadableSample(
                     name, place, f"tensor {band!r} has shape {shape}, expected ({self.size}, {self.size})"
                 )
-            places.append((dtype, start, end))
+            places.append((dtype, start, end, side))
         self._header, self._places = header, places
 
     def missing(self, name: str) -> str | None:
@@ -159,6 +166,7 @@ def write_lmdb(
     read: Callable[[str], np.ndarray],
     *,
     bands: Sequence[str] = ("VH", "VV"),
+    native: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> int:
     """Write patches into an LMDB; names that are there already are kept and not read again, so it can be resumed.
@@ -168,6 +176,7 @@ def write_lmdb(
         names: The patches, by name.
         read: Reads one patch, float32 (C, H, W) in dB; called for missing names only.
         bands: Band names in the order of the channels.
+        native: Store bands that were enlarged by nearest neighbour in their own size, and whole numbers as uint16.
         progress: Called with the number of names handled so far, after each commit.
 
     Returns:
@@ -199,7 +208,8 @@ def write_lmdb(
                 known = transaction.get(name.encode()) is not None
             if not known:
                 image = read(name)
-                tensors = {band: np.ascontiguousarray(image[i], np.float32) for i, band in enumerate(bands)}
+                planes = [native_form(image[i]) if native else image[i].astype(np.float32) for i in range(len(bands))]
+                tensors = {band: np.ascontiguousarray(plane) for band, plane in zip(bands, planes, strict=True)}
                 pending[name.encode()] = save(tensors)
                 written += 1
             handled += 1
@@ -210,3 +220,21 @@ def write_lmdb(
     finally:
         environment.close()
     return written
+
+
+def native_form(plane: np.ndarray) -> np.ndarray:
+    """The smallest band that gives the same values when enlarged by nearest neighbour; uint16 where they are whole.
+
+    Args:
+        plane: float32 (H, H).
+    """
+    for factor in (6, 2):
+        small = plane[::factor, ::factor]
+        if plane.shape[0] % factor == 0 and np.array_equal(
+            small.repeat(factor, axis=0).repeat(factor, axis=1), plane, equal_nan=True
+        ):
+            plane = small
+            break
+    if np.isfinite(plane).all() and plane.min() >= 0 and plane.max() <= 65_535 and (plane == np.rint(plane)).all():
+        return plane.astype(np.uint16)
+    return plane.astype(np.float32)

@@ -29,7 +29,7 @@ PIXEL = 10.0
 
 
 def cover_map(rng: np.random.Generator, size: int, *, wet: float = 0.3) -> np.ndarray:
-    """Numbers of `COVERS`, uint8 (size, size): water in the lowest `wet` part of a smooth terrain, the others by a second
+    """Numbers of `COVERS`, uint8 (size, size): water in the lowest `wet` part of smooth terrain, the others by another
     field."""
     height = smooth_noise(rng, (size, size), size / 4)
     other = smooth_noise(rng, (size, size), size / 6)

@@ -156,18 +156,40 @@ def write_other(args: argparse.Namespace, datasets: list[SarDataset]) -> None:
 
 
 def write_as_lmdb(args: argparse.Namespace, dataset: SarDataset) -> int:
-    """One split as records of an LMDB; returns the number written now."""
-    from sarwmix.lmdb_source import write_lmdb
+    """One split as records of an LMDB; returns the number of patches written now.
 
-    number = {name: index for index, name in enumerate(dataset.names)}
-    counter = Counter(f"patches of {dataset.split}")
-    return write_lmdb(
-        args.output,
-        dataset.names,
-        lambda name: dataset.read(number[name]),
-        bands=dataset.spec.bands,
-        progress=lambda done: counter(done, len(dataset)),
-    )
+    Sentinel-1 bands go under the Sentinel-1 name, Sentinel-2 bands under the patch_id, as in reBEN's LMDB.
+    """
+    from sarwmix.bigearthnet import BigEarthNet, JoinedSource
+    from sarwmix.lmdb_source import write_lmdb
+    from sarwmix.registry import SAR_BANDS
+
+    if not isinstance(dataset, BigEarthNet):
+        raise UserError(f"--format lmdb is for BigEarthNet; data set {args.dataset!r} is read from its own files")
+    bands = dataset.spec.bands
+    written = 0
+    for what, channels in (
+        ("patches", [k for k, band in enumerate(bands) if band in SAR_BANDS]),
+        ("Sentinel-2 patches", [k for k, band in enumerate(bands) if band not in SAR_BANDS]),
+    ):
+        if not channels:
+            continue
+        number = {name: index for index, name in enumerate(dataset.names)}
+        optical = what != "patches"
+        if optical:
+            assert isinstance(dataset.patches, JoinedSource)
+            number = {dataset.patches.s2_name(name): index for name, index in number.items()}
+        counter = Counter(f"{what} of {dataset.split}")
+
+        def read(name: str, number: dict[str, int] = number, channels: list[int] = channels) -> np.ndarray:
+            return dataset.read(number[name])[channels]
+
+        def show(done: int, counter: Counter = counter) -> None:
+            counter(done, len(dataset))
+
+        count = write_lmdb(args.output, number, read, bands=[bands[k] for k in channels], native=optical, progress=show)
+        written = max(written, count)
+    return written
 
 
 def write_as_zarr(args: argparse.Namespace, dataset: SarDataset) -> int:
