@@ -778,7 +778,8 @@ def _predict_pair(model: Pretrained, sources: list[Source], work: Path, options:
     pools_mean = getattr(network, "patch_op", "avg") == "avg"
     tile, stride, rows, columns = _geometry(model, scene, options, default=model.tile)
     per_side = model.settings.input_size // PAIR_TILE
-    with_tiles = not getattr(network, "legacy_tiling", False)  # legacy "tiles" are no squares of one place
+    # One tile is the window itself; legacy "tiles" are no squares of one place.
+    with_tiles = per_side > 1 and not getattr(network, "legacy_tiling", False)
     part = tile / per_side  # side of a tile, px of the scene
     cell = round(part) if with_tiles else stride
     shape = (-(-scene.height // cell), -(-scene.width // cell))
@@ -828,9 +829,8 @@ def _predict_pair(model: Pretrained, sources: list[Source], work: Path, options:
                         left, wide = overlaps(x, part, cell, shape[1])
                         chance = by_tile[index, inside]
                         mosaics[1].add(top, left, np.full((1, 1, 1), chance, np.float32), np.outer(tall, wide))
-                        if per_side > 1:
-                            places.append((y, x, part, part))
-                            lines.append([float(shares_of_tiles[index, inside]), "tile", float(chance)])
+                        places.append((y, x, part, part))
+                        lines.append([float(shares_of_tiles[index, inside]), "tile", float(chance)])
                 table.add(places, lines)
                 windows += len(some)
                 flooded += int((by_window > 0.5).sum())

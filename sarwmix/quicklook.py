@@ -97,7 +97,7 @@ class _Page:
         bottom = self._height - self._top - (row + 1) * (self._tall + 0.3) - row * self._below
         box = (left / self._width, bottom / self._height, SIDE / self._width, self._tall / self._height)
         axes = self.figure.add_axes(box)
-        axes.set_title("\n".join(textwrap.wrap(title, 58)[:2]), fontsize=8.5, pad=3)
+        axes.set_title("\n".join(textwrap.wrap(title, 46)[:2]), fontsize=8, pad=3)
         return axes, (left, bottom - self._below, SIDE)
 
     def show(
@@ -158,7 +158,7 @@ def _scale_bar(axes: Axes, pixels: float, width: int, metres: float | None) -> N
     text = f"{length:g} px" if metres is None else f"{length / 1000:g} km" if length >= 1000 else f"{length:g} m"
     share = length / unit / width
     # Heights in shares of the panel's height, so that the box fits flat and tall scenes.
-    tall = 0.32 / (axes.get_position().height * axes.figure.get_size_inches()[1])  # 0.32 inches
+    tall = 0.32 * axes.figure.dpi / axes.get_window_extent().height  # 0.32 inches
     back = Rectangle((0, 0), share + 0.06, tall, transform=axes.transAxes, color="white", alpha=0.8, linewidth=0)
     axes.add_patch(back)
     line = Rectangle((0.03, 0.18 * tall), share, 0.14 * tall, transform=axes.transAxes, color="black", linewidth=0)

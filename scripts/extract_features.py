@@ -1,0 +1,147 @@
+#!/usr/bin/env python
+"""Embeddings of a data set or of a scene, as .npy or .parquet with names and coordinates, and a 2-D map of them.
+
+    python scripts/extract_features.py --model runs/pretrain/checkpoint.pth --dataset demo --data_path data/demo \
+        --split test --out features/demo.parquet
+    python scripts/extract_features.py --model runs/pretrain/checkpoint.pth --scene scene.tif --unit dB --out scene.npy
+
+Pretraining and fine-tuned checkpoints. Bands and statistics come from the model's file. See docs/prediction.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from sarwmix import registry
+from util.args import closed_fraction, non_negative_int, positive_int
+from util.errors import UserError, run_cli
+
+if TYPE_CHECKING:
+    from sarwmix.datasets import SarDataset
+    from sarwmix.pretrained import Pretrained
+
+SUFFIXES = (".npy", ".parquet")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    result.add_argument(
+        "--model",
+        required=True,
+        metavar="PATH",
+        help="checkpoint, output folder of a fine-tuning run, folder written by --export, or owner/name on the hub",
+    )
+    result.add_argument("--dataset", choices=registry.names(), default=None, help="registered data set")
+    result.add_argument("--data_path", default=None, metavar="DIR", help="root of the data, or a packed store")
+    result.add_argument("--split", default="test", help="split, or several joined by + (default %(default)s)")
+    result.add_argument("--data_option", action="append", default=[], metavar="NAME=VALUE", help="of the data set")
+    result.add_argument("--scene", nargs="+", default=None, metavar="PATH", help="instead of --dataset: a scene")
+    result.add_argument("--unit", choices=("dB", "linear"), default=None, help="of the scene (default: found out)")
+    result.add_argument("--band_order", default=None, metavar="NAMES", help="of a scene without band descriptions")
+    result.add_argument("--stride", type=positive_int, default=None, metavar="PX", help="of a scene's tiles")
+    result.add_argument("--min_valid", type=closed_fraction, default=0.5, metavar="F", help="of a scene's tiles")
+    result.add_argument("--out", required=True, metavar="FILE", help="FILE.npy (with FILE.csv) or FILE.parquet")
+    result.add_argument("--projection", choices=("pca", "tsne"), default="pca", help="of the map (default %(default)s)")
+    result.add_argument("--no_map", action="store_true", help="do not draw FILE_map.png")
+    result.add_argument("--seed", type=non_negative_int, default=0, help="of the map (default %(default)s)")
+    result.add_argument("--batch_size", type=positive_int, default=64, metavar="N", help="default %(default)s")
+    result.add_argument("--num_workers", type=non_negative_int, default=0, metavar="N", help="reading processes")
+    result.add_argument("--device", default="auto", help="auto (CUDA when there is a GPU), cpu, cuda or cuda:N")
+    result.add_argument(
+        "--trained_on", default=None, metavar="DATASET", help="for files that hold weights only: their data set"
+    )
+    return result
+
+
+def main() -> None:
+    """Entry point."""
+    args = parser().parse_args()
+    out = Path(args.out)
+    if out.suffix not in SUFFIXES:
+        raise UserError(f"--out {out}: expected a name that ends with {' or '.join(SUFFIXES)}")
+    if (args.dataset is None) == (args.scene is None) or (args.dataset and not args.data_path):
+        raise UserError("give either --dataset with --data_path, or --scene")
+    for path in args.scene or []:
+        if not Path(path).exists():
+            raise UserError(f"{path} does not exist; give a GeoTIFF with VH and VV, one file for each, or a folder")
+
+    from sarwmix import embeddings
+    from sarwmix.prediction import Options, open_scenes
+    from sarwmix.pretrained import choose_device, describe, open_model
+    from util.files import file_set
+    from util.log import get_logger, setup_logging
+
+    setup_logging()
+    model = open_model(args.model, trained_on=args.trained_on).to(choose_device(args.device))
+    get_logger().info("%s", describe(model))
+    classes: tuple[str, ...] = ()
+    if args.dataset:
+        data = open_data(args, model)
+        what = f"{args.dataset}, split {args.split}"
+        classes = data.spec.classes
+        batches = embeddings.dataset_batches(model, data, batch_size=args.batch_size, num_workers=args.num_workers)
+    else:
+        scenes = open_scenes([Path(path) for path in args.scene], model.bands, args.band_order)
+        if len(scenes) != 1:
+            raise UserError(
+                f"--scene holds {len(scenes)} scenes; give one of them: {', '.join(s.name for s in scenes)}"
+            )
+        what = f"tiles of {scenes[0].name}"
+        options = Options(args.stride, args.min_valid, args.batch_size)
+        batches = embeddings.scene_batches(model, scenes[0], args.unit, options)
+    facts = {"model": model.source, "data": what, "bands": ",".join(model.bands)}
+    with file_set(out.absolute().parent) as work:
+        scratch = work / "scratch"
+        scratch.mkdir()
+        found = embeddings.collect(batches, scratch, classes)
+        if out.suffix == ".npy":
+            embeddings.save_npy(work / out.name, found)
+        else:
+            embeddings.save_parquet(work / out.name, found, facts)
+        if not args.no_map:
+            embeddings.map_figure(
+                work / f"{out.stem}_map.png",
+                found,
+                args.projection,
+                title=f"Features of {model.settings.name} ({Path(model.source).name}): {what}",
+                seed=args.seed,
+            )
+        names = ", ".join(sorted(path.name for path in work.iterdir() if path.is_file()))
+    count, width = found.features.shape
+    get_logger().info("%d x %d features of %s: %s in %s", count, width, what, names, out.absolute().parent)
+
+
+def open_data(args: argparse.Namespace, model: Pretrained) -> SarDataset:
+    """The data set with the model's bands, in its order; single images for models that look at one."""
+    options: dict[str, Any] = dict(registry.parse_options(args.data_option))
+    known = registry.get_spec(args.dataset).bands
+    if tuple(known) != model.bands:
+        options.setdefault("bands", ",".join(model.bands))
+    data = registry.build_dataset(args.dataset, args.data_path, args.split, **options)
+    if tuple(data.spec.bands) != model.bands:
+        raise UserError(
+            f"{model.source} reads {', '.join(model.bands)}; data set {args.dataset} delivers "
+            f"{', '.join(data.spec.bands)}: they must be the same and in the same order"
+        )
+    is_pair_model = model.task is not None and model.task.name == "pair"
+    if data.spec.task != "pair":
+        if is_pair_model:
+            raise UserError(f"{model.source} compares two images; data set {args.dataset} has single ones")
+        return data
+    if is_pair_model:
+        return data
+    from sarwmix.pair_images import single_images
+
+    return single_images(data)
+
+
+if __name__ == "__main__":
+    run_cli(main)
