@@ -183,10 +183,9 @@ class TimmEncoder(nn.Module):
 
         matcher = self.encoder.group_matcher(coarse=True)
         grouped = group_with_matcher(self.encoder.named_parameters(), matcher, reverse=True)
-        top = max(grouped.values(), default=0)
-        only_norms = all("norm" in name for name, depth in grouped.items() if depth == top)
-        last = top if only_norms else top + 1
-        ids = {f"encoder.{name}": depth for name, depth in grouped.items()}
+        final = ("norm.", "fc_norm.", "head.")  # timm counts the last norm to the last block
+        last = 1 + max((depth for name, depth in grouped.items() if not name.startswith(final)), default=0)
+        ids = {f"encoder.{name}": last if name.startswith(final) else depth for name, depth in grouped.items()}
         ids |= {name: last for name, _ in self.named_parameters() if name.startswith("head.")}
         return ids, last
 

@@ -162,16 +162,23 @@ def load_timm_weights(model: TaskModel, settings: ModelSettings) -> None:
 
     if is_mixmim(settings.name):
         raise UserError(f"--pretrained fetches timm's weights; those of {settings.name} are given by --finetune FILE")
+    card = getattr(model.encoder, "pretrained_cfg", {})
+    if not (card.get("hf_hub_id") or card.get("url") or card.get("file")):
+        raise UserError(
+            f"timm has no pretrained weights for {settings.name}; leave --pretrained out, or --finetune FILE"
+        )
     try:
         encoder = create_encoder(settings, pretrained=True)
     except UserError:
         raise
-    except Exception as error:  # whatever stands between here and the hub: no network, proxy, no such weights
+    except Exception as error:  # whatever stands between here and the hub: no network, proxy, no access
+        hub_id = card.get("hf_hub_id")
+        where = f"https://huggingface.co/{hub_id} (model.safetensors)" if hub_id else card.get("url")
+        reason = next(iter(str(error).splitlines()), "no reason given")
         raise UserError(
-            f"the pretrained weights of {settings.name} cannot be had from timm ({type(error).__name__}: "
-            f"{str(error).splitlines()[0] if str(error) else 'no reason given'}). Download them where the hub can be "
-            f"reached, e.g. model.safetensors of https://huggingface.co/timm, and give the file: --finetune FILE "
-            "(with --adapt_bands when it was trained on RGB)"
+            f"the pretrained weights of {settings.name} cannot be downloaded ({type(error).__name__}: {reason}). "
+            f"Fetch the file elsewhere from {where} and give it: --finetune FILE, with "
+            f"--adapt_bands when it was trained on RGB (the data have {settings.in_chans} bands)"
         ) from error
     load_pretrained(model, encoder.state_dict(), source=f"timm's {settings.name}")
     get_logger().info("weights of timm's %s, first layer adapted to %d bands", settings.name, settings.in_chans)
