@@ -1,0 +1,221 @@
+"""Weights of other projects: MAE and FG-MAE ViTs, DINOv2, timm, safetensors; the head swap; refusals."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+import sarwmix.backbones
+from models_mixmim import MixMIM, model_config
+from sarwmix.backbones import build_classifier, build_segmenter
+from sarwmix.heads import TaskModel
+from sarwmix.tasks import ModelSettings
+from sarwmix.weights import load_pretrained, load_start, load_timm_weights, read_weights
+from util.errors import UserError
+from util.pos_embed import resize_position_table
+
+VIT = ModelSettings("vit_tiny_patch16_224", 32, 2)
+BANDS = ("VH", "VV")
+STATISTICS = {"mean": [-19.0, -12.0], "std": [5.0, 5.0]}
+
+
+def start(model: TaskModel, path: Path, **options: Any) -> None:
+    load_start(model, str(path), bands=BANDS, statistics=STATISTICS, **options)
+
+
+def encoder_state(seed: int = 0, settings: ModelSettings = VIT) -> dict[str, Tensor]:
+    """timm's own names and seeded weights."""
+    torch.manual_seed(seed)
+    model: Any = build_classifier(settings, 3)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    return {name: value.clone() for name, value in model.encoder.state_dict().items()}
+
+
+def mae_state(**changes: Tensor) -> dict[str, Tensor]:
+    """An encoder with the decoder of MAE's published names."""
+    decoder = {
+        "mask_token": torch.zeros(1, 1, 16),
+        "decoder_pos_embed": torch.zeros(1, 5, 16),
+        "decoder_embed.weight": torch.zeros(16, 192),
+        "decoder_blocks.0.norm1.weight": torch.zeros(16),
+        "decoder_norm.weight": torch.zeros(16),
+        "decoder_pred.weight": torch.zeros(512, 16),
+    }
+    return {**encoder_state(), **decoder, **changes}
+
+
+@pytest.fixture
+def fgmae(tmp_path: Path) -> Path:
+    """A file as FG-MAE releases them: weights under `model`, an epoch, an argparse.Namespace."""
+    path = tmp_path / "B2_vitt16_fgmae_ep99.pth"
+    torch.save({"model": mae_state(), "epoch": 99, "args": argparse.Namespace(model="mae_vit", lr=1e-4)}, path)
+    return path
+
+
+def test_fgmae_file_into_a_vit(fgmae: Path) -> None:
+    model: Any = build_classifier(VIT, 5)
+    head = model.head.weight.clone()
+    done = load_pretrained(model, read_weights(str(fgmae))["model"], source="x.pth")
+    assert set(done.dropped) == {name for name in mae_state() if name.startswith(("decoder_", "mask_token"))}
+    assert done.fresh == ("head.weight", "head.bias")
+    assert not done.resized
+    for name, value in encoder_state().items():
+        assert torch.equal(model.encoder.state_dict()[name], value), name
+    assert torch.equal(model.head.weight, head)
+
+
+def test_position_table_of_another_input_size_is_resized(fgmae: Path) -> None:
+    model: Any = build_classifier(ModelSettings("vit_tiny_patch16_224", 64, 2), 5)
+    done = load_pretrained(model, read_weights(str(fgmae))["model"], source="x.pth")
+    assert done.resized == ("pos_embed",)
+    table = encoder_state()["pos_embed"]
+    assert torch.equal(model.encoder.pos_embed[:, :1], table[:, :1])
+    torch.testing.assert_close(model.encoder.pos_embed[:, 1:].detach(), resize_position_table(table[:, 1:], 16))
+
+
+def test_global_pooling_has_a_norm_of_its_own(fgmae: Path) -> None:
+    model: Any = build_classifier(ModelSettings("vit_tiny_patch16_224", 32, 2, pool="avg"), 5)
+    done = load_pretrained(model, read_weights(str(fgmae))["model"], source="x.pth")
+    assert {"norm.weight", "norm.bias"} < set(done.dropped)
+    assert "encoder.fc_norm.weight" in done.fresh
+    assert torch.equal(model.encoder.fc_norm.weight, torch.ones(192))
+
+
+def test_segmenters_take_the_same_file(fgmae: Path) -> None:
+    model: Any = build_segmenter(VIT, 5)
+    start(model, fgmae)
+    assert torch.equal(model.encoder.norm.weight, encoder_state()["norm.weight"])
+
+
+def test_safetensors_and_bare_state_dicts(tmp_path: Path) -> None:
+    state = {**encoder_state(), "head.weight": torch.zeros(1000, 192), "head.bias": torch.zeros(1000)}
+    save_file(state, tmp_path / "model.safetensors")
+    torch.save(state, tmp_path / "model.pth")
+    torch.save({"state_dict": {f"module.{name}": value for name, value in state.items()}}, tmp_path / "ddp.pth")
+    for name in ("model.safetensors", "model.pth", "ddp.pth"):
+        model: Any = build_classifier(VIT, 5)
+        start(model, tmp_path / name)
+        assert torch.equal(model.encoder.norm.weight, state["norm.weight"]), name
+    (tmp_path / "model.safetensors").write_bytes(b"\x10" * 40)
+    with pytest.raises(UserError, match=r"cannot load .*model\.safetensors"):
+        read_weights(str(tmp_path / "model.safetensors"))
+    torch.save({"epoch": 3, "weights": [1, 2]}, tmp_path / "none.pth")
+    with pytest.raises(UserError, match="holds no weights: .*it has epoch, weights"):
+        read_weights(str(tmp_path / "none.pth"))
+
+
+def test_dinov2_with_registers_computes_what_timm_computes(tmp_path: Path) -> None:
+    settings = ModelSettings("vit_small_patch14_reg4_dinov2", 28, 2)
+    torch.manual_seed(1)
+    original: Any = build_classifier(settings, 3).eval()
+    torch.nn.init.normal_(original.encoder.cls_token)  # timm's 1e-6 would drown in the rounding of what follows
+    state = dict(original.encoder.state_dict())
+    position = torch.randn(1, 1, 384)  # published: the class token has a position of its own, added in the forward pass
+    published = {name: value for name, value in state.items() if name != "reg_token"}
+    published["register_tokens"] = state["reg_token"]
+    published["cls_token"] = state["cls_token"] - position
+    published["pos_embed"] = torch.cat([position, state["pos_embed"]], dim=1)
+    published["mask_token"] = torch.zeros(1, 384)
+    torch.save({"teacher": {f"backbone.{name}": value for name, value in published.items()}}, tmp_path / "dino.pth")
+    model: Any = build_classifier(settings, 3).eval()
+    start(model, tmp_path / "dino.pth")
+    images = torch.randn(1, 2, 28, 28)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model.forward_features(images), original.forward_features(images), atol=1e-4, rtol=1e-4
+        )
+
+
+def test_another_number_of_bands_is_refused_or_adapted(tmp_path: Path) -> None:
+    rgb = encoder_state(settings=ModelSettings("vit_tiny_patch16_224", 32, 3))
+    torch.save(rgb, tmp_path / "rgb.pth")
+    model: Any = build_classifier(VIT, 5)
+    with pytest.raises(UserError, match=r"trained on 3 bands, the data set has 2 \(VH, VV\).*--adapt_bands"):
+        start(model, tmp_path / "rgb.pth")
+    start(model, tmp_path / "rgb.pth", adapt_bands=True)
+    image = torch.randn(1, 1, 32, 32)
+    patches = torch.nn.functional.conv2d(image.expand(-1, 3, -1, -1), rgb["patch_embed.proj.weight"], stride=16)
+    found = torch.nn.functional.conv2d(image.expand(-1, 2, -1, -1), model.encoder.patch_embed.proj.weight, stride=16)
+    torch.testing.assert_close(found, patches)  # equal bands give the response they gave before
+
+
+def test_names_and_order_of_bands_are_enforced(tmp_path: Path) -> None:
+    torch.save({"model": mae_state(), "data": {"bands": ["VV", "VH"]}}, tmp_path / "x.pth")
+    with pytest.raises(UserError, match="trained on bands VV, VH, the data set delivers VH, VV"):
+        start(build_classifier(VIT, 5), tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize(
+    ("settings", "state", "message"),
+    [
+        (VIT, {"blocks.0.surprise": torch.zeros(2)}, r"left over: encoder\.blocks\.0\.surprise \(2,\)"),
+        (ModelSettings("vit_tiny_patch16_224", 128, 2), {"norm.weight": torch.zeros(7)}, r"shape of encoder\.norm"),
+        (ModelSettings("vit_small_patch16_224", 32, 2), {}, "has width 192, 12 blocks.*has width 384, 12 blocks"),
+        (ModelSettings("resnet10t", 64, 2), {}, "shares no entry with resnet10t"),
+        (ModelSettings("mixmim_tiny", 128, 2), {}, "is a ViT .*but the model is mixmim_tiny"),
+    ],
+)
+def test_a_file_of_another_model_is_one_clear_sentence(
+    settings: ModelSettings, state: dict[str, Tensor], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        load_pretrained(build_classifier(settings, 5), mae_state(**state), source="x.pth")
+
+
+def test_a_mixmim_checkpoint_is_no_vit() -> None:
+    state = MixMIM(**model_config("mixmim_tiny")).state_dict()
+    with pytest.raises(UserError, match="x.pth is a MixMIM encoder, the model is vit_tiny_patch16_224"):
+        load_pretrained(build_classifier(VIT, 5), state, source="x.pth")
+
+
+@pytest.mark.parametrize("head", ["upernet", "fused"])
+@pytest.mark.parametrize("name", ["mixmim_tiny", "resnet10t"])
+def test_segmentation_head_keeps_everything_but_a_last_layer_of_other_classes(name: str, head: str) -> None:
+    torch.manual_seed(0)
+    settings = ModelSettings(name, 128, 2, head=head)
+    satlas, floods = build_segmenter(settings, 5), build_segmenter(settings, 2)
+    fresh = {key: value.clone() for key, value in floods.state_dict().items() if key.startswith("head.classifier")}
+    done = load_pretrained(floods, satlas.state_dict(), source="satlas.pth")
+    assert set(done.fresh) == set(done.dropped) == set(fresh)
+    for key, value in floods.state_dict().items():
+        assert torch.equal(value, fresh.get(key, satlas.state_dict()[key])), key
+    same = load_pretrained(build_segmenter(settings, 5), satlas.state_dict(), source="satlas.pth")
+    assert same.fresh == ()
+
+
+def test_a_head_of_another_kind_is_named() -> None:
+    state = build_segmenter(ModelSettings("resnet10t", 64, 2), 5).state_dict()
+    model = build_segmenter(ModelSettings("resnet10t", 64, 2, head="fused"), 5)
+    with pytest.raises(UserError, match=r"another kind of head.*--new_head"):
+        load_pretrained(model, state, source="x.pth")
+    assert "head.classifier.weight" in load_pretrained(model, state, source="x.pth", new_head=True).fresh
+
+
+def test_weights_that_cannot_be_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(settings: ModelSettings, *, pretrained: bool = False) -> Any:
+        raise OSError("Name or service not known")
+
+    model = build_classifier(VIT, 5)
+    monkeypatch.setattr(sarwmix.backbones, "create_encoder", refuse)
+    with pytest.raises(UserError, match=r"Name or service not known.*huggingface.co/timm/vit_tiny.*--finetune FILE"):
+        load_timm_weights(model, VIT)
+    with pytest.raises(UserError, match="--pretrained fetches timm's weights"):
+        load_timm_weights(
+            build_classifier(ModelSettings("mixmim_tiny", 128, 2), 5), ModelSettings("mixmim_tiny", 128, 2)
+        )
+
+
+def test_weights_of_timm(monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = build_classifier(VIT, 5)
+    torch.manual_seed(9)
+    downloaded: Any = build_classifier(VIT, 3).encoder
+    monkeypatch.setattr(sarwmix.backbones, "create_encoder", lambda settings, pretrained=False: downloaded)
+    load_timm_weights(model, VIT)
+    assert all(torch.equal(value, model.encoder.state_dict()[name]) for name, value in downloaded.state_dict().items())
