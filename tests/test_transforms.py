@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torchvision.transforms import v2
 
-from sarwmix.transforms import SarTransform, apply_flips, draw_flips, resize
+from sarwmix.registry import Preprocessing
+from sarwmix.transforms import (
+    SarTransform,
+    apply_flips,
+    crop_and_resize,
+    draw_crops,
+    draw_flips,
+    resize,
+    transform_of,
+)
 from sarwmix.weighting import WeightOptions, compute_weights
+from util.errors import UserError
 
 MEAN, STD = (-19.2, -12.5), (5.4, 5.0)
 
@@ -87,3 +98,68 @@ def test_invalid_pixels(level: str, mode: str) -> None:
     assert (got.weights[got.valid] > 0).all()
     clean = transform(WeightOptions(mode=mode, level=level))(patches())
     torch.testing.assert_close(got.images[1:], clean.images[1:])
+
+
+# Other preprocessing ---------------------------------------------------------------------------------------------
+
+
+def prepared(preprocessing: Preprocessing, size: int, image: torch.Tensor) -> torch.Tensor:
+    transform = SarTransform(size=size, mean=(-20.26, -12.59), std=(5.91, 5.26), preprocessing=preprocessing)
+    return transform(image).images
+
+
+def test_clip_normalisation() -> None:
+    image = torch.tensor([[-30.0, -25.0], [-12.5, 3.0]]).expand(1, 2, 2, 2).clone()
+    image[0, 0, 0, 0] = torch.nan  # no data: the band mean, clipped as any value
+    out = prepared(Preprocessing("clip", clip=(-25.0, 0.0)), 2, image)
+    assert torch.allclose(out[0, 1], torch.tensor([[0.0, 0.0], [0.5, 1.0]]))
+    assert out[0, 0, 0, 0].item() == pytest.approx((25 - 20.26) / 25)
+
+
+def test_quantile_normalisation_is_that_of_each_image_and_band() -> None:
+    rng = np.random.default_rng(0)
+    image = rng.normal([[[-20.0]], [[-12.0]]], 6.0, (3, 2, 64, 64)).astype(np.float32)
+    image[1, 0, :5] = np.nan
+    out = prepared(Preprocessing("quantiles"), 64, torch.from_numpy(image)).numpy()
+    for sample in range(3):
+        for band, (mean, std) in enumerate(((-20.26, 5.91), (-12.59, 5.26))):
+            values = image[sample, band]
+            low, high = np.nanquantile(values, [0.01, 0.99])
+            expected = np.clip((np.clip(values, low, high) - (mean - 2 * std)) / (4 * std), 0, 1)
+            valid = np.isfinite(values)
+            assert np.allclose(out[sample, band][valid], expected[valid], atol=1e-5)
+    assert np.allclose(out[1, 0, :5], 0.5)  # the band mean lies in the middle
+
+
+def test_evaluation_cuts_the_centre_of_a_larger_image() -> None:
+    image = torch.linspace(-30, 0, 64).expand(1, 2, 64, 64).contiguous()
+    transform = SarTransform(size=224, mean=(0, 0), std=(1, 1), preprocessing=Preprocessing(geometry="resized_crop"))
+    assert transform.evaluation_size == 256
+    whole = torch.nn.functional.interpolate(image, size=(256, 256), mode="bilinear", align_corners=False)
+    assert torch.allclose(transform(image).images, whole[..., 16:240, 16:240])
+
+
+def test_random_crops_are_those_of_the_generator_and_equal_a_plain_resize() -> None:
+    image = torch.randn(4, 2, 64, 48, generator=torch.Generator().manual_seed(0))
+    crops = draw_crops(4, 64, 48, torch.Generator().manual_seed(3))
+    assert torch.equal(crops, draw_crops(4, 64, 48, torch.Generator().manual_seed(3)))
+    out = crop_and_resize(image, crops, 80)
+    for sample, (left, top, wide, tall) in enumerate(crops.int().tolist()):
+        assert 0 <= left <= left + wide <= 48
+        assert 0 <= top <= top + tall <= 64
+        part = image[sample : sample + 1, :, top : top + tall, left : left + wide]
+        expected = torch.nn.functional.interpolate(part, size=(80, 80), mode="bilinear", align_corners=False)
+        assert torch.allclose(out[sample : sample + 1], expected, atol=1e-4)
+
+
+def test_preprocessing_travels_in_a_checkpoint() -> None:
+    how = Preprocessing("clip", clip=(-25.0, 0.0), geometry="window")
+    data = {"statistics": {"mean": [-20.0, -12.0], "std": [5.0, 5.0]}, "preprocessing": how.as_dict()}
+    assert transform_of(data, size=64).preprocessing == how
+    assert transform_of({"statistics": data["statistics"]}, size=64).preprocessing == Preprocessing()
+    with pytest.raises(UserError, match="normalisation is one of"):
+        Preprocessing.from_dict({"normalisation": "max", "clip": None, "geometry": "resize"})
+    with pytest.raises(UserError, match="clip"):
+        Preprocessing("zscore", clip=(0.0, 1.0))
+    with pytest.raises(ValueError, match="z-scores"):
+        SarTransform(size=8, mean=(0,), std=(1,), weighting=WeightOptions(), preprocessing=how)
