@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from util.errors import UserError
-from util.linear import Linear, linear
+from util.linear import Linear, gelu_linear, linear, norm_linear
 from util.pos_embed import sincos_table
 
 CELL_STRIDE = 32  # pixels per side of a mask cell = stride of the last stage = 4 * 2**3
@@ -176,17 +176,18 @@ class WindowAttention(nn.Module):
         self.proj = Linear(dim, dim)
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
 
-    def forward(self, x: Tensor, sizes: tuple[int, ...], biases: tuple[Tensor, ...]) -> Tensor:
+    def forward(self, x: Tensor, norm: nn.LayerNorm, sizes: tuple[int, ...], biases: tuple[Tensor, ...]) -> Tensor:
         """Attend within groups of consecutive tokens.
 
         Args:
             x: (B, T, C) tokens in the encoder's order.
+            norm: applied to them first.
             sizes: tokens of each group, sum T. A group holds one or more windows.
             biases: per group (1 or W, h, n, n) with n tokens a window; the group has size / n windows.
         """
         batch, _, width = x.shape
         outputs = []
-        for qkv, size, bias in zip(self.qkv(x).split(sizes, dim=1), sizes, biases, strict=True):
+        for qkv, size, bias in zip(norm_linear(x, norm, self.qkv).split(sizes, dim=1), sizes, biases, strict=True):
             n = bias.shape[-1]
             q, k, v = qkv.reshape(batch, size // n, n, 3, self.num_heads, -1).permute(3, 0, 1, 4, 2, 5)
             outputs.append(attention(q, k, v, bias).transpose(2, 3).reshape(batch, size, width))
@@ -201,8 +202,9 @@ class Mlp(nn.Module):
         self.fc1 = Linear(dim, 4 * dim)
         self.fc2 = Linear(4 * dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+    def forward(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
+        """(..., C) -> (..., C); ``norm`` is applied first."""
+        return gelu_linear(norm_linear(x, norm, self.fc1), self.fc2.weight, self.fc2.bias)
 
 
 def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
@@ -227,8 +229,8 @@ class MixMIMBlock(nn.Module):
 
     def forward(self, x: Tensor, sizes: tuple[int, ...], biases: tuple[Tensor, ...]) -> Tensor:
         """(B, T, C) -> (B, T, C); ``sizes`` and ``biases`` as in :meth:`WindowAttention.forward`."""
-        x = x + drop_path(self.attn(self.norm1(x), sizes, biases), self.drop_path_rate, self.training)
-        return x + drop_path(self.mlp(self.norm2(x)), self.drop_path_rate, self.training)
+        x = x + drop_path(self.attn(x, self.norm1, sizes, biases), self.drop_path_rate, self.training)
+        return x + drop_path(self.mlp(x, self.norm2), self.drop_path_rate, self.training)
 
 
 class PatchMerging(nn.Module):
@@ -241,7 +243,7 @@ class PatchMerging(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         batch, tokens, width = x.shape
-        return self.reduction(self.norm(x.reshape(batch, tokens // 4, 4 * width)))
+        return norm_linear(x.reshape(batch, tokens // 4, 4 * width), self.norm, self.reduction)
 
 
 class PatchEmbed(nn.Module):
@@ -542,9 +544,10 @@ class DecoderAttention(nn.Module):
         self.qkv = Linear(dim, 3 * dim)
         self.proj = Linear(dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
+        """(B, L, C) -> (B, L, C); ``norm`` is applied first."""
         batch, cells, width = x.shape
-        q, k, v = self.qkv(x).view(batch, cells, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = norm_linear(x, norm, self.qkv).view(batch, cells, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         return self.proj(attention(q, k, v, None).transpose(1, 2).reshape(batch, cells, width))
 
 
@@ -559,10 +562,10 @@ class DecoderBlock(nn.Module):
         self.mlp = Mlp(dim)
 
     def attend(self, x: Tensor) -> Tensor:
-        return x + self.attn(self.norm1(x))
+        return x + self.attn(x, self.norm1)
 
     def transform(self, x: Tensor) -> Tensor:
-        return x + self.mlp(self.norm2(x))
+        return x + self.mlp(x, self.norm2)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.transform(self.attend(x))

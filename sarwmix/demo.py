@@ -26,7 +26,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
 
 from util.errors import UserError
 
@@ -272,6 +271,8 @@ def speckle(rng: np.random.Generator, shape: tuple[int, int]) -> Array:
 
 def smooth_noise(rng: np.random.Generator, shape: tuple[int, int], scale: float) -> Array:
     """Gaussian noise of zero mean and unit variance whose features are about `scale` pixels wide."""
+    from scipy import ndimage
+
     height, width = shape
     if scale <= 4.0:
         values = ndimage.gaussian_filter(rng.standard_normal(shape, dtype=np.float32), scale / 2, mode="wrap")
@@ -680,6 +681,8 @@ def _relief(c: Canvas, angle: Array) -> Array:
 
 def _point_response(c: Canvas, pol_ratio_db: float) -> Array:
     """Intensity of all point scatterers, spread by the system's response of about 2 x 2 pixels."""
+    from scipy import ndimage
+
     image = np.zeros(c.shape, dtype=np.float32)
     for rows, cols, peak in c.points:
         ratio = 10.0 ** ((pol_ratio_db + 2.0 * c.rng.standard_normal(peak.size)) / 10.0)
@@ -700,6 +703,8 @@ def paint_site(site: Site, seed: int) -> tuple[Array, NDArray[np.uint8]]:
     Returns:
         Backscatter (2, H, W) float32 in dB, VH then VV, and the class of every pixel (H, W), 0-18.
     """
+    from scipy import ndimage
+
     rng = np.random.default_rng([seed, site.index, 2])
     rows, cols = _grid(site.patches)
     shape = (rows * SIZE + 2 * MARGIN, cols * SIZE + 2 * MARGIN)

@@ -113,7 +113,7 @@ def compute_weights(
         weights = torch.ones_like(sar, dtype=torch.float32)
     else:
         # 10**(dB / 10) as one exponential
-        power = without(torch.exp(sar.float() * (math.log(10.0) / 10.0)), valid)
+        power = without((sar.float() * (math.log(10.0) / 10.0)).exp_(), valid)
         if mode == "shared_intensity":
             power = band_mean(power, valid)
             any_band = None if valid is None else valid.any(dim=-3, keepdim=True)
@@ -170,9 +170,10 @@ def exponential_weights(
         high = (power if valid is None else torch.where(valid, power, -torch.inf)).amax(dim=(-2, -1), keepdim=True)
     if linear_range is not None or clip > 0:
         power = torch.maximum(torch.minimum(power, high), low)
-    x = (power - low).div_(high - low + EPS)
-    # An image without a single valid pixel has low = inf: its x is NaN and its weights are 0, not NaN.
-    return without(x.neg_().add_(1.0).mul_(exp_scale).exp_(), valid)
+    # s * (1 - x) as s - (power - low) * s / (high - low): one pass over the pixels less for each operation saved.
+    exponent = (power - low).mul_(-exp_scale / (high - low + EPS)).add_(exp_scale)
+    # An image without a single valid pixel has low = inf: its exponent is NaN and its weights are 0, not NaN.
+    return without(exponent.exp_(), valid)
 
 
 def percentiles(power: Tensor, valid: Tensor | None, clip: float) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 from torch import nn
 
 from util.errors import UserError
-from util.optim import build_adamw, gradient_norm, layer_id, parameter_groups, stage_depths
+from util.optim import SGD, AdamW, build_adamw, gradient_norm, layer_id, parameter_groups, stage_depths
 
 RECORDED = json.loads((Path(__file__).parent / "parity" / "layer_decay_base_0.7.json").read_text())
 
@@ -123,3 +125,32 @@ def test_gradient_norm():
     assert gradient_norm(parameters) == 5
     parameters[1].grad = torch.tensor([float("nan")])
     assert gradient_norm(parameters).isnan()
+
+
+def test_making_and_stepping_an_optimizer_spares_the_compiler():
+    program = (
+        "import sys, torch\n"
+        "from util.optim import build_adamw, build_sgd, parameter_groups\n"
+        "for build in (build_adamw, build_sgd):\n"
+        "    model = torch.nn.Linear(2, 2)\n"
+        "    optimizer = build(parameter_groups(model, weight_decay=0.1), lr=0.1)\n"
+        "    model(torch.ones(1, 2)).sum().backward(); optimizer.step(); optimizer.zero_grad()\n"
+        "    optimizer.load_state_dict(optimizer.state_dict())\n"
+        "assert 'torch._dynamo' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parents[1])
+
+
+def test_our_optimizers_step_as_pytorchs_do():
+    for ours, theirs in ((AdamW, torch.optim.AdamW), (SGD, torch.optim.SGD)):
+        results = []
+        for kind in (ours, theirs):
+            torch.manual_seed(0)
+            layer = torch.nn.Linear(3, 3)
+            optimizer = kind(layer.parameters(), lr=0.1, weight_decay=0.1)
+            for _ in range(3):
+                optimizer.zero_grad()
+                layer(torch.ones(2, 3)).square().sum().backward()
+                optimizer.step()
+            results.append(layer.weight.detach().clone())
+        assert torch.equal(*results)

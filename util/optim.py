@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -100,24 +101,57 @@ def _layer_ids(model: nn.Module, names: Sequence[str]) -> tuple[dict[str, int], 
     return {name: layer_id(name, depths) for name in names}, sum(depths) + 1
 
 
+# PyTorch marks methods of its optimizers as "not to be compiled" by importing the compiler, torch._dynamo, when they
+# are first called: 1.5 s of every start and 150 MiB. Nothing here compiles an optimizer, so the plain methods serve.
+
+
+def _spare_the_compiler(base: type[torch.optim.Optimizer]) -> Callable[..., Any]:
+    """The plain `step` of an optimizer class, under `no_grad`; its other methods lose their mark, too."""
+    for name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict"):
+        plain = getattr(getattr(torch.optim.Optimizer, name), "__wrapped__", None)
+        if plain is not None:
+            plain.__dict__.setdefault("__dynamo_disable", plain)  # where PyTorch keeps the marked method
+    return torch.no_grad()(inspect.unwrap(base.step))
+
+
+class AdamW(torch.optim.AdamW):
+    """`torch.optim.AdamW` that does not import torch._dynamo."""
+
+    step = _spare_the_compiler(torch.optim.AdamW)
+
+
+class SGD(torch.optim.SGD):
+    """`torch.optim.SGD` that does not import torch._dynamo."""
+
+    step = _spare_the_compiler(torch.optim.SGD)
+
+
 def build_adamw(
     groups: list[dict[str, Any]], *, lr: float, betas: tuple[float, float] = (0.9, 0.999)
 ) -> torch.optim.AdamW:
     """AdamW over `groups`, with the fused kernel (CPU and CUDA have one): one pass over the parameters per step.
 
-    The rate of each group starts at `lr` times its `lr_scale`.
+    The rate of each group starts at `lr` times its `lr_scale`. On a CPU the moments are allocated here instead of in
+    the first step: they would lie amid the arrays of that step, whose place the next steps could not use as a whole.
     """
     parameters = [parameter for group in groups for parameter in group["params"]]
     fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, fused=fused)
+    optimizer = AdamW(groups, lr=lr, betas=betas, fused=fused)
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
+    for parameter in parameters:
+        if parameter.device.type == "cpu" and fused:
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32),
+                "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+                "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+            }
     return optimizer
 
 
 def build_sgd(groups: list[dict[str, Any]], *, lr: float, momentum: float = 0.9) -> torch.optim.SGD:
     """SGD with momentum over `groups`, fused, for linear probes."""
-    return torch.optim.SGD(groups, lr=lr, momentum=momentum, fused=True)
+    return SGD(groups, lr=lr, momentum=momentum, fused=True)
 
 
 @torch.no_grad()
