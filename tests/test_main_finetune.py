@@ -375,6 +375,71 @@ def test_training_under_mpirun_and_torchrun(run_script: Runner, demo_root: Path,
     assert first == second  # the launcher makes no difference
 
 
+VIT = ("--model", "vit_tiny_patch16_224", "--input_size", 32)
+
+
+def test_a_timm_vit_stops_early_and_stays_stopped(
+    script: Script, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Learning rate 1e-12: nothing rises after the first epoch, so patience 2 ends the run after the third."""
+    options = (*VIT, "--batch_size", 16, "--epochs", 9, "--warmup_epochs", 0, "--lr", 1e-12, "--patience", 2)
+    options += ("--min_lr", 1e-12, "--drop_rate", 0.2, "--layer_decay", 0.75, "--pool", "avg", "--save_every", 1)
+    script(*options, "--epochs", 9, "--stop_epoch", 2)
+    state = load_checkpoint(tmp_path / "run" / "checkpoint.pth")
+    assert state["patience"] == {"metric": "ap_macro", "best": state["patience"]["best"], "waited": 1}
+    assert state["model_config"]["pool"] == "avg"
+    script(*options, "--resume", "auto")
+    assert "stopped early: ap_macro has not risen for 2 epochs" in capsys.readouterr().out
+    assert load_checkpoint(tmp_path / "run" / "checkpoint.pth")["epoch"] == 2
+    first = metrics_of(tmp_path / "run")
+    assert first["trainable_parameters"] == sum(
+        value.numel() for name, value in state["model"].items() if not name.endswith("num_batches_tracked")
+    )
+    script(*options, "--resume", "auto")  # a run that has ended early does not go on
+    again = metrics_of(tmp_path / "run")
+    assert again["results"] == first["results"]
+    assert len((tmp_path / "run" / "log.txt").read_text().splitlines()) == 3
+
+
+def test_bands_of_a_checkpoint_are_stored_and_enforced(script: Script, tmp_path: Path) -> None:
+    script(*VIT, "--protocol", "frozen", "--epochs", 1, "--warmup_epochs", 0, "--batch_size", 16)
+    path = tmp_path / "run" / "checkpoint.pth"
+    state = load_checkpoint(path)
+    assert state["data"]["bands"] == ["VH", "VV"]
+    state["data"]["bands"] = ["VV", "VH"]
+    save_checkpoint(tmp_path / "swapped.pth", state)
+    for options in (("--eval", "--resume"), ("--finetune",)):
+        with pytest.raises(UserError, match="trained on bands VV, VH, the data set delivers VH, VV"):
+            script(*VIT, "--protocol", "frozen", *options, tmp_path / "swapped.pth", out="refused")
+
+
+def test_a_frozen_encoder_may_run_on_augmented_images(script: Script, tmp_path: Path) -> None:
+    options = (*VIT, "--protocol", "linear", "--feature_cache", "none", "--epochs", 2, "--warmup_epochs", 0)
+    script(*options, "--batch_size", 16, "--mixup", 0.8)
+    assert not (tmp_path / "run" / "none").exists()
+    assert metrics_of(tmp_path / "run")["trainable_parameters"] == 192 * 19 + 19
+    path = tmp_path / "run" / "checkpoint_best.pth"
+    script(*VIT, "--protocol", "linear", "--eval", "--resume", path, out="eval")
+    again = metrics_of(tmp_path / "eval", "metrics_eval.json")["results"][str(path)]["test"]["scalars"]
+    before = metrics_of(tmp_path / "run")["results"]["checkpoint_best.pth"]["test"]["scalars"]
+    assert again["ap_macro"] == before["ap_macro"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--model", "resnet5"), "did you mean .*resnet50"),
+        (("--head", "upernet"), "--head upernet does not fit the multilabel task; choose one of linear, bn_linear"),
+        (("--adapt_bands",), "--adapt_bands spreads the first layer of a --finetune checkpoint"),
+        (("--protocol", "knn", "--feature_cache", "none"), "--feature_cache none"),
+        (("--protocol", "linear", "--drop_rate", "0.1"), "--drop_rate has no place in --protocol linear"),
+    ],
+)
+def test_backbones_and_heads_that_do_not_fit(script: Script, options: tuple[str, ...], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        script(*options)
+
+
 def test_help_is_quick_and_names_every_protocol() -> None:
     import time
 
