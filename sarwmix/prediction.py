@@ -694,7 +694,7 @@ def _predict_pixels(model: Pretrained, sources: list[Source], work: Path, option
     areas = np.zeros(count, dtype=np.int64)
     shape = (scene.height, scene.width)
     tags = _tags(model, TILE=str(tile), STRIDE=str(stride))
-    colours = {number: (*_rgb(number), 255) for number in range(count)}
+    colours = {number: (*_rgb(number, count), 255) for number in range(count)}
     rasters = [
         Raster(work / f"{scene.name}_classes.tif", scene, cell=1, shape=(1, *shape), dtype="uint8",
                names=["; ".join(f"{number} {name}" for number, name in enumerate(model.classes))],
@@ -757,12 +757,12 @@ def _predict_pixels(model: Pretrained, sources: list[Source], work: Path, option
     }
 
 
-def _rgb(number: int) -> tuple[int, int, int]:
+def _rgb(number: int, count: int) -> tuple[int, int, int]:
     from matplotlib.colors import to_rgb
 
     from sarwmix.quicklook import class_colour
 
-    red, green, blue = (round(255 * value) for value in to_rgb(class_colour(number)))
+    red, green, blue = (round(255 * value) for value in to_rgb(class_colour(number, count)))
     return red, green, blue
 
 

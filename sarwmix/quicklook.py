@@ -66,8 +66,10 @@ class Thumbnail:
             return self._sum / self._count
 
 
-def class_colour(number: int) -> str:
-    """Colour of a class; more classes than colours share the last greys."""
+def class_colour(number: int, count: int) -> str:
+    """Colour of one of `count` classes: the second of two stands out; more classes than colours share a grey."""
+    if count == 2:
+        return ("#DDDDDD", BLUE)[number]
     return CLASS_COLOURS[number] if number < len(CLASS_COLOURS) else OTHER
 
 
@@ -77,7 +79,7 @@ class _Page:
     def __init__(self, shape: tuple[int, int], panels: int, title: str, *, below: float = 0.62) -> None:
         ratio = float(np.clip(shape[0] / shape[1], 0.25, 2.2))
         self._below, self._tall = below, SIDE * ratio
-        columns = min(COLUMNS, panels)
+        columns = 2 if panels == 4 else min(COLUMNS, panels)
         rows = -(-panels // columns)
         self._columns = columns
         self._width = columns * (SIDE + 0.25) + 0.25
@@ -265,12 +267,13 @@ def segmentation_figure(
     numbers = np.where(known, np.nan_to_num(probability).argmax(axis=0).astype(np.float64), np.nan)
     share = 100 * areas / areas.sum()
     labels = [_short(f"{name} ({part:.1f} %)") for name, part in zip(names, share, strict=True)]
-    colours = [class_colour(number) for number in range(len(names))]
+    colours = [class_colour(number, len(names)) for number in range(len(names))]
     page = _Page(numbers.shape, 4, title, below=max(0.62, 0.12 + 0.155 * -(-len(labels) // 2)))
     _backscatter(page, thumbnail, metres)
     page.classes("class of highest probability", numbers, colours, labels)
     if len(names) == 2:
-        page.show(f"{names[1]}", probability[1], "cividis", (0.0, 1.0), f"probability of {names[1]}", "neither")
+        label = f"probability of {names[1]}"
+        page.show(label, probability[1], "cividis", (0.0, 1.0), "probability", "neither")
     else:
         best = np.where(known, np.nan_to_num(probability).max(axis=0), np.nan)
         page.show("probability of that class", best, "cividis", (0.0, 1.0), "probability", "neither")
