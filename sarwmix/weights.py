@@ -75,7 +75,9 @@ def load_start(
         log.info("no --finetune: training from random initialisation")
         return
     checkpoint = read_weights(path)
-    check_bands(checkpoint, bands, source=path)
+    trained_on = [str(band) for band in (checkpoint.get("data") or {}).get("bands") or ()]
+    if not adapt_bands:
+        check_bands(checkpoint, bands, source=path)
     before = (checkpoint.get("data") or {}).get("statistics") or {}
     if any(list(before.get(key, statistics[key])) != list(statistics[key]) for key in ("mean", "std")):
         log.warning(
@@ -87,7 +89,13 @@ def load_start(
             list(statistics["std"]),
         )
     done = load_pretrained(
-        model, checkpoint["model"], source=path, new_head=new_head, adapt_bands=adapt_bands, bands=bands
+        model,
+        checkpoint["model"],
+        source=path,
+        new_head=new_head,
+        adapt_bands=adapt_bands,
+        bands=bands,
+        trained_on=trained_on,
     )
     log.info(
         "weights of %s: %d entries left out (decoder, mask token): %s; resized: %s; fresh: %s",
@@ -192,6 +200,7 @@ def load_pretrained(
     new_head: bool = False,
     adapt_bands: bool = False,
     bands: Sequence[str] = (),
+    trained_on: Sequence[str] = (),
 ) -> LoadedWeights:
     """Load the encoder (and a fitting head, if there is one) from a checkpoint's weights.
 
@@ -204,9 +213,11 @@ def load_pretrained(
         state: the checkpoint's `model`.
         source: what messages call the checkpoint.
         new_head: leave the checkpoint's head out and train the model's fresh one.
-        adapt_bands: spread a first layer made for another number of bands: the mean over its bands, scaled so that
-            the response to equal bands stays. Without it such a file is refused.
-        bands: names of the data set's bands, for messages.
+        adapt_bands: fit a first layer made for other bands: the same ones in another order are put into order; of any
+            others the mean is spread, scaled so that the response to equal bands stays. Without it another number of
+            bands is refused.
+        bands: names of the data set's bands.
+        trained_on: names of the checkpoint's bands, where known.
 
     Raises:
         UserError: another model size or band count, or keys and shapes that are left over; the message names them.
@@ -219,8 +230,9 @@ def load_pretrained(
     else:
         _check_architecture(model, theirs, source)
     first = _first_layer(model, encoder)
-    if first in theirs and theirs[first].shape[1:2] != encoder[first].shape[1:2]:
-        theirs[first] = _other_bands(theirs[first], encoder[first], source, adapt_bands, bands)
+    differ = bool(trained_on) and list(trained_on) != list(bands)
+    if first in theirs and (differ or theirs[first].shape[1:2] != encoder[first].shape[1:2]):
+        theirs[first] = _other_bands(theirs[first], encoder[first], source, adapt_bands, bands, trained_on)
     theirs, resized = _resize_tables(theirs, encoder)
     fresh_encoder = _use_own_norm(theirs, encoder, dropped)
     if new_head:
@@ -347,7 +359,9 @@ def _first_layer(model: TaskModel, encoder: Mapping[str, Tensor]) -> str:
     return next((name for name, value in encoder.items() if value.ndim == 4), "")
 
 
-def _other_bands(weight: Tensor, own: Tensor, source: str, adapt: bool, bands: Sequence[str]) -> Tensor:
+def _other_bands(
+    weight: Tensor, own: Tensor, source: str, adapt: bool, bands: Sequence[str], trained_on: Sequence[str]
+) -> Tensor:
     """First-layer weights (D, C', h, w) for the model's C bands.
 
     Raises:
@@ -360,6 +374,15 @@ def _other_bands(weight: Tensor, own: Tensor, source: str, adapt: bool, bands: S
             f"{own.shape[1]}{named}; use a checkpoint of the same bands, or --adapt_bands to spread the mean of its "
             "first layer over them"
         )
+    if sorted(trained_on) == sorted(bands) and len(bands) == weight.shape[1]:
+        get_logger().info("%s: bands %s put into the order %s", source, ", ".join(trained_on), ", ".join(bands))
+        return weight[:, [list(trained_on).index(band) for band in bands]]
+    get_logger().warning(
+        "%s was trained on %s; the mean of its first layer is spread over %s",
+        source,
+        ", ".join(trained_on) or f"{weight.shape[1]} bands",
+        ", ".join(bands) or f"{own.shape[1]} bands",
+    )
     return (weight.float().sum(dim=1, keepdim=True) / own.shape[1]).expand(-1, own.shape[1], -1, -1).to(weight.dtype)
 
 

@@ -152,6 +152,17 @@ def test_names_and_order_of_bands_are_enforced(tmp_path: Path) -> None:
         start(build_classifier(VIT, 5), tmp_path / "x.pth")
 
 
+def test_the_same_bands_in_another_order_can_be_put_into_order(tmp_path: Path) -> None:
+    torch.save({"model": mae_state(), "data": {"bands": ["VV", "VH"]}}, tmp_path / "x.pth")
+    model: Any = build_classifier(VIT, 5)
+    start(model, tmp_path / "x.pth", adapt_bands=True)
+    weight = mae_state()["patch_embed.proj.weight"]
+    assert torch.equal(model.encoder.patch_embed.proj.weight, weight[:, [1, 0]])
+    torch.save({"model": mae_state(), "data": {"bands": ["B04", "B03"]}}, tmp_path / "optical.pth")
+    start(model, tmp_path / "optical.pth", adapt_bands=True)
+    torch.testing.assert_close(model.encoder.patch_embed.proj.weight[:, 0].detach(), weight.mean(dim=1))
+
+
 @pytest.mark.parametrize(
     ("settings", "state", "message"),
     [

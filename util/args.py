@@ -73,6 +73,9 @@ def add_run_args(parser: argparse.ArgumentParser, *, output_dir: str) -> None:
     )
     group.add_argument("--device", default="auto", help="auto (CUDA when there is a GPU), cpu, cuda or cuda:N")
     group.add_argument("--seed", type=non_negative_int, default=0, help="seed of everything that is random")
+    group.add_argument(
+        "--flops", action="store_true", help="print the operations of one sample's forward pass before training"
+    )
     group.add_argument("--test_run", action="store_true",
                        help="a few batches of everything, then stop: checks an installation or a command")  # fmt: skip
 
@@ -420,7 +423,8 @@ def add_protocol_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--adapt_bands",
         action="store_true",
-        help="accept a --finetune file made for another number of bands: the mean of its first layer is spread",
+        help="accept a --finetune file made for other bands: put into order if they are the same, otherwise the mean "
+        "of its first layer is spread",
     )
     group.add_argument(
         "--new_head",
