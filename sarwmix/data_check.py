@@ -22,8 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sarwmix import registry
+from sarwmix.datasets import MaskDataset, UnreadableSample
 from sarwmix.labels import CLASSES_19, CLASSES_43
 from sarwmix.pair_images import single_images
+from sarwmix.registry import DECIBEL, unit_of
 from sarwmix.statistics import CHUNK, Moments, reading_processes, sample_indices
 from util.errors import UserError
 
@@ -71,7 +73,7 @@ def _warning(topic: str, message: str, names: Sequence[str] = ()) -> Finding:
 
 @dataclass
 class Facts:
-    """Numbers of each sample that was read; arrays are (n,) or (n, C)."""
+    """Numbers of each sample that was read; arrays are (n,) or (n, C), and (n, K) for K classes of a label map."""
 
     index: NDArray[np.int64]
     mean: NDArray[np.float64]  # dB
@@ -79,6 +81,7 @@ class Facts:
     negative: NDArray[np.float64]  # share of the valid pixels
     invalid: NDArray[np.int64]  # pixels
     fingerprint: NDArray[np.uint32]  # of the pixels
+    labelled: NDArray[np.int64]  # pixels of each class; K = 0 where labels are no maps
 
     @classmethod
     def join(cls, parts: Sequence[Facts]) -> Facts:
@@ -105,11 +108,15 @@ class Examination:
 def measure(dataset: SarDataset, indices: NDArray[np.int64]) -> tuple[Facts, Moments]:
     """Read samples and take their numbers; unreadable ones are noted in the moments."""
     images = np.empty((len(indices), *dataset.shape), dtype=np.float32)
-    bad = dataset.read_many(indices, images)
+    labelled = np.zeros((len(indices), len(dataset.spec.classes) if isinstance(dataset, MaskDataset) else 0), np.int64)
+    if isinstance(dataset, MaskDataset):
+        bad = _read_pairs(dataset, indices, images, labelled)
+    else:
+        bad = dataset.read_many(indices, images)
     keep = np.ones(len(indices), dtype=bool)
     keep[[position for position, _ in bad]] = False
     images = images[keep]
-    moments = Moments.of(images)
+    moments = Moments.of(images, dataset.spec.units)
     moments.unreadable = [(error.name, f"{error.path}: {error.reason}") for _, error in bad]
     pixels = images.reshape(*images.shape[:2], images.shape[2] * images.shape[3])
     valid = np.isfinite(pixels)
@@ -124,8 +131,26 @@ def measure(dataset: SarDataset, indices: NDArray[np.int64]) -> tuple[Facts, Mom
         negative=(filled < 0).sum(axis=2) / count,
         invalid=(~valid).sum(axis=2),
         fingerprint=np.array([zlib.crc32(image.tobytes()) for image in images], dtype=np.uint32),
+        labelled=labelled[keep],
     )
     return facts, moments
+
+
+def _read_pairs(
+    dataset: MaskDataset, indices: NDArray[np.int64], images: NDArray[np.float32], labelled: NDArray[np.int64]
+) -> list[tuple[int, UnreadableSample]]:
+    """As `read_many`, and the labelled pixels of each class."""
+    bad = []
+    label = np.empty(dataset.shape[1:], dtype=np.uint8)
+    for position, index in enumerate(indices):
+        try:
+            dataset.read_pair(int(index), images[position], label)
+        except UnreadableSample as error:
+            bad.append((position, error))
+            continue
+        counted = label[np.isfinite(images[position]).all(axis=0)]
+        labelled[position] = np.bincount(counted, minlength=256)[: labelled.shape[1]]
+    return bad
 
 
 _dataset: SarDataset | None = None
@@ -351,20 +376,22 @@ def _check_lists(
 # Pixels ----------------------------------------------------------------------------------------------------------
 
 
-def check_samples(names: Sequence[str], facts: Facts, size: int) -> list[Finding]:
+def check_samples(names: Sequence[str], facts: Facts, size: int, bands: Sequence[str] = ("VH", "VV")) -> list[Finding]:
     """Findings about single samples.
 
     Args:
         names: Names of all samples of the data set.
-        facts: Numbers of those that were read; bands VH, VV.
+        facts: Numbers of those that were read.
         size: Pixels of one band of a sample.
+        bands: Band names.
     """
 
     def named(mask: Any) -> tuple[str, ...]:
         return tuple(names[int(index)] for index in facts.index[mask])
 
     findings: list[Finding] = []
-    linear = (facts.negative < 0.05).all(axis=1)
+    sar = np.array([unit_of(band) == DECIBEL for band in bands])
+    linear = (facts.negative[:, sar] < 0.05).all(axis=1) & sar.any()
     if linear.any():
         findings.append(
             _error(
@@ -374,7 +401,7 @@ def check_samples(names: Sequence[str], facts: Facts, size: int) -> list[Finding
                 named(linear),
             )
         )
-    level = ((facts.mean < -45) | (facts.mean > 5)).any(axis=1) & ~linear
+    level = ((facts.mean < -45) | (facts.mean > 5))[:, sar].any(axis=1) & ~linear
     if level.any():
         findings.append(
             _error(
@@ -383,7 +410,19 @@ def check_samples(names: Sequence[str], facts: Facts, size: int) -> list[Finding
                 named(level),
             )
         )
-    swapped = (facts.mean[:, 0] > facts.mean[:, 1] + 1.0) & ~linear
+    strange = ((facts.mean < 5) | (facts.mean > 15_000))[:, ~sar]
+    if strange.any():
+        findings.append(
+            _error(
+                "implausible reflectance",
+                f"{int(strange.any(axis=1).sum())} sample(s) have a band with a mean outside 5 to 15,000; expected "
+                "reflectance times 10,000",
+                named(strange.any(axis=1)),
+            )
+        )
+    swapped = np.zeros(len(facts.mean), dtype=bool)
+    if "VH" in bands and "VV" in bands:
+        swapped = (facts.mean[:, list(bands).index("VH")] > facts.mean[:, list(bands).index("VV")] + 1.0) & ~linear
     if swapped.any():
         findings.append(
             _error(
@@ -402,7 +441,11 @@ def check_samples(names: Sequence[str], facts: Facts, size: int) -> list[Finding
     if holes.any():
         order = np.flatnonzero(holes)
         order = order[np.argsort(-facts.invalid[order].max(axis=1), kind="stable")]
-        listed = [f"{names[int(facts.index[i])]} ({facts.invalid[i, 0]} VH, {facts.invalid[i, 1]} VV)" for i in order]
+        listed = [
+            f"{names[int(facts.index[i])]} "
+            f"({', '.join(f'{count} {band}' for count, band in zip(facts.invalid[i], bands, strict=True) if count)})"
+            for i in order
+        ]
         share = 100 * facts.invalid.sum() / max(facts.invalid.size * size, 1)
         findings.append(
             _warning(
@@ -412,6 +455,16 @@ def check_samples(names: Sequence[str], facts: Facts, size: int) -> list[Finding
                 listed,
             )
         )
+    if facts.labelled.shape[1]:
+        silent = facts.labelled.sum(axis=1) == 0
+        if silent.any():
+            findings.append(
+                _warning(
+                    "no labelled pixel",
+                    f"{int(silent.sum())} sample(s) count nothing: all their pixels are ignored or have no data",
+                    named(silent),
+                )
+            )
     repeated = Counter(facts.fingerprint.tolist())
     same = np.array([repeated[int(value)] > 1 for value in facts.fingerprint], dtype=bool)
     if same.any():
@@ -429,13 +482,15 @@ def compare_statistics(dataset: SarDataset, moments: Moments) -> list[Finding]:
     between = np.sqrt(np.maximum(moments.std() ** 2 - within, 0.0))
     for number, band in enumerate(dataset.spec.bands):
         mean, std = float(moments.mean[number]), float(moments.std()[number])
-        room = 1.0 + 3.0 * float(between[number]) / np.sqrt(max(moments.samples, 1))
+        unit = unit_of(band)
+        least = 1.0 if unit == DECIBEL else 0.2 * registered.std[number]
+        room = least + 3.0 * float(between[number]) / np.sqrt(max(moments.samples, 1))
         if abs(mean - registered.mean[number]) > room:
             findings.append(
                 _warning(
                     "other mean",
-                    f"{band}: {mean:.2f} dB here, {registered.mean[number]:.2f} dB "
-                    f"in use ({registered.origin}); more than {room:.1f} dB apart. Compute statistics "
+                    f"{band}: {mean:.2f} {unit} here, {registered.mean[number]:.2f} {unit} "
+                    f"in use ({registered.origin}); more than {room:.1f} {unit} apart. Compute statistics "
                     "with scripts/compute_statistics.py",
                 )
             )
@@ -444,9 +499,9 @@ def compare_statistics(dataset: SarDataset, moments: Moments) -> list[Finding]:
             findings.append(
                 _warning(
                     "other deviation",
-                    f"{band}: {std:.2f} dB over all pixels "
-                    f"({np.sqrt(within[number]):.2f} dB within images) here, "
-                    f"{registered.std[number]:.2f} dB in use ({registered.origin})",
+                    f"{band}: {std:.2f} {unit} over all pixels "
+                    f"({np.sqrt(within[number]):.2f} {unit} within images) here, "
+                    f"{registered.std[number]:.2f} {unit} in use ({registered.origin})",
                 )
             )
     return findings
@@ -455,6 +510,11 @@ def compare_statistics(dataset: SarDataset, moments: Moments) -> list[Finding]:
 def _is_absent(reason: str) -> bool:
     """Whether a sample's files are not there, by the words of the readers."""
     return any(words in reason for words in ("does not exist", "is not in the store", "is not in the LMDB"))
+
+
+def _holds_out(spec: registry.DatasetSpec) -> bool:
+    """Whether val is a part of train that an option holds out."""
+    return "val_frac" in spec.options
 
 
 # All -------------------------------------------------------------------------------------------------------------
@@ -488,8 +548,8 @@ def examine(
     Raises:
         UserError: Unknown data set or option; trouble with the data becomes a finding.
     """
-    spec = registry.get_spec(name)
     given = dict(options or {})
+    spec = registry.get_spec(name, given.get("bands"), given)
     if reference is not None and name not in _TABLES:
         raise UserError(f"--reference compares metadata of {', '.join(_TABLES)}; data set {name!r} has none")
     if splits:
@@ -497,8 +557,8 @@ def examine(
     elif spec.task == "unlabelled":
         wanted = ("train",)
     else:
-        # Pairs have no validation split of their own, only one that is held out on request.
-        wanted = tuple(one for one in spec.splits if one != "val" or spec.task != "pair" or "val_frac" in given)
+        # Some data sets have no validation split of their own, only one that is held out on request.
+        wanted = tuple(one for one in spec.splits if one != "val" or "val_frac" in given or not _holds_out(spec))
     result = Examination(None, None, None)
     with tempfile.TemporaryDirectory() as folder:
         if name in _TABLES and Path(data_path).exists() and not registry.is_packed(data_path):
@@ -546,13 +606,20 @@ def examine(
         if listed:
             result.findings.append(_error(topic, f"{len(listed)} sample(s) {what}", listed))
     if result.moments.samples:
-        result.findings += check_samples(dataset.names, result.facts, dataset.shape[1] * dataset.shape[2])
+        size = dataset.shape[1] * dataset.shape[2]
+        result.findings += check_samples(dataset.names, result.facts, size, dataset.spec.bands)
         result.findings += compare_statistics(dataset, result.moments)
+    end = 0
     for split, part in parts.items():
-        if part.labels is None:
+        start, end = end, end + len(part)
+        if result.facts.labelled.shape[1]:
+            here = (result.facts.index >= start) & (result.facts.index < end)
+            counts = result.facts.labelled[here].sum(axis=0)  # pixels
+        elif part.labels is None:
             continue
-        labels = part.labels
-        counts = labels.sum(axis=0) if labels.ndim == 2 else np.bincount(labels, minlength=len(spec.classes))
+        else:
+            labels = part.labels
+            counts = labels.sum(axis=0) if labels.ndim == 2 else np.bincount(labels, minlength=len(spec.classes))
         result.classes[split] = dict(zip(spec.classes, (int(count) for count in counts), strict=True))
         missing = tuple(one for one, count in result.classes[split].items() if count == 0)
         if missing:

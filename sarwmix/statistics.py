@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sarwmix.registry import Statistics
+from sarwmix.registry import DECIBEL, Statistics
 from util.errors import UserError
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 HISTOGRAM_LOW, HISTOGRAM_HIGH, HISTOGRAM_STEP = -100.0, 60.0, 0.01
 """dB. Values outside are counted at the ends; mean and variance take them as they are."""
 BINS = round((HISTOGRAM_HIGH - HISTOGRAM_LOW) / HISTOGRAM_STEP)
+REFLECTANCE_STEP = 20_000 / BINS
 CHUNK = 64
 """Samples of one piece of work; part of the definition of the result, because it fixes the order of the sums."""
 
@@ -57,6 +58,13 @@ class Moments:
     histogram: NDArray[np.int64]
     samples: int = 0
     unreadable: list[tuple[str, str]] = field(default_factory=list)
+    units: tuple[str, ...] = ()
+
+    def axis(self, band: int) -> tuple[float, float]:
+        """Lower end and step of a band's histogram, in its unit (dB, or reflectance x 1e4: 0 to 20,000 by 1.25)."""
+        if self.units and self.units[band] != DECIBEL:
+            return 0.0, REFLECTANCE_STEP
+        return HISTOGRAM_LOW, HISTOGRAM_STEP
 
     @classmethod
     def empty(cls, bands: int) -> Moments:
@@ -73,10 +81,14 @@ class Moments:
         )
 
     @classmethod
-    def of(cls, images: np.ndarray) -> Moments:
-        """Moments of images (B, C, H, W) in dB; NaN and infinite pixels count as invalid."""
+    def of(cls, images: np.ndarray, units: tuple[str, ...] = ()) -> Moments:
+        """Moments of images (B, C, H, W); NaN and infinite pixels count as invalid.
+
+        Args:
+            units: Of each band; dB where not given.
+        """
         result = cls.empty(images.shape[1])
-        result.samples = len(images)
+        result.samples, result.units = len(images), units
         for band in range(images.shape[1]):
             planes = images[:, band].reshape(len(images), images.shape[2] * images.shape[3])
             valid = np.isfinite(planes)
@@ -96,7 +108,8 @@ class Moments:
             result.square[band] = result.within[band] + (count * (mean - result.mean[band]) ** 2).sum()
             result.minimum[band], result.maximum[band] = values.min(), values.max()
             # Clipped before the cast: an integer cannot hold every float.
-            scaled = np.clip((values.ravel() - HISTOGRAM_LOW) * (1 / HISTOGRAM_STEP), 0, BINS - 1)
+            low, step = result.axis(band)
+            scaled = np.clip((values.ravel() - low) * (1 / step), 0, BINS - 1)
             result.histogram[band] = np.bincount(scaled.astype(np.int32), minlength=BINS)
         return result
 
@@ -113,6 +126,7 @@ class Moments:
         self.minimum = np.minimum(self.minimum, other.minimum)
         self.maximum = np.maximum(self.maximum, other.maximum)
         self.histogram += other.histogram
+        self.units = self.units or other.units
         self.samples += other.samples
         self.unreadable += other.unreadable
 
@@ -134,7 +148,8 @@ class Moments:
             index = min(index, BINS - 1)
             before = cumulated[index] - histogram[index]
             inside = (wanted - before) / max(int(histogram[index]), 1)
-            value = HISTOGRAM_LOW + (index + inside) * HISTOGRAM_STEP
+            low, step = self.axis(band)
+            value = low + (index + inside) * step
             result[band] = np.clip(value, self.minimum[band], self.maximum[band])
         return result
 
@@ -170,7 +185,7 @@ def read_moments(dataset: SarDataset, indices: NDArray[np.int64]) -> Moments:
         keep = np.ones(len(indices), dtype=bool)
         keep[[position for position, _ in bad]] = False
         images = images[keep]
-    result = Moments.of(images)
+    result = Moments.of(images, dataset.spec.units)
     result.unreadable = [(error.name, f"{error.path}: {error.reason}") for _, error in bad]
     return result
 

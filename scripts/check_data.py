@@ -77,36 +77,43 @@ def draw(found: Examination, folder: Path, seed: int) -> list[Path]:
     heading = f"{dataset.spec.name}, split {dataset.split}: {moments.samples:,} of {len(dataset):,} samples read"
     if moments.samples == 0 or (moments.count == 0).any():
         return written
-    per_bin = round(0.25 / statistics.HISTOGRAM_STEP)
-    edges = statistics.HISTOGRAM_LOW + 0.25 * np.arange(statistics.BINS // per_bin + 1)
-    histogram = moments.histogram.reshape(len(moments.histogram), -1, per_bin).sum(axis=2)
-    used = np.flatnonzero(histogram.sum(axis=0) > 1e-5 * histogram.sum())
-    part = slice(int(used[0]), int(used[-1]) + 1)
-    p01, p99 = moments.percentile(1), moments.percentile(99)
-    marks = {
-        band: {"mean": float(moments.mean[k]), "mean in use": dataset.statistics.mean[k], "1 %": float(p01[k]),
-               "99 %": float(p99[k])}
-        for k, band in enumerate(dataset.spec.bands)}  # fmt: skip
-    written.append(
-        pictures.histogram_figure(
-            folder / "histogram.png",
-            edges=edges[part.start : part.stop + 1],
-            counts={band: histogram[k, part] for k, band in enumerate(dataset.spec.bands)},
-            marks=marks,
-            title=heading,
+    # Histograms and the contact sheet have dB axes: Sentinel-2 bands are left to the numbers of the report.
+    sar = {band: k for k, band in enumerate(dataset.spec.bands) if dataset.spec.units[k] == registry.DECIBEL}
+    if sar:
+        per_bin = round(0.25 / statistics.HISTOGRAM_STEP)
+        edges = statistics.HISTOGRAM_LOW + 0.25 * np.arange(statistics.BINS // per_bin + 1)
+        histogram = moments.histogram.reshape(len(moments.histogram), -1, per_bin).sum(axis=2)[list(sar.values())]
+        used = np.flatnonzero(histogram.sum(axis=0) > 1e-5 * histogram.sum())
+        part = slice(int(used[0]), int(used[-1]) + 1)
+        p01, p99 = moments.percentile(1), moments.percentile(99)
+        marks = {
+            band: {"mean": float(moments.mean[k]), "mean in use": dataset.statistics.mean[k], "1 %": float(p01[k]),
+                   "99 %": float(p99[k])}
+            for band, k in sar.items()}  # fmt: skip
+        written.append(
+            pictures.histogram_figure(
+                folder / "histogram.png",
+                edges=edges[part.start : part.stop + 1],
+                counts={band: histogram[row, part] for row, band in enumerate(sar)},
+                marks=marks,
+                title=heading,
+            )
         )
-    )
+    maps = bool(found.facts.labelled.shape[1])
     if found.classes:
         written.append(
             pictures.bar_figure(
                 folder / "labels.png",
                 labels=dataset.spec.classes,
-                unit="samples",
+                unit="pixels" if maps else "samples",
                 decimals=0,
                 values={split: list(counts.values()) for split, counts in found.classes.items()},
-                title=f"{dataset.spec.name}: samples of each class ({len(dataset):,} in all)",
+                title=f"{dataset.spec.name}: {'pixels' if maps else 'samples'} of each class "
+                f"({len(dataset):,} {'samples' if maps else 'in all'})",
             )
         )
+    if not sar:
+        return written
     chosen = np.random.default_rng(seed).permutation(found.facts.index)[:SHEET]
     images, captions = [], []
     for index in np.sort(chosen):
@@ -115,7 +122,11 @@ def draw(found: Examination, folder: Path, seed: int) -> list[Path]:
         captions.append(dataset.names[int(index)] + labels)
     written.append(
         pictures.contact_sheet(
-            folder / "contact_sheet.png", np.stack(images), bands=dataset.spec.bands, captions=captions, title=heading
+            folder / "contact_sheet.png",
+            np.stack(images)[:, list(sar.values())],
+            bands=list(sar),
+            captions=captions,
+            title=heading,
         )
     )
     return written
@@ -140,6 +151,7 @@ def main() -> int:
     spec = registry.get_spec(args.dataset)
     splits = registry.parse_split(spec, args.split) if args.split else None
     options = registry.parse_options(args.data_option)
+    spec = registry.get_spec(args.dataset, options.get("bands"), options)
     if not Path(args.data_path).exists():
         raise UserError(f"data path {args.data_path} does not exist; give an existing folder or store")
 
@@ -172,10 +184,10 @@ def main() -> int:
         print(f"{args.dataset}: " + ", ".join(f"{split} {count:,}" for split, count in found.counts.items()))
         moments = found.moments
         if moments is not None and moments.samples:
-            for k, band in enumerate(spec.bands):
+            for k, (band, unit) in enumerate(zip(spec.bands, spec.units, strict=True)):
                 print(
-                    f"{band}: mean {moments.mean[k]:.2f} dB (in use {found.dataset.statistics.mean[k]:.2f}), "
-                    f"std {moments.std()[k]:.2f} dB (in use {found.dataset.statistics.std[k]:.2f}), "
+                    f"{band}: mean {moments.mean[k]:.2f} {unit} (in use {found.dataset.statistics.mean[k]:.2f}), "
+                    f"std {moments.std()[k]:.2f} {unit} (in use {found.dataset.statistics.std[k]:.2f}), "
                     f"{moments.invalid[k]:,} invalid pixels"
                 )
     for finding in found.findings:

@@ -72,10 +72,10 @@ def main() -> None:
     moments = statistics.compute_moments(dataset, sample=args.sample, seed=args.seed, jobs=args.jobs, progress=progress)
     content = statistics.report(dataset, moments, drawn=args.sample is not None and args.sample < len(dataset))
     write_json(out, content)
-    for number, band in enumerate(content["bands"]):
+    for number, (band, unit) in enumerate(zip(content["bands"], dataset.spec.units, strict=True)):
         print(
-            f"{band}: mean {content['mean'][number]:.4f} dB, std {content['std'][number]:.4f} dB, "
-            f"1 % {content['p01'][number]:.2f} dB, 99 % {content['p99'][number]:.2f} dB, "
+            f"{band}: mean {content['mean'][number]:.4f} {unit}, std {content['std'][number]:.4f} {unit}, "
+            f"1 % {content['p01'][number]:.2f} {unit}, 99 % {content['p99'][number]:.2f} {unit}, "
             f"{content['invalid_pixels'][number]} invalid pixels"
         )
     for line in content["unreadable"][:10]:
