@@ -146,6 +146,9 @@ def main() -> int | None:
     }
     results = Results(facts, Path(args.output_dir), task, bootstrap=args.bootstrap, seed=args.seed)
     get_logger().info("%s; %s", processes.describe(), results.line("+".join(splits)))
+    if args.flops:
+        total, table = bench.count_flops(model)
+        get_logger().info("forward pass of one sample: %.2f GFLOP (2 a multiply-add)\n%s", total / 1e9, table)
     if args.eval:
         results.evaluate_checkpoint(bench, model, args.resume, protocol=args.protocol)
     else:

@@ -112,6 +112,8 @@ def main() -> int | None:
         processes.close()
         return None
 
+    if args.flops:
+        show_flops(model, args.input_size)
     effective = effective_batch(args.batch_size, args.accum_iter, processes.world_size)
     lr = scaled_lr(args.blr, effective) if args.lr is None else args.lr
     check_schedule(lr=lr, min_lr=args.min_lr, warmup_epochs=args.warmup_epochs, epochs=args.epochs)
@@ -207,6 +209,17 @@ def make_model(args: argparse.Namespace, *, bands: int) -> MixMIM:
     model.draw_mask(args.mask_ratio)  # refuses a ratio that leaves nothing to do at this input size
     model.activation_checkpointing = args.activation_checkpointing
     return model
+
+
+def show_flops(model: MixMIM, size: int) -> None:
+    import torch
+
+    from util.flops import count_flops
+    from util.log import get_logger
+
+    pair = torch.zeros(2, model.in_chans, size, size, device=model.mask_token.device)  # a sample is mixed with another
+    total, table = count_flops(model, partial(model, pair), samples=2)
+    get_logger().info("forward pass of one sample: %.2f GFLOP (2 a multiply-add)\n%s", total / 1e9, table)
 
 
 def load_weights(model: MixMIM, path: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from sarwmix.transforms import SarTransform
 from util.distributed import Processes
 from util.errors import UserError
 from util.files import make_directory
+from util.flops import count_flops
 from util.log import get_logger
 
 
@@ -133,6 +135,13 @@ class Workbench:
             device=self.device,
             cache=self.cache if train and not cached else "none",
         )
+
+    def count_flops(self, model: nn.Module) -> tuple[float, str]:
+        """Operations of the forward pass of a test sample; see `util.flops.count_flops`."""
+        assert self.transform is not None
+        batch = self.splits["test"].get_batch(np.zeros(1, dtype=np.int64))
+        prepared = self.task.prepare(batch, self.transform, device=self.device)
+        return count_flops(model, partial(model, *prepared.inputs))
 
     def evaluate(self, model: nn.Module, split: str, loader: Iterable[Mapping[str, Any]] | None = None) -> Evaluation:
         """All outputs of a split; pass batches of a loader to keep its workers between epochs."""

@@ -486,11 +486,11 @@ def child_startup(kind: str, root: str, scratch: str) -> dict[str, Any]:
 def part_gpu(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Images/s and model FLOP utilisation of pretraining, eager and compiled, with and without the data path."""
     import torch
-    from torch.utils.flop_counter import FlopCounterMode
 
     from models_mixmim import MixMIM, model_config
     from sarwmix.transforms import SarTransform, draw_flips
     from sarwmix.weighting import WeightOptions
+    from util.flops import count_flops
     from util.optim import build_adamw, gradient_norm, parameter_groups
 
     if not torch.cuda.is_available():
@@ -504,9 +504,8 @@ def part_gpu(args: argparse.Namespace) -> list[dict[str, Any]]:
         for compiled in (False, True):
             torch.manual_seed(0)
             model = MixMIM(**model_config(args.model), norm_pix_loss=True)
-            with torch.no_grad(), FlopCounterMode(display=False) as counter:
-                model(torch.zeros(2, 2, 128, 128))
-            flops = counter.get_total_flops() / 2 * 3  # backward is twice the forward
+            forward = count_flops(model, partial(model, torch.zeros(2, 2, 128, 128)), samples=2)[0]
+            flops = 3 * forward  # backward is twice the forward
             model.to(device)
             if compiled:
                 model.compile_blocks()

@@ -6,6 +6,7 @@ Each `add_*` function adds one group with a title; a script composes what it use
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -136,9 +137,7 @@ def add_fault_args(parser: argparse.ArgumentParser) -> None:
                             "(never less than a few times its slowest step); 0: wait for ever")  # fmt: skip
 
 
-def add_data_args(
-    parser: argparse.ArgumentParser, *, datasets: Sequence[str], default: str, num_workers: int = 4
-) -> None:
+def add_data_args(parser: argparse.ArgumentParser, *, datasets: Sequence[str], default: str) -> None:
     """Data set and loading."""
     group = parser.add_argument_group("data")
     group.add_argument(
@@ -156,7 +155,7 @@ def add_data_args(
     group.add_argument(
         "--num_workers",
         type=non_negative_int,
-        default=num_workers,
+        default=min(4, os.cpu_count() or 1),
         metavar="N",
         help="reading processes for each training process; 0: read in the training process",
     )

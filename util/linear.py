@@ -10,20 +10,31 @@ Everything else (CUDA, autocast, torch.compile, torch.export, builds without one
 
 from __future__ import annotations
 
-import os
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# SARW_ONEDNN_LINEAR=0 goes back to PyTorch's own choice, for comparisons.
-_WANTED = os.environ.get("SARW_ONEDNN_LINEAR", "1") != "0"
+_WANTED = True
 
 
 def onednn_available() -> bool:
     """Whether this build of PyTorch has oneDNN's linear operator (it is not part of PyTorch's public interface)."""
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+@contextlib.contextmanager
+def plain_products() -> Iterator[None]:
+    """Inside, everything goes through `torch.nn.functional.linear`: to compare, and to count operations."""
+    global _WANTED
+    before, _WANTED = _WANTED, False
+    try:
+        yield
+    finally:
+        _WANTED = before
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
