@@ -299,6 +299,7 @@ class DatasetSpec:
         return replace(
             self,
             bands=bands,
+            all_bands=known,
             unit=unit_of_bands(bands),
             statistics=statistics,
             default_statistics=default,

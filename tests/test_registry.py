@@ -142,3 +142,11 @@ def test_import_is_light() -> None:
     code = "import sys, sarwmix.registry; print([m for m in ('torch', 'numpy', 'pandas') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_bands_of_every_data_set_can_be_chosen() -> None:
+    for name in registry.names():
+        spec = registry.get_spec(name)
+        for band_set, bands in spec.band_sets.items():
+            assert registry.get_spec(name, band_set).bands == bands
+        assert registry.get_spec(name, spec.bands[-1]).bands == spec.bands[-1:]
