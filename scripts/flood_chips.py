@@ -142,7 +142,7 @@ def main() -> None:
         network |= run_fold(args, fold, chips, baseline, folder)
         print(f"fold {fold}: tested on {', '.join(chips[fold::FOLDS])}", flush=True)
 
-    rows = [("Chip", "Water", "Network IoU", "Otsu IoU")]
+    rows: list[tuple[str, ...]] = [("Chip", "Water", "Network IoU", "Otsu IoU")]
     result: dict[str, Any] = {"chips": {}, "bands": args.bands, "model": args.model, "epochs": args.epochs}
     for name in [*chips, "all"]:
         ours = sum(network.values()) if name == "all" else network[name]

@@ -1,0 +1,144 @@
+"""main_finetune on generated data of each neighbouring data set: train, resume, evaluate, independent metrics."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, jaccard_score
+
+import main_finetune
+from sarwmix.neighbour_demo import make_neighbour_data
+from sarwmix.registry import build_dataset, get_spec
+from sarwmix.transforms import transform_of
+from util.checkpoint import load_checkpoint
+from util.errors import UserError
+
+Script = Callable[..., dict[str, Any]]
+REALDATA = Path(__file__).resolve().parents[2] / "shared" / "realdata" / "sen1floods11"
+CASES: dict[str, tuple[str, ...]] = {
+    "eurosat_sar": ("--input_size", "64", "--bands", "VV,VH"),
+    "benv2": ("--input_size", "64", "--bands", "all"),
+    "dfc2020": ("--input_size", "128", "--label_set", "igbp", "--no_savanna"),
+    "sen1floods11": ("--input_size", "256", "--bands", "s1s2", "--class_weights", "0.1", "0.5"),
+    "satlas": ("--input_size", "256", "--bands", "rgb", "--val_frac", "0.4"),
+}
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Script]:
+    """Run main_finetune in this process; returns metrics.json (or metrics_eval.json)."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+
+    def run(dataset: str, data: Path, *args: object) -> dict[str, Any]:
+        command = ["main_finetune.py", "--dataset", dataset, "--data_path", data, "--model", "resnet10t"]
+        command += ["--num_workers", 0, "--device", "cpu", "--output_dir", tmp_path / "run", "--batch_size", 3]
+        command += ["--warmup_epochs", 0, "--lr", 1e-3, "--epochs", 2, *args]
+        if get_spec(dataset).task == "segmentation":
+            command += ["--head", "fused"]
+        monkeypatch.setattr(sys, "argv", [str(word) for word in command])
+        main_finetune.main()
+        name = "metrics_eval.json" if "--eval" in args else "metrics.json"
+        return json.loads((tmp_path / "run" / name).read_text())
+
+    yield run
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    "dataset", [pytest.param(name, marks=[pytest.mark.slow] if name == "satlas" else []) for name in CASES]
+)
+def test_train_resume_evaluate(script: Script, tmp_path: Path, dataset: str) -> None:
+    root, options = tmp_path / "data", CASES[dataset]
+    make_neighbour_data(dataset, root, samples=3)
+    script(dataset, root, *options, "--stop_epoch", 1)
+    metrics = script(dataset, root, *options, "--resume", "auto")
+    epochs = [json.loads(line)["epoch"] for line in (tmp_path / "run/log.txt").read_text().splitlines()]
+    assert epochs == [0, 1]
+
+    choice = {key: metrics_option(options, f"--{key}") for key in ("bands", "label_set", "val_frac")}
+    choice["no_savanna"] = True if "--no_savanna" in options else None
+    test = build_dataset(dataset, root, "test", **choice)
+    assert metrics["bands"] == list(test.spec.bands)
+    scalars = metrics["results"]["checkpoint_best.pth"]["test"]["scalars"]
+    with np.load(tmp_path / "run/predictions_test.npz") as arrays:
+        found = {key: arrays[key] for key in arrays.files}
+    assert found["names"].tolist() == list(test.names)
+    check_scores(test, found, scalars)
+
+    checkpoint = load_checkpoint(tmp_path / "run/checkpoint_best.pth")
+    assert checkpoint["data"]["bands"] == list(test.spec.bands)
+    transform = transform_of(checkpoint["data"], size=int(options[1]))
+    assert transform.preprocessing == test.spec.preprocessing
+
+    again = script(dataset, root, *options, "--eval", "--resume", tmp_path / "run/checkpoint_best.pth")
+    evaluated = next(iter(again["results"].values()))
+    assert evaluated["test"]["scalars"] == pytest.approx(scalars)
+    if dataset == "sen1floods11":
+        assert evaluated["bolivia"]["scalars"]["iou"] >= 0
+    folder = tmp_path / "run/pictures"
+    expected = {"multilabel": "per_class_test.png", "multiclass": "confusion_test.png"}
+    assert (folder / expected.get(test.spec.task, "segmentation_test.png")).stat().st_size > 5000
+
+
+def metrics_option(options: tuple[str, ...], flag: str) -> str | None:
+    return options[options.index(flag) + 1] if flag in options else None
+
+
+def check_scores(test: Any, found: dict[str, np.ndarray], scalars: dict[str, float]) -> None:
+    """The run's metrics against scikit-learn on labels that are read again."""
+    if test.spec.task == "segmentation":
+        batch = test.get_batch(np.arange(len(test)))
+        counted = (batch["label"].numpy() != 255) & np.isfinite(batch["image"].numpy()).all(axis=1)
+        truth, predicted = batch["label"].numpy()[counted], found["prediction"][counted]
+        assert scalars["accuracy"] == pytest.approx(accuracy_score(truth, predicted))
+        assert scalars["miou"] == pytest.approx(jaccard_score(truth, predicted, average="macro"))
+        if len(test.spec.classes) == 2:
+            assert scalars["iou"] == pytest.approx(jaccard_score(truth, predicted))
+            assert scalars["f1"] == pytest.approx(f1_score(truth, predicted))
+    elif test.spec.task == "multiclass":
+        predicted = found["scores"].argmax(axis=1)
+        assert np.array_equal(found["target"], test.labels)
+        assert scalars["acc"] == pytest.approx(accuracy_score(test.labels, predicted))
+        assert scalars["aacc"] == pytest.approx(balanced_accuracy_score(test.labels, predicted))
+    else:
+        predicted = found["scores"] > 0.5
+        assert np.array_equal(found["target"], test.labels)
+        assert scalars["f1_micro"] == pytest.approx(f1_score(test.labels, predicted, average="micro", zero_division=0))
+
+
+def test_refusals(script: Script, tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    make_neighbour_data("dfc2020", root, samples=3)
+    for args, message in (
+        (("--bands", "s2"), "has no band s2"),
+        (("--class_weights", 1, 2), r"--class_weights has 2 value\(s\), the data set has 10 classes"),
+        (("--no_savanna", "--class_weights", *[1] * 10), "has 9 classes"),
+        (("--mixup", 0.8), "do not work with the segmentation task"),
+        (("--protocol", "knn"), "knn"),
+    ):
+        with pytest.raises(UserError, match=message):
+            script("dfc2020", root, "--input_size", 64, *args)
+    with pytest.raises(UserError, match="has no option 'label_set'"):
+        script("eurosat_sar", root, "--label_set", "dfc")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not REALDATA.is_dir(), reason="../shared/realdata is not beside the checkout")
+def test_real_chips_beat_the_threshold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave-three-out over the nine usable real chips: water IoU clearly above Otsu's threshold on smoothed VV."""
+    from scripts import flood_chips
+
+    command = ["flood_chips", "--data_path", str(REALDATA), "--out", str(tmp_path), "--epochs", "40"]
+    monkeypatch.setattr(sys, "argv", command)
+    flood_chips.main()
+    result = json.loads((tmp_path / "result.json").read_text())["chips"]["all"]
+    assert result["otsu"]["iou"] == pytest.approx(0.409, abs=0.005)
+    assert result["network"]["iou"] > result["otsu"]["iou"] + 0.15
