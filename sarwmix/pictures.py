@@ -43,8 +43,14 @@ BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE = (
 CYCLE = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK)
 DASHES = ("-", "--", "-.", ":")
 GREY, LIGHT = "#999999", "#dddddd"
-MAP_COLOURS = (BLUE, ORANGE, GREEN, VERMILION, PURPLE, YELLOW, BLACK, GREY, "#882255", "#117733")
-"""Classes of a label map; two classes are drawn in light grey and blue."""
+MAP_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, YELLOW, BLACK, GREY, "#882255", "#117733", "#ffffff")
+"""Classes of a label map that have no colour by their name; two classes are drawn in light grey and blue."""
+CLASS_COLOURS = {
+    "water": BLUE, "forest": "#117733", "tree": "#117733", "crop": YELLOW, "urban": BLACK, "developed": BLACK,
+    "grass": GREEN, "savanna": ORANGE, "shrub": "#882255", "wetland": PURPLE, "snow": "#ffffff", "barren": GREY,
+    "background": GREY,
+}  # fmt: skip
+"""Word that begins a class name -> its colour. None of them is the vermilion of errors."""
 RGB_BANDS = ("B04", "B03", "B02")
 RGB_WHITE = 3000.0
 """Reflectance x 1e4 that is drawn white."""
@@ -789,7 +795,7 @@ def label_map_figure(
     if not len(images) == len(labels) == len(predictions) == len(captions):
         raise ValueError(f"{len(images)} images, {len(labels)} labels, {len(predictions)} predictions")
     binary = len(classes) == 2
-    colours = (LIGHT, BLUE) if binary else MAP_COLOURS[: len(classes)]
+    colours = (LIGHT, BLUE) if binary else _class_colours(classes)
     greys = [band for band in bands if band in GREY_DB]
     colour = all(band in bands for band in RGB_BANDS)
     views: list[str] = [*greys, *(["true colour"] if colour else [])] or [bands[0]]
@@ -797,7 +803,7 @@ def label_map_figure(
     side, gap, left, caption = 1.75, 0.08, 0.15, 0.38  # inches
     width = left + len(columns) * (side + gap) + 0.1
     heading = _wrap(title, width - 0.4, 10)
-    top, bottom = 0.45 + 0.17 * (heading.count("\n") + 1), 1.15 + 0.19 * -(-len(classes) // 4)
+    top, bottom = 0.45 + 0.17 * (heading.count("\n") + 1), (1.15 if greys else 0.5) + 0.19 * -(-len(classes) // 4)
     height = top + len(images) * (side + caption) + bottom
     figure = _figure(width, height)
     figure.text(0.15 / width, 1 - 0.12 / height, heading, fontsize=10, weight="bold", va="top")
@@ -854,6 +860,17 @@ def label_map_figure(
         **style,
     )
     return _save(figure, path)
+
+
+def _class_colours(classes: Sequence[str]) -> tuple[str, ...]:
+    """A colour of its own for each class: by its name where that is known."""
+    chosen: list[str] = []
+    for name in classes:
+        named = [shade for word, shade in CLASS_COLOURS.items() if name.lower().startswith(word)]
+        rest = [shade for shade in MAP_COLOURS if shade not in chosen and shade not in CLASS_COLOURS.values()]
+        free = [shade for shade in (*named, *rest, *MAP_COLOURS) if shade not in chosen]
+        chosen.append(free[0])
+    return tuple(chosen)
 
 
 def _rgb(colour: str) -> FloatArray:

@@ -316,6 +316,8 @@ class SegmentationTask(Task):
         for index in chosen:
             values = confusion_metrics(gathered["confusion"][index])
             shown = f"IoU {values['iou']:.3f}" if self.binary else f"mean IoU {values['miou']:.3f}"
+            if self.binary and not gathered["confusion"][index][1].any():
+                shown = f"no {self.classes[1]} here; {int(gathered['confusion'][index][0, 1]):,} pixels claimed"
             captions.append(f"{data.names[int(index)]}\n{shown}")
         written.append(
             label_map_figure(
