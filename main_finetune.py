@@ -325,7 +325,8 @@ def train(
     lr = scaled_lr(args.blr, effective) if args.lr is None else args.lr
     check_schedule(lr=lr, min_lr=args.min_lr, warmup_epochs=args.warmup_epochs, epochs=args.epochs)
     parts = parameter_groups(module, weight_decay=args.weight_decay, layer_decay=args.layer_decay if whole else None)
-    optimizer = build_sgd(parts, lr=lr) if args.protocol == "linear" else build_adamw(parts, lr=lr)
+    by_sgd = (args.optimizer or ("sgd" if args.protocol == "linear" else "adamw")) == "sgd"
+    optimizer = build_sgd(parts, lr=lr) if by_sgd else build_adamw(parts, lr=lr)
     amp_dtype, scaler = precision(args.amp if bench.transform is not None else "off", device)
     loader, judge = bench.loader("train", train=True), bench.loader(task.select_on, train=False)
     steps = min(TEST_RUN_STEPS, len(loader)) if args.test_run else len(loader)

@@ -33,6 +33,7 @@ RECIPE_FACTS = (
     "patience",
     "batch_size",
     "accum_iter",
+    "optimizer",
     "lr",
     "blr",
     "warmup_epochs",

@@ -78,6 +78,8 @@ def load_start(
     trained_on = [str(band) for band in (checkpoint.get("data") or {}).get("bands") or ()]
     if not adapt_bands:
         check_bands(checkpoint, bands, source=path)
+    if not trained_on:
+        log.info("%s names no bands; they are taken to be %s, in this order", path, ", ".join(bands))
     before = (checkpoint.get("data") or {}).get("statistics") or {}
     if any(list(before.get(key, statistics[key])) != list(statistics[key]) for key in ("mean", "std")):
         log.warning(

@@ -445,6 +445,12 @@ def add_protocol_args(parser: argparse.ArgumentParser) -> None:
         "every augmented image in every epoch",
     )
     group.add_argument(
+        "--optimizer",
+        choices=("adamw", "sgd"),
+        default=None,
+        help="sgd has momentum 0.9 (not given: sgd for linear, adamw otherwise)",
+    )
+    group.add_argument(
         "--patience",
         type=positive_int,
         default=None,
