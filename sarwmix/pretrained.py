@@ -149,12 +149,10 @@ class Pretrained:
     def features(self, *images: Tensor) -> Tensor:
         """Images in dB, NaN = no data -> pooled features before the head, (B, D) float32."""
         inputs = self.inputs(*images)
-        pooled = getattr(self.model, "forward_features", None)
-        if callable(pooled):
-            features = pooled(*inputs)
-        else:  # a segmentation model: the mean of its deepest map
-            features = self.model.feature_pyramid(*inputs)[-1]  # type: ignore[operator]
-        return (features.mean(dim=(2, 3)) if features.ndim == 4 else features).float()
+        network: Any = self.model
+        if self.task is not None and self.task.name == "segmentation":  # the mean of the deepest map
+            return network.feature_pyramid(*inputs)[-1].mean(dim=(2, 3)).float()
+        return network.forward_features(*inputs).float()
 
 
 def choose_device(name: str) -> torch.device:

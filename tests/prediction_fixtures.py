@@ -30,6 +30,7 @@ def write_finetuned(
     classes: Sequence[str] | None = None,
     options: dict[str, Any] | None = None,
     input_size: int = 128,
+    name: str = "mixmim_tiny",
     spread: float = 0.3,
 ) -> Path:
     """A checkpoint as main_finetune.py writes it, with weights large enough that classes differ."""
@@ -37,7 +38,7 @@ def write_finetuned(
     spec = registry.get_spec(dataset)
     names = tuple(classes or spec.classes)
     built = build_task(task, names, options)
-    settings = ModelSettings("mixmim_tiny", input_size, len(bands))
+    settings = ModelSettings(name, input_size, len(bands))
     model = built.build_model(settings)
     weight = getattr(model.head, "weight", None)
     if isinstance(weight, torch.Tensor):

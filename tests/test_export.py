@@ -17,6 +17,7 @@ import torch
 import main_finetune
 from sarwmix.export import example_inputs, export_model, push_to_hub
 from sarwmix.pretrained import from_checkpoint, from_pretrained, open_model
+from sarwmix.registry import get_spec
 from tests.conftest import ROOT, Runner, clean_environment
 from tests.prediction_fixtures import write_finetuned, write_pretrained
 from tests.test_pretrained import images
@@ -63,6 +64,21 @@ def test_program_gives_the_same_numbers(tmp_path: Path, kind: str) -> None:
             expected = model.model(*inputs)
         assert torch.allclose(program(*inputs), expected, rtol=1e-5, atol=1e-5)
     assert json.loads((folder / "config.json").read_text())["program"]["largest_difference"] <= 1e-5
+
+
+@pytest.mark.parametrize(("name", "task", "dataset", "size"), [
+    ("resnet18", "multiclass", "eurosat_sar", 64),
+    ("vit_tiny_patch16_224", "segmentation", "dfc2020", 64),
+    ("mixmim_tiny", "segmentation", "sen1floods11", 128),
+])  # fmt: skip
+def test_other_backbones_and_tasks(tmp_path: Path, name: str, task: str, dataset: str, size: int) -> None:
+    path = write_finetuned(tmp_path / "c.pth", task=task, dataset=dataset, name=name, input_size=size)
+    before, after = from_checkpoint(path), from_pretrained(export_model(path, tmp_path / "out"))
+    image = images(side=before.tile)
+    assert torch.equal(before.scores(image), after.scores(image))
+    assert after.transform.preprocessing == before.transform.preprocessing == get_spec(dataset).preprocessing
+    assert after.features(image).ndim == 2
+    assert after.scores(image).shape[:2] == (2, len(after.classes))
 
 
 def test_metrics_come_from_the_run(tmp_path: Path) -> None:

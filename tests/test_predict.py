@@ -498,19 +498,20 @@ def test_kill_leaves_no_result(tmp_path: Path, checkpoints: dict[str, Path]) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("task", "stride"), [("multilabel", 120), ("segmentation", 128)])
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(("task", "edge"), [("multilabel", 1000), ("segmentation", 150)])
 def test_memory_does_not_grow_with_the_scene(
-    tmp_path: Path, checkpoints: dict[str, Path], task: str, stride: int
+    tmp_path: Path, checkpoints: dict[str, Path], task: str, edge: int
 ) -> None:
     """20,000 x 20,000 px within 3 GiB, everything included.
 
-    Nine tenths of each row are no-data: rows are read and results written in full width all the same, and the model,
+    Most of each row is no-data: rows are read and results written in full width all the same, and the model,
     whose batches are as large as ever, has less to do.
     """
     side = 20_000
     path = tmp_path / "large.tif"
     block = backscatter(1000, side)
-    block[:, :, 1000 : side - 1000] = np.nan
+    block[:, :, edge : side - edge] = np.nan
     profile = {"driver": "GTiff", "height": side, "width": side, "count": 2, "dtype": "float32", "crs": "EPSG:32633"}
     with rasterio.open(
         path, "w", transform=Affine(10, 0, *ORIGIN[:1], 0, -10, ORIGIN[1]), tiled=True, **profile
@@ -520,14 +521,15 @@ def test_memory_does_not_grow_with_the_scene(
         file.descriptions = ("VH", "VV")
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     done = run_predict(
-        "--model", checkpoints[task], "--scene", path, "--unit", "dB", "--out", tmp_path / "out", "--stride", stride,
-        "--device", "cpu", timeout=580,
+        "--model", checkpoints[task], "--scene", path, "--unit", "dB", "--out", tmp_path / "out", "--device", "cpu",
+        timeout=1000,
     )  # fmt: skip
     os.unlink(path)
     assert done.returncode == 0, done.stderr
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     assert peak > before  # it is this child's
     assert peak < 3 * 2**20, f"{peak / 2**20:.2f} GiB"
+    print(f"peak {peak / 2**10:.0f} MiB")
 
 
 # Real data -------------------------------------------------------------------------------------------------------
