@@ -174,11 +174,17 @@ def check_args(args: argparse.Namespace) -> None:
 def open_data(args: argparse.Namespace) -> SarDataset:
     """The data set of the command line; pretraining uses train and validation patches together."""
     spec = registry.get_spec(args.dataset)
+    if spec.unit != registry.DECIBEL:
+        raise UserError(
+            f"pretraining weights pixels by backscatter in dB; the bands of {spec.name!r} are in {spec.unit}. Choose a "
+            "Sentinel-1 data set, such as benv2 or s1_scenes"
+        )
     options: dict[str, Any] = {"statistics": args.statistics, "on_error": "replace"}
     if "labels" in spec.options:
         options["labels"] = "none"  # pretraining does without; reading them from a store per patch takes long
     options |= registry.parse_options(args.data_option)
-    split = args.split or ("train" if spec.task == "unlabelled" else "train+val")
+    without_val = spec.task != "pair" and "val_frac" in spec.options
+    split = args.split or ("train" if spec.task == "unlabelled" or without_val else "train+val")
     return registry.build_dataset(args.dataset, args.data_path, split, **options)
 
 

@@ -37,7 +37,7 @@ from typing import Any
 
 import numpy as np
 
-from sarwmix.datasets import NameList, SarDataset, UnreadableSample
+from sarwmix.datasets import MaskDataset, NameList, SarDataset, UnreadableSample
 from sarwmix.registry import DatasetSpec, EmptySplit, Statistics, parse_split
 from util.errors import UserError
 from util.files import atomic_write, write_json
@@ -288,7 +288,11 @@ class PackedDataset(SarDataset):
             )
         _require_complete(store, manifest)
         if (manifest.bands, manifest.unit, manifest.classes) != (spec.bands, spec.unit, spec.classes):
-            raise DamagedStore(f"packed store {store} has other bands, unit or classes than {spec.name!r}; pack again")
+            raise DamagedStore(
+                f"packed store {store} has other bands, unit or classes than {spec.name!r}: bands "
+                f"{', '.join(manifest.bands)} in {manifest.unit}, asked for {', '.join(spec.bands)} in {spec.unit}. "
+                "Give --bands to fit, or pack again"
+            )
         self.manifest = manifest
         self.store = Path(store)
         self.images = open_images(self.store, manifest)
@@ -411,6 +415,10 @@ def pack(
         UserError: The folder holds something else, there is no space, a sample cannot be read, or a process died.
     """
     place = Path(store)
+    if any(isinstance(dataset, MaskDataset) for dataset in datasets):
+        raise UserError(
+            f"a packed store holds no label maps; data set {datasets[0].spec.name!r} is read from its files"
+        )
     plan = _plan(datasets, dtype)
     names, labels, splits = _index_of(datasets)
     if place.exists() and not place.is_dir():
@@ -468,7 +476,7 @@ def _plan(datasets: Sequence[SarDataset], dtype: str) -> Manifest:
     first = datasets[0]
     if first.spec.task == "pair":
         raise UserError(f"data set {first.spec.name!r} has pairs of images and its own store; it cannot be packed")
-    if any(dataset.spec is not first.spec or dataset.shape != first.shape for dataset in datasets):
+    if any(dataset.spec != first.spec or dataset.shape != first.shape for dataset in datasets):
         raise ValueError("the data sets of a store must have one registry entry and one shape")
     names = _join_names(datasets)
     duplicate = names.first_duplicate()
