@@ -724,7 +724,7 @@ register(
         builder="sarwmix.sen1floods11:build",
         description="Sen1Floods11 hand-labelled chips: Sentinel-1, Sentinel-2 or both, water masks",
         options=("lists", "missing", "skip"),
-        band_sets={"s1": BANDS, "s2": S2_L1C, "s1s2": FLOODS_BANDS},
+        band_sets={"s1": BANDS, "s2": S2_L1C, "s1s2": FLOODS_BANDS, "satlas": SATLAS_BANDS},
         all_bands=FLOODS_BANDS,
         band_statistics={"published": FLOODS_STATISTICS},
         preprocessing=Preprocessing(geometry="window"),
