@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import json
 import logging
 import os
@@ -446,23 +447,37 @@ def run_predict(*args: object, limit: int | None = None, **more: Any) -> subproc
     )  # fmt: skip
 
 
-def test_command_line(tmp_path: Path, checkpoints: dict[str, Path]) -> None:
+def test_command_line(
+    tmp_path: Path, checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = importlib.import_module("scripts.predict")
+
+    def run(*args: object) -> None:
+        monkeypatch.setattr(sys, "argv", ["predict.py", *map(str, args), "--device", "cpu"])
+        script.main()
+
     for name in ("one", "two"):
         write_scene(tmp_path / "scenes" / f"{name}.tif", backscatter(150, 260))
     write_scene(tmp_path / "scenes" / "empty.tif", backscatter(150, 260) * np.nan)
-    common = ("--scene", tmp_path / "scenes", "--unit", "dB", "--out", tmp_path / "out", "--device", "cpu")
-    done = run_predict("--model", checkpoints["multilabel"], *common)
-    assert done.returncode == 0, done.stderr
-    assert "left out: scene empty" in done.stdout
-    assert "2 scene(s) in" in done.stdout
+    common = ("--scene", tmp_path / "scenes", "--unit", "dB", "--out", tmp_path / "out")
+    run("--model", checkpoints["multilabel"], *common)
+    output = capsys.readouterr().out
+    assert "left out: scene empty" in output
+    assert "2 scene(s) in" in output
     assert len(list((tmp_path / "out").iterdir())) == 8
-    done = run_predict("--model", tmp_path / "no_run", *common)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: ")
-    assert "Traceback" not in done.stderr
+    for model, message in (
+        (tmp_path / "no_run", "does not exist"),
+        (checkpoints["pretrain"], "pretraining checkpoint"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run("--model", model, *common)
+    with pytest.raises(UserError, match="two dates need one scene each"):
+        run("--model", checkpoints["pair"], *common, "--second", tmp_path / "scenes")
+    with pytest.raises(UserError, match="none of the 1 scenes|no valid pixel"):
+        run("--model", checkpoints["multilabel"], "--scene", tmp_path / "scenes" / "empty.tif", "--out", tmp_path)
 
 
-@pytest.mark.parametrize("limit", [2_000, 60_000])
+@pytest.mark.parametrize("limit", [2_000, pytest.param(60_000, marks=pytest.mark.slow)])
 def test_full_disk_leaves_nothing(tmp_path: Path, checkpoints: dict[str, Path], limit: int) -> None:
     """2 kB: the raster fails. 60 kB: raster and table fit, the picture does not."""
     scene = write_scene(tmp_path / "s.tif", backscatter(600, 600))
