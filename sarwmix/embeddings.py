@@ -275,7 +275,7 @@ def map_figure(path: Path, found: Embeddings, method: str, *, title: str, seed: 
         figure = _multilabel_map(points, colour.astype(bool), found.classes, title, note)
     else:
         figure = _single_map(points, colour, found.classes, title, note, method)
-    return pictures._save(figure, path)
+    return pictures.save_figure(figure, path)
 
 
 def _axis_names(method: str) -> tuple[str, str]:
@@ -285,7 +285,7 @@ def _axis_names(method: str) -> tuple[str, str]:
 def _single_map(
     points: NDArray[Any], colour: NDArray[Any], classes: Sequence[str], title: str, note: str, method: str
 ) -> Any:
-    figure = pictures._figure(8.6, 6.2)
+    figure = pictures.new_figure(8.6, 6.2)
     axes = figure.add_axes((0.085, 0.1, 0.58, 0.76))
     size = float(np.clip(550 / len(points) ** 0.5, 3, 30))
     if classes and not np.issubdtype(colour.dtype, np.floating):
@@ -321,7 +321,7 @@ def _multilabel_map(
     columns = 4
     rows = max(1, -(-len(order) // columns))
     width, height = 11.0, 0.95 + 2.75 * rows
-    figure = pictures._figure(width, height)
+    figure = pictures.new_figure(width, height)
     size = float(np.clip(200 / len(points) ** 0.5, 1.5, 16))
     for place, number in enumerate(order):
         row, column = divmod(place, columns)

@@ -60,7 +60,7 @@ PathLike = str | os.PathLike[str]
 FloatArray = NDArray[Any]
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
     """A figure of its own, without pyplot's global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -70,7 +70,7 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
-def _save(figure: Figure, path: PathLike) -> Path:
+def save_figure(figure: Figure, path: PathLike) -> Path:
     """Draw to memory and write the file atomically."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI)
@@ -89,7 +89,7 @@ def _colours(name: str) -> Any:
     return matplotlib.colormaps[name].with_extremes(bad=NO_DATA)
 
 
-def _show(axes: Axes, image: FloatArray, colours: str, limits: tuple[float, float]) -> None:
+def show_image(axes: Axes, image: FloatArray, colours: str, limits: tuple[float, float]) -> None:
     # Never blend masked cells or speckle with their neighbours: one array element, one block of pixels.
     axes.imshow(image, cmap=_colours(colours), vmin=limits[0], vmax=limits[1], interpolation="nearest", aspect="equal")
     axes.set_xticks([])
@@ -210,7 +210,7 @@ def reconstruction_panel(
             title,
             note,
         )
-        written.append(_save(figure, place))
+        written.append(save_figure(figure, place))
     return written
 
 
@@ -247,7 +247,7 @@ def _reconstruction_page(
     )
     bottom += 0.13 * legend.count("\n")
     height = top + len(names) * block + bottom
-    figure = _figure(width, height)
+    figure = new_figure(width, height)
     figure.text(0.2 / width, 1 - 0.12 / height, heading, fontsize=10, weight="bold", va="top", ha="left")
     repeats = original.shape[2] // len(grid)
     hidden = np.kron(grid, np.ones((repeats, original.shape[3] // len(grid)))) > 0.5
@@ -269,7 +269,7 @@ def _reconstruction_page(
             for column, (image, colours, limits) in enumerate(cells):
                 x = left + column * (side + gap)
                 axes = figure.add_axes((x / width, y / height, side / width, side / height))
-                _show(axes, image, colours, limits)
+                show_image(axes, image, colours, limits)
                 if column in (3, 4):
                     _cover(axes, grid, hidden.shape)
                 if column == 0:
@@ -336,7 +336,7 @@ def contact_sheet(
     heading = _wrap(title, width - 0.4, 10)
     top = 0.34 + 0.17 * (heading.count("\n") + 1)
     height = top + rows * (side + text) + bottom
-    figure = _figure(width, height)
+    figure = new_figure(width, height)
     figure.text(gap / width, 1 - 0.1 / height, heading, fontsize=10, weight="bold", va="top")
     for number in range(count):
         row, column = divmod(number, columns)
@@ -344,7 +344,7 @@ def contact_sheet(
         for band, label in enumerate(bands):
             x = gap + column * (block + gap) + band * (side + 0.03)
             axes = figure.add_axes((x / width, y / height, side / width, side / height))
-            _show(axes, images[number, band], "gray", _grey(label))
+            show_image(axes, images[number, band], "gray", _grey(label))
             if row == 0:
                 axes.set_title(label, fontsize=8, pad=2)
         lines = textwrap.wrap(captions[number], int(block * 72 / (0.62 * 5.8)))
@@ -354,7 +354,7 @@ def contact_sheet(
     each = min(2.6, (width - 0.4) / len(bands))
     for number, label in enumerate(bands):
         _bar(figure, (0.2 + number * each, 0.2, each - 0.4, 0.1), "gray", _grey(label), f"{label} backscatter (dB)")
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def histogram_figure(
@@ -374,7 +374,7 @@ def histogram_figure(
         marks: Band -> name of a vertical line -> its place, dB (mean, percentiles, registered mean...).
         title: Heading.
     """
-    figure = _figure(8.0, 2.9 * len(counts) + 0.5)
+    figure = new_figure(8.0, 2.9 * len(counts) + 0.5)
     figure.suptitle(_wrap(title, 7.4, 10), fontsize=10, weight="bold", x=0.02, ha="left")
     axes = figure.subplots(len(counts), 1, sharex=True, squeeze=False)[:, 0]
     middle = (edges[1:] + edges[:-1]) / 2
@@ -396,7 +396,7 @@ def histogram_figure(
         one.grid(alpha=0.25)
     axes[-1].set_xlabel("backscatter (dB)")
     figure.tight_layout()
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def bar_figure(
@@ -424,7 +424,7 @@ def bar_figure(
     thick = 0.8 / max(len(series), 1)
     shown = ["\n".join(textwrap.wrap(label, 44)) for label in labels]
     lines = sum(max(text.count("\n") + 1, 0.75 * len(series)) for text in shown)
-    figure = _figure(8.6, 1.5 + 0.24 * lines)
+    figure = new_figure(8.6, 1.5 + 0.24 * lines)
     figure.suptitle(_wrap(title, 8.0, 10), fontsize=10, weight="bold", x=0.02, ha="left")
     axes = figure.subplots()
     place = np.arange(len(labels))
@@ -457,7 +457,7 @@ def bar_figure(
     if len(series) > 1:
         axes.legend(fontsize=8, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(series))
     figure.tight_layout()
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def curves_figure(
@@ -481,7 +481,7 @@ def curves_figure(
     """
     from matplotlib.ticker import MaxNLocator
 
-    figure = _figure(8.4, 2.5 * len(panels) + 0.9)
+    figure = new_figure(8.4, 2.5 * len(panels) + 0.9)
     figure.suptitle(_wrap(title, 7.8, 10), fontsize=10, weight="bold", x=0.02, ha="left")
     axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
@@ -527,7 +527,7 @@ def curves_figure(
     axes[-1].set_xlabel(x_label)
     axes[-1].xaxis.set_major_locator(MaxNLocator(9, integer=True))
     figure.tight_layout()
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _multi_hot(y: ArrayLike, classes: int) -> NDArray[np.bool_]:
@@ -543,7 +543,7 @@ def _multi_hot(y: ArrayLike, classes: int) -> NDArray[np.bool_]:
 def _small_multiples(count: int, title: str) -> tuple[Figure, list[Axes]]:
     columns = min(5, max(1, math.ceil(math.sqrt(count))))
     rows = -(-count // columns)
-    figure = _figure(max(2.15 * columns + 0.4, 4.5), 2.3 * rows + 0.8)
+    figure = new_figure(max(2.15 * columns + 0.4, 4.5), 2.3 * rows + 0.8)
     figure.suptitle(_wrap(title, max(2.15 * columns, 4.1), 10), fontsize=10, weight="bold", x=0.02, ha="left")
     axes = list(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel())
     for one in axes[count:]:
@@ -592,7 +592,7 @@ def _curve_figure(
     figure.supxlabel(f"{x_label}      ({note})", fontsize=8.5)
     figure.supylabel(y_label, fontsize=8.5)
     figure.tight_layout()
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def precision_recall_figure(
@@ -679,7 +679,7 @@ def _confusion_figure(
     longest = max(len(line) for text in shown for line in text.split("\n"))
     left, bottom = 0.6 + glyph * (longest + 2 + len(f"({support.max():,})")), 0.55 + glyph * longest
     width, height = max(left + cell * classes + 1.0, 4.0), bottom + cell * classes + 0.8
-    figure = _figure(width, height)
+    figure = new_figure(width, height)
     figure.text(0.02, 1 - 0.12 / height, _wrap(title, width - 0.4, 10), fontsize=10, weight="bold", va="top")
     axes = figure.add_axes((left / width, bottom / height, cell * classes / width, cell * classes / height))
     image = axes.imshow(share, cmap=_colours("cividis"), vmin=0, vmax=100)
@@ -704,7 +704,7 @@ def _confusion_figure(
     )
     figure.colorbar(image, cax=bar).set_label(f"share of the row's {unit} (%)", fontsize=8)
     bar.tick_params(labelsize=7)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def per_class_table_figure(
@@ -726,7 +726,7 @@ def per_class_table_figure(
 
     row, first, each = 0.235, 5.3, 0.95
     width, height = first + each * len(columns) + 0.3, row * (len(class_names) + 1) + 0.75
-    figure = _figure(width, height)
+    figure = new_figure(width, height)
     figure.text(0.15 / width, 1 - 0.12 / height, _wrap(title, width - 0.3, 10), fontsize=10, weight="bold", va="top")
 
     def put(x: float, line: int, text: str, **style: Any) -> None:
@@ -754,7 +754,7 @@ def per_class_table_figure(
                     zorder=0,
                 )
             )
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def label_map_figure(
@@ -805,7 +805,7 @@ def label_map_figure(
     heading = _wrap(title, width - 0.4, 10)
     top, bottom = 0.45 + 0.17 * (heading.count("\n") + 1), (1.15 if greys else 0.5) + 0.19 * -(-len(classes) // 4)
     height = top + len(images) * (side + caption) + bottom
-    figure = _figure(width, height)
+    figure = new_figure(width, height)
     figure.text(0.15 / width, 1 - 0.12 / height, heading, fontsize=10, weight="bold", va="top")
     for row in range(len(images)):
         label, predicted = np.asarray(labels[row]), np.asarray(predictions[row])
@@ -859,7 +859,7 @@ def label_map_figure(
         ncols=2 if binary else 1,
         **style,
     )
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _class_colours(classes: Sequence[str]) -> tuple[str, ...]:

@@ -86,7 +86,7 @@ class _Page:
         heading = pictures._wrap(title, self._width - 0.4, 11)
         self._top = 0.3 + 0.19 * (heading.count("\n") + 1)
         self._height = self._top + rows * (self._tall + 0.3 + below) + 0.3
-        self.figure: Figure = pictures._figure(self._width, self._height)
+        self.figure: Figure = pictures.new_figure(self._width, self._height)
         self.figure.text(0.25 / self._width, 1 - 0.12 / self._height, heading, fontsize=11, weight="bold", va="top")
         self.figure.text(0.25 / self._width, 0.1 / self._height, "Light blue: no data or no result.", fontsize=7.5)
         self._next = 0
@@ -107,7 +107,7 @@ class _Page:
     ) -> Axes:
         """A panel with a colour bar."""
         axes, (left, bottom, width) = self.panel(title)
-        pictures._show(axes, image, colours, limits)
+        pictures.show_image(axes, image, colours, limits)
         box = (left + 0.15, bottom + 0.25, width - 0.3, 0.1)
         pictures._bar(self.figure, box, colours, limits, label, extend=extend)
         return axes
@@ -140,7 +140,7 @@ class _Page:
         )
 
     def save(self, path: Path) -> Path:
-        return pictures._save(self.figure, path)
+        return pictures.save_figure(self.figure, path)
 
 
 def _scale_bar(axes: Axes, pixels: float, width: int, metres: float | None) -> None:

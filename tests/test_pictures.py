@@ -20,13 +20,13 @@ from sarwmix.labels import CLASSES_19
 def figures(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Figure]]:
     """Figures that were saved during a test, checked for texts outside the picture at its end."""
     seen: list[Figure] = []
-    save = pictures._save
+    save = pictures.save_figure
 
     def remember(figure: Figure, *args: Any, **options: Any) -> Path:
         seen.append(figure)
         return save(figure, *args, **options)
 
-    monkeypatch.setattr(pictures, "_save", remember)
+    monkeypatch.setattr(pictures, "save_figure", remember)
     yield seen
     for figure in seen:
         check_nothing_is_clipped(figure)

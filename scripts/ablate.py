@@ -1,0 +1,154 @@
+#!/usr/bin/env python3
+"""Run a grid of pretraining and fine-tuning jobs through the entry scripts, and put the results into one table.
+
+    python scripts/ablate.py --out runs/ablation --grid weight_mode=none,per_channel --grid seed=0,1,2 \\
+        --pretrain "--dataset demo --data_path data/demo --model mixmim_tiny --epochs 36" \\
+        --finetune "--dataset demo --data_path data/demo --model mixmim_tiny --epochs 12"
+
+Runs that are finished are not repeated, and one that was stopped continues: give the same command again. A flag that
+has no value, such as --norm_pix_loss, takes the values on and off. A flag of main_finetune.py alone is finetune.NAME.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from types import FrameType
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from sarwmix.ablation import Combination, Job, as_csv, as_latex, as_markdown, collect, parse_axis, plan
+from util.errors import EXIT_OK, EXIT_PREEMPTED, UserError, run_cli
+from util.files import atomic_write, make_directory, write_json
+
+
+def get_parser() -> argparse.ArgumentParser:
+    text = (__doc__ or "").split("\n\n")
+    parser = argparse.ArgumentParser(
+        description=text[0],
+        epilog=f"{text[1]}\n\n{text[2]}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--grid",
+        action="append",
+        required=True,
+        metavar="NAME=V,V",
+        help="a flag of main_pretrain.py and its values; finetune.NAME: of main_finetune.py; seed: of both; repeated",
+    )
+    parser.add_argument(
+        "--pretrain", default="", metavar="FLAGS", help="flags of every pretraining; none: no pretraining"
+    )
+    parser.add_argument("--finetune", required=True, metavar="FLAGS", help="flags of every fine-tuning or probe")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder of all runs and of table.md, .csv and .tex")
+    parser.add_argument(
+        "--launcher",
+        default="",
+        metavar="COMMAND",
+        help='what starts each job, e.g. "mpirun -np 8 --bind-to none" (default: one process)',
+    )
+    parser.add_argument("--metric", default=None, metavar="NAME", help="test metric of the table (default: the task's)")
+    parser.add_argument("--dry_run", action="store_true", help="print the commands and leave")
+    parser.add_argument("--table_only", action="store_true", help="make the table from the runs that are finished")
+    return parser
+
+
+def main() -> int:
+    args = get_parser().parse_args()
+    out = Path(args.out)
+    combinations = plan([parse_axis(text) for text in args.grid], args.pretrain, args.finetune, out)
+    jobs = list({job.folder: job for job in _jobs(combinations)}.values())
+    todo = [] if args.table_only else [job for job in jobs if not job.finished]
+    if args.dry_run:
+        for job in todo:
+            print(shlex.join(command(job, args.launcher)))
+        return EXIT_OK
+    print(f"{len(combinations)} combinations, {len(jobs)} jobs, {len(todo)} to run", flush=True)
+    make_directory(out)
+    failed = run(todo, args.launcher)
+    metric, rows = collect(combinations, args.metric)
+    table = as_markdown(metric, rows)
+    for name, text in (
+        ("table.md", table),
+        ("table.tex", as_latex(metric, rows)),
+        ("table.csv", as_csv(combinations)),
+    ):
+        with atomic_write(out / name, "w") as stream:
+            stream.write(text)
+    print(table)
+    print(f"table in {out / 'table.md'}, .tex and .csv")
+    if failed:
+        names = "\n".join(f"  {job.folder}: {job.folder / 'ablation.log'}" for job in failed)
+        raise UserError(f"{len(failed)} jobs failed, see the end of their logs; the same command tries again:\n{names}")
+    return EXIT_OK
+
+
+def _jobs(combinations: list[Combination]) -> list[Job]:
+    return [job for c in combinations for job in (c.pretrain, c.finetune) if job is not None]
+
+
+def command(job: Job, launcher: str) -> list[str]:
+    """The command line of a job; one that was stopped continues."""
+    return [*shlex.split(launcher), sys.executable, str(ROOT / job.script), *job.flags, "--resume", "auto"]
+
+
+def run(jobs: list[Job], launcher: str) -> list[Job]:
+    """Run jobs one after the other; returns those that failed. A pretraining that failed takes its fine-tunings along.
+
+    Raises:
+        SystemExit: a job was stopped on request (its exit code 75), or this script was: nothing else is started.
+    """
+    failed: list[Job] = []
+    for number, job in enumerate(jobs, start=1):
+        start = next((Path(b) for a, b in zip(job.flags, job.flags[1:], strict=False) if a == "--finetune"), None)
+        if start is not None and any(start.parent == other.folder for other in failed):
+            failed.append(job)
+            continue
+        make_directory(job.folder)
+        print(f"[{number}/{len(jobs)}] {job.folder}", flush=True)
+        began = time.monotonic()
+        with (job.folder / "ablation.log").open("ab") as log:
+            process = subprocess.Popen(command(job, launcher), stdout=log, stderr=subprocess.STDOUT)
+            previous = signal.signal(signal.SIGTERM, partial(_hand_on, process))
+            try:
+                code = process.wait()
+            except KeyboardInterrupt:
+                process.terminate()  # it saves and leaves
+                process.wait()
+                raise
+            finally:
+                signal.signal(signal.SIGTERM, previous)
+        if code == EXIT_PREEMPTED:
+            print(f"{job.folder} was stopped and has saved; the same command continues", file=sys.stderr)
+            raise SystemExit(EXIT_PREEMPTED)
+        if code == EXIT_OK:
+            print(f"    {time.monotonic() - began:.0f} s", flush=True)
+            if job.script == "main_pretrain.py":
+                write_json(job.folder / "ablation_done.json", {"flags": list(job.flags)})
+        else:
+            failed.append(job)
+            print(f"    failed with exit code {code}: {last_line(job.folder / 'ablation.log')}", flush=True)
+    return failed
+
+
+def _hand_on(process: subprocess.Popen[bytes], number: int, frame: FrameType | None) -> None:
+    """A request to stop goes to the job, which saves and leaves with code 75."""
+    process.terminate()
+
+
+def last_line(path: Path) -> str:
+    """The last line of a log that says something."""
+    lines = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    return lines[-1] if lines else "(nothing was printed)"
+
+
+if __name__ == "__main__":
+    run_cli(main)

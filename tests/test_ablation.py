@@ -1,0 +1,160 @@
+"""Grids of runs: how a grid becomes jobs, what is refused, resuming, and the table."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sarwmix.ablation import Row, as_csv, as_latex, as_markdown, collect, folder_name, parse_axis, plan
+from util.errors import UserError
+from util.files import write_json
+
+ROOT = Path(__file__).resolve().parents[1]
+PRETRAIN = "--dataset demo --data_path nowhere --model mixmim_tiny --epochs 2 --warmup_epochs 0"
+FINETUNE = "--dataset demo --data_path nowhere --model mixmim_tiny --epochs 2 --warmup_epochs 0"
+
+
+def axes(*texts: str):
+    return [parse_axis(text) for text in texts]
+
+
+def finish(job, ap: float, **more: float) -> None:
+    """What a finished fine-tuning run leaves."""
+    job.folder.mkdir(parents=True)
+    write_json(job.folder / "args.json", dict(job.settings))
+    scalars = {"ap_macro": ap, "loss": 0.5, **more}
+    content = {
+        "dataset": "demo", "protocol": "finetune", "seed": 0, "model": "mixmim_tiny", "samples": {},
+        "results": {"checkpoint_best.pth": {"epoch": 1, "test": {"scalars": scalars}}},
+    }  # fmt: skip
+    write_json(job.folder / "metrics.json", content)
+
+
+def test_a_grid_becomes_jobs_and_shares_pretraining(tmp_path: Path) -> None:
+    grid = axes("weight_mode=none,per_channel", "norm_pix_loss=on,off", "finetune.lr=1e-3,1e-4", "seed=0,1")
+    cells = plan(grid, PRETRAIN, FINETUNE, tmp_path)
+    assert len(cells) == 16
+    assert len({c.pretrain.folder for c in cells}) == 8
+    assert len({c.finetune.folder for c in cells}) == 16
+    first = cells[0]
+    assert first.values == {"weight_mode": "none", "norm_pix_loss": "on", "finetune.lr": "1e-3", "seed": "0"}
+    assert first.pretrain.settings["norm_pix_loss"] is True
+    assert cells[4].pretrain.settings["norm_pix_loss"] is False
+    assert first.finetune.settings["lr"] == 1e-3
+    assert first.finetune.settings["finetune"] == str(first.pretrain.folder / "checkpoint.pth")
+    assert cells[1].pretrain.settings["seed"] == cells[1].finetune.settings["seed"] == 1
+
+
+def test_without_pretraining(tmp_path: Path) -> None:
+    (cell,) = plan(axes("finetune.protocol=knn"), "", FINETUNE, tmp_path)
+    assert cell.pretrain is None
+    assert "--finetune" not in cell.finetune.flags
+
+
+@pytest.mark.parametrize(
+    ("grid", "pretrain", "finetune", "message"),
+    [
+        (["weight_mode"], PRETRAIN, FINETUNE, "is not NAME=VALUE"),
+        (["weight_mode=none,"], PRETRAIN, FINETUNE, "is not NAME=VALUE"),
+        (["seed=0,0"], PRETRAIN, FINETUNE, "names a value twice"),
+        (["seed=0", "seed=1"], PRETRAIN, FINETUNE, "--grid names 'seed' twice"),
+        (["output_dir=a,b"], PRETRAIN, FINETUNE, "the grid sets --output_dir itself"),
+        (["weight_mode=none,bright"], PRETRAIN, FINETUNE, "refuses the flags of weight_mode=bright.*invalid choice"),
+        (["wieght_mode=none"], PRETRAIN, FINETUNE, "refuses the flags of wieght_mode=none.*unrecognized"),
+        (["epochs=1,2"], PRETRAIN, FINETUNE, "--epochs is in the grid and among the flags"),
+        (["lr=1e-3"], "", FINETUNE, "did you mean finetune.lr"),
+        (["seed=0"], PRETRAIN, FINETUNE + " --resume auto", "--finetune contains --resume"),
+        (["batch_size=7"], PRETRAIN, FINETUNE, "--batch_size 7 is odd"),
+        (["finetune.protocol=knn"], PRETRAIN, FINETUNE + " --mixup 0.8", "--mixup changes images"),
+    ],
+)
+def test_what_is_refused_before_anything_runs(grid, pretrain, finetune, message, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        plan(axes(*grid), pretrain, finetune, tmp_path)
+
+
+def test_folder_names_are_plain() -> None:
+    assert (
+        folder_name({"weight_mode": "per_channel", "lr": "1e-3", "x": "a/b c"})
+        == "weight_mode-per-channel_lr-1e-3_x-a-b-c"
+    )
+    assert folder_name({}) == "run"
+
+
+def test_table_by_hand(tmp_path: Path) -> None:
+    cells = plan(axes("weight_mode=none,per_channel", "seed=0,1,2"), PRETRAIN, FINETUNE, tmp_path)
+    for cell, value in zip(cells[:5], (0.1, 0.2, 0.3, 0.5, 0.7), strict=True):
+        finish(cell.finetune, value, f1_macro=value / 2)
+    metric, rows = collect(cells, None)
+    assert metric == "ap_macro"
+    assert [row.values for row in rows] == [{"weight_mode": "none"}, {"weight_mode": "per_channel"}]
+    assert rows[0].scores == (0.1, 0.2, 0.3)
+    assert rows[1].missing == 1
+    assert rows[0].mean == pytest.approx(0.2)
+    assert rows[0].half_width == pytest.approx(4.302653 * 0.1 / math.sqrt(3), rel=1e-6)  # t of 2 degrees of freedom
+    assert "| none | 0.2000 | +-0.2484 | 3 |" in as_markdown(metric, rows)
+    assert "| per_channel | 0.6000 | +-1.2706 | 2 of 3 |" in as_markdown(metric, rows)
+    assert r"per\_channel & 0.6000" in as_latex(metric, rows)
+    lines = as_csv(cells).splitlines()
+    assert lines[0] == "weight_mode,seed,ap_macro,f1_macro,folder"
+    assert lines[1] == "none,0,0.1,0.05,weight_mode-none_seed-0"
+    assert len(lines) == 6
+    assert collect(cells, "f1_macro")[1][0].mean == pytest.approx(0.1)
+    with pytest.raises(UserError, match="no test metric 'f2'"):
+        collect(cells, "f2")
+
+
+def test_one_seed_has_no_interval() -> None:
+    assert math.isnan(Row({}, (0.5,), 0).half_width)
+    assert "| 0.5000 | - | 1 |" in as_markdown("acc", [Row({}, (0.5,), 0)])
+    assert "| - | - | 0 of 2 |" in as_markdown("acc", [Row({}, (), 2)])
+
+
+def test_a_folder_of_other_settings_is_not_mistaken_for_a_result(tmp_path: Path) -> None:
+    grid = axes("finetune.lr=1e-3")
+    (cell,) = plan(grid, "", FINETUNE, tmp_path)
+    finish(cell.finetune, 0.5)
+    assert cell.finetune.finished
+    (other,) = plan(grid, "", FINETUNE.replace("--epochs 2", "--epochs 3"), tmp_path)
+    with pytest.raises(UserError, match="holds a run with --epochs 2, this grid has 3"):
+        _ = other.finetune.finished
+    with pytest.raises(UserError, match="nothing to put into a table"):
+        collect(plan(grid, "", FINETUNE, tmp_path / "elsewhere"), None)
+
+
+def command(demo: Path, out: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    common = f"--dataset demo --data_path {demo} --model mixmim_tiny --epochs 1 --warmup_epochs 0 --num_workers 0"
+    arguments = ["--grid", "weight_mode=none,per_channel", "--grid", "finetune.protocol=knn", "--out", str(out)]
+    arguments += ["--pretrain", f"{common} --batch_size 16 --device cpu", "--finetune", f"{common} --batch_size 8"]
+    return subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "ablate.py"), *arguments, *more],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_a_grid_end_to_end_continues_and_names_what_failed(demo_root: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    blocked = out / "pretrain" / "weight_mode-per-channel" / "recent"
+    blocked.parent.mkdir(parents=True)
+    blocked.write_text("a file where a folder must be")
+    broken = command(demo_root, out)
+    assert broken.returncode == 2, broken.stderr
+    assert "4 jobs, 4 to run" in broken.stdout
+    assert "2 jobs failed" in broken.stderr
+    assert "| per_channel | knn | - | - | 0 of 1 |" in (out / "table.md").read_text()
+    blocked.unlink()
+    whole = command(demo_root, out)
+    assert whole.returncode == 0, whole.stderr
+    assert "4 jobs, 2 to run" in whole.stdout
+    assert "0 of 1" not in (out / "table.md").read_text()
+    assert len((out / "table.csv").read_text().splitlines()) == 3
+    assert json.loads((out / "pretrain" / "weight_mode-none" / "args.json").read_text())["weight_mode"] == "none"
+    assert "0 to run" in command(demo_root, out).stdout
+    assert command(demo_root, out, "--dry_run").stdout == ""
