@@ -208,8 +208,8 @@ def find_scenes(
     """
     paths = find_files(root) if isinstance(root, Path) else [path for one in root for path in find_files(one)]
     if not isinstance(root, Path):
-        root = Path(os.path.commonpath([path.absolute().parent for path in paths])) if paths else root[0]
-        paths = [path.absolute() for path in paths]
+        paths = [Path(os.path.abspath(path)) for path in paths]  # partners are found by their folder's name
+        root = Path(os.path.commonpath([path.parent for path in paths])) if paths else root[0]
     if not paths:
         raise UserError(
             f"{root} holds no GeoTIFF (*.tif, *.tiff); expected Sentinel-1 scenes with "
