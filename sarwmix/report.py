@@ -25,6 +25,7 @@ METRIC_NAMES = {
     "ap_macro": "AP macro", "ap_micro": "AP micro", "f1_macro": "F1 macro", "f1_micro": "F1 micro",
     "precision_macro": "precision macro", "precision_micro": "precision micro", "loss": "loss",
     "accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "roc_auc": "ROC AUC",
+    "miou": "mean IoU", "iou": "IoU", "acc": "ACC", "aacc": "aACC", "recall_macro": "recall macro",
 }  # fmt: skip
 EPOCH_NAMES = {"train_loss": "training loss", "train_lr": "learning rate", "images_per_s": "images/s"}
 NOT_A_SETTING = ("output_dir", "log_dir", "port", "dist_url", "world_size")
@@ -168,12 +169,14 @@ def _marks(runs: Sequence[Run]) -> dict[str, float]:
 def training_figure(runs: Sequence[Run], path: Path, *, title: str) -> Picture | None:
     """Loss, learning rate, throughput and, of fine-tuning, what selects the epoch."""
     keys = ["train_loss"]
-    keys += [key for key in ("val_ap_macro", "val_f1_macro", "val_accuracy")
+    keys += [key for key in ("val_ap_macro", "val_f1_macro", "val_accuracy", "val_miou", "test_miou", "val_iou",
+                             "test_iou", "val_aacc", "test_aacc")
              if any(len(run.column(key)[0]) for run in runs)]  # fmt: skip
     keys += ["train_lr", "images_per_s"]
     panels: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]] = {}
     for key in keys:
-        label = EPOCH_NAMES.get(key) or f"{METRIC_NAMES.get(key.removeprefix('val_'), key)} on val"
+        split, _, metric = key.partition("_")
+        label = EPOCH_NAMES.get(key) or f"{METRIC_NAMES.get(metric, key)} on {split}"
         curves = {run.name: run.column(key) for run in runs if len(run.column(key)[0])}
         if curves:
             panels[label] = curves

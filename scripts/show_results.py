@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from util.errors import UserError, run_cli
 from util.files import read_json
 
-METRICS = ("ap_macro", "ap_micro", "f1_macro", "f1_micro", "accuracy", "f1")
+METRICS = ("ap_macro", "ap_micro", "miou", "iou", "acc", "aacc", "f1_macro", "f1_micro", "accuracy", "f1")
 FACTS = ("protocol", "initialisation", "dataset", "statistics", "seed")
 
 
