@@ -378,11 +378,11 @@ def _add_published(
             row.published.append(entry)
         if not own:
             name = f"{entry.model} ({entry.bands})"
-            row = next((row for row in rows if not row.cells and (row.encoder, row.start) == (name, entry.start)), None)
-            if row is None:
-                row = Row(name, entry.start)
-                rows.append(row)
-            row.published.append(entry)
+            known = [row for row in rows if not row.cells and (row.encoder, row.start) == (name, entry.start)]
+            if not known:
+                known = [Row(name, entry.start)]
+                rows += known
+            known[0].published.append(entry)
 
 
 # ------------------------------------------------------------------------------------------------------------ output

@@ -440,6 +440,27 @@ def test_backbones_and_heads_that_do_not_fit(script: Script, options: tuple[str,
         script(*options)
 
 
+@pytest.mark.mpi
+@pytest.mark.slow
+def test_running_statistics_do_not_depend_on_the_process(
+    script: Script, run_script: Runner, demo_root: Path, tmp_path: Path
+) -> None:
+    """Each process sees other samples; what is evaluated and saved are the statistics of rank 0."""
+    common = ("--model", "resnet10t", "--input_size", 32, "--epochs", 1, "--warmup_epochs", 0, "--lr", 1e-3)
+    out = tmp_path / "np2"
+    run_script(
+        "main_finetune.py", *common, "--dataset", "demo", "--data_path", demo_root, "--device", "cpu", "--num_workers",
+        0, "--batch_size", 8, "--output_dir", out, processes=2,
+    )  # fmt: skip
+    path = out / "checkpoint_best.pth"
+    script(*common, "--eval", "--resume", path, out="np1")
+    alone = metrics_of(tmp_path / "np1", "metrics_eval.json")["results"][str(path)]["test"]["scalars"]
+    together = metrics_of(out)["results"]["checkpoint_best.pth"]
+    assert together["test"]["scalars"] == pytest.approx(alone, abs=1e-6)
+    val = metrics_of(tmp_path / "np1", "metrics_eval.json")["results"][str(path)]["val"]["scalars"]
+    assert together["val_scalars"] == pytest.approx(val, abs=1e-6)  # of the training processes, before any loading
+
+
 def test_help_is_quick_and_names_every_protocol() -> None:
     import time
 
