@@ -136,7 +136,7 @@ def test_real_chips_beat_the_threshold(tmp_path: Path, monkeypatch: pytest.Monke
     """Leave-three-out over the nine usable real chips: water IoU clearly above Otsu's threshold on smoothed VV."""
     from scripts import flood_chips
 
-    command = ["flood_chips", "--data_path", str(REALDATA), "--out", str(tmp_path), "--epochs", "40"]
+    command = ["flood_chips", "--data_path", str(REALDATA), "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", command)
     flood_chips.main()
     result = json.loads((tmp_path / "result.json").read_text())["chips"]["all"]
