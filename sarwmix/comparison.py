@@ -359,6 +359,13 @@ def _letter(number: int) -> str:
     return chr(ord("a") + number) if number < 26 else f"n{number}"
 
 
+def _sensors(bands: str) -> str:
+    """``s1``, ``s2`` or ``all`` from band names joined with commas."""
+    names = {name.strip() for name in bands.split(",")}
+    radar = names & {"VV", "VH"}
+    return "all" if radar and names - radar else "s1" if radar else "s2"
+
+
 def _add_published(
     rows: list[Row], dataset: str, runs: Sequence[Run], published: Sequence[Published], metric: str
 ) -> None:
@@ -367,11 +374,14 @@ def _add_published(
     for entry in published:
         if entry.dataset != dataset or entry.metric != metric or f"{entry.train_frac:g}" not in fractions:
             continue
-        # beside a run of the same backbone only where that run starts from random weights exactly as the entry does
+        # beside a run of the same backbone and sensors, and from random weights only where the entry is, too
         own = [
             row
             for row in rows
-            if any(cell.runs[0].model == entry.model for cell in row.cells.values())
+            if any(
+                cell.runs[0].model == entry.model and _sensors(cell.runs[0].data.get("bands", "")) == entry.bands
+                for cell in row.cells.values()
+            )
             and (row.start == "random") == (entry.start == "random")
         ]
         for row in own:

@@ -115,6 +115,7 @@ def test_published_numbers_have_their_own_column_and_are_never_ours(tmp_path: Pa
         published(model="mobilevit_s", value=0.6312),
         published(model="mixmim_base", start="SAR-W-MixMAE", train_frac=0.5),
         published(dataset="eurosat_sar"),
+        published(bands="all", value=0.7033),
         published(metric="ap_micro", value=0.8),
     ]
     (table,) = build_tables(runs, others)
@@ -123,11 +124,12 @@ def test_published_numbers_have_their_own_column_and_are_never_ours(tmp_path: Pa
     assert lines[4] == "| resnet50 | random | - | 0.300 | finetune 0.628 (random; model card) |"
     assert lines[5] == "| mixmim_tiny | random | 0.200 | - | - |"
     assert lines[6] == "| mobilevit_s (s1) | random | - | - | finetune 0.631 (random; model card) |"
-    assert len([line for line in lines if line.startswith("|")]) == 5
+    assert lines[7] == "| resnet50 (all) | random | - | - | finetune 0.703 (random; model card) |"
+    assert len([line for line in lines if line.startswith("|")]) == 6
     records = as_records([table])
     ours = [record for record in records if record["origin"] == "ours"]
     assert {record["metric"] for record in ours} == {"ap_macro", "ap_micro"}
-    assert [record["mean"] for record in records if record["origin"] == NOT_OURS] == [0.6284, 0.6312]
+    assert [record["mean"] for record in records if record["origin"] == NOT_OURS] == [0.6284, 0.6312, 0.7033]
     (micro,) = build_tables(runs, others, metric="ap_micro")
     assert "finetune 0.800 (random; model card)" in as_markdown([micro])
 
