@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import errno
 import itertools
 import os
@@ -16,7 +14,6 @@ from typing import Any
 from util.errors import UserError
 from util.log import Progress
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -29,18 +26,6 @@ def _watch_parent(parent: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-def keep_freed_memory() -> None:
-    """Let this process and its forks reuse freed memory instead of returning it to the system.
-
-    glibc maps fresh, zeroed pages for each large array and gives them back when it is freed: with images of 2 MiB, page
-    faults are two fifths of the processor time of ALIGN. Where there is no such C library, nothing happens.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        library = ctypes.CDLL(None)
-        library.mallopt(M_MMAP_THRESHOLD, 1 << 30)
-        library.mallopt(M_TRIM_THRESHOLD, 1 << 30)
 
 
 def storage_error(where: str, error: OSError) -> UserError:

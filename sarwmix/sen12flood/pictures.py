@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import numpy as np
 
-from sarwmix.pictures import GREY_DB, NO_DATA
+from sarwmix.pictures import GREY_DB, NO_DATA, new_figure, save_figure
 from sarwmix.sen12flood.dataset import ZERO_POWER, PairDataset
 from sarwmix.sen12flood.metadata import parse_pair_name
-from util.files import atomic_write
 
 SHOWN = 6  # pairs on the picture
 SIDE = 384  # pixels of an image on the picture are at most this many; larger images are thinned
@@ -29,15 +27,12 @@ def wrong_pairs_figure(path: Path, data: PairDataset, wrong: np.ndarray, flood: 
         loss: (N,) loss of each pair.
     """
     from matplotlib import colormaps
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
 
     count = int(wrong.sum())
     candidates = np.flatnonzero(wrong) if count else np.arange(len(data))
     shown = candidates[np.argsort(-loss[candidates], kind="stable")][:SHOWN]
     rows = len(shown)
-    figure = Figure(figsize=(13, 0.9 + 2.75 * rows), facecolor="white")
-    FigureCanvasAgg(figure)
+    figure = new_figure(13, 0.9 + 2.75 * rows)
     found = f"{count} of {len(data)} pairs of split {data.split} are classified wrongly; drawn: "
     drawn = f"the {rows} of them with the highest loss" if count else f"the {rows} right ones with the highest loss"
     figure.suptitle(
@@ -70,10 +65,7 @@ def wrong_pairs_figure(path: Path, data: PairDataset, wrong: np.ndarray, flood: 
         line[4].imshow(db[1, 1] - db[0, 1], cmap=change, vmin=-10, vmax=10, interpolation="nearest")
         line[4].set_title("VV second - first", fontsize=8)
     figure.tight_layout(rect=(0, 0, 1, 0.97))
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=90)
-    with atomic_write(path) as stream:
-        stream.write(buffer.getvalue())
+    save_figure(figure, path)
 
 
 def _db(power: np.ndarray) -> np.ndarray:

@@ -59,9 +59,9 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse and run."""
     args = build_parser().parse_args(argv)
-    from sarwmix.sen12flood.parallel import keep_freed_memory
     from sarwmix.sen12flood.stages import PrepareOptions, prepare
     from util.log import setup_logging
+    from util.memory import keep_freed_memory
 
     setup_logging()
     keep_freed_memory()
