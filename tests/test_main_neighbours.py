@@ -27,7 +27,7 @@ CASES: dict[str, tuple[str, ...]] = {
     "benv2": ("--input_size", "64", "--bands", "all"),
     "dfc2020": ("--input_size", "128", "--label_set", "igbp", "--no_savanna"),
     "sen1floods11": ("--input_size", "256", "--bands", "s1s2", "--class_weights", "0.1", "0.5"),
-    "satlas": ("--input_size", "256", "--bands", "rgb", "--val_frac", "0.4"),
+    "satlas": ("--input_size", "256", "--bands", "rgb", "--val_frac", "0.4", "--batch_size", "2"),
 }
 
 
@@ -142,3 +142,22 @@ def test_real_chips_beat_the_threshold(tmp_path: Path, monkeypatch: pytest.Monke
     result = json.loads((tmp_path / "result.json").read_text())["chips"]["all"]
     assert result["otsu"]["iou"] == pytest.approx(0.409, abs=0.005)
     assert result["network"]["iou"] > result["otsu"]["iou"] + 0.15
+
+
+@pytest.mark.slow
+def test_land_cover_first_and_water_after_it(script: Script, tmp_path: Path) -> None:
+    """All weights but the last layer are taken over; with a frozen encoder only the head changes."""
+    make_neighbour_data("satlas", tmp_path / "satlas", samples=3)
+    make_neighbour_data("sen1floods11", tmp_path / "floods", samples=3)
+    script("satlas", tmp_path / "satlas", "--input_size", 128, "--epochs", 1)
+    (tmp_path / "run").rename(tmp_path / "first")
+    start = tmp_path / "first" / "checkpoint_best.pth"
+    options = ("--input_size", 128, "--epochs", 1, "--finetune", start, "--protocol", "frozen")
+    script("sen1floods11", tmp_path / "floods", *options, "--bands", "satlas")
+    before, after = (load_checkpoint(tmp_path / name / "checkpoint_best.pth")["model"] for name in ("first", "run"))
+    for key, value in before.items():
+        if not key.startswith("head."):
+            assert torch.equal(value, after[key]), key
+    assert after["head.classifier.weight"].shape[0] == 2
+    with pytest.raises(UserError, match="B02.*VH, VV|VH, VV.*B02"):
+        script("sen1floods11", tmp_path / "floods", *options)

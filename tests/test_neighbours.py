@@ -421,3 +421,38 @@ def test_data_check_names_bad_chips(copy: Any) -> None:
     rewrite(root / HAND / f"LabelHand/{chip}_LabelHand.tif", lambda values: values + 5)
     found = examine("sen1floods11", root)
     assert [(one.topic, one.names[0].split()[0]) for one in found.errors()] == [("unreadable", chip)]
+
+
+def test_packed_stores_keep_the_bands_and_hold_no_label_maps(made: Any, tmp_path: Path) -> None:
+    from sarwmix.packed import pack
+
+    source = build_dataset("benv2", made("benv2"), "train", bands="all")
+    pack([source], tmp_path / "packed")
+    packed = build_dataset("benv2", tmp_path / "packed", "train", bands="all")
+    assert np.array_equal(packed.get_batch(np.arange(3))["image"], source.get_batch(np.arange(3))["image"])
+    with pytest.raises(UserError, match=r"bands VH, VV, B02.* asked for VH, VV in dB.*--bands"):
+        build_dataset("benv2", tmp_path / "packed", "train")
+    with pytest.raises(UserError, match="holds no label maps"):
+        pack([build_dataset("dfc2020", made("dfc2020"), "train")], tmp_path / "maps")
+
+
+def test_pretraining_refuses_reflectances(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import main_pretrain
+
+    monkeypatch.setattr("sys.argv", ["x", "--dataset", "satlas", "--data_path", str(made("satlas"))])
+    with pytest.raises(UserError, match="the bands of 'satlas' are in reflectance"):
+        main_pretrain.open_data(main_pretrain.get_parser().parse_args())
+    monkeypatch.setattr("sys.argv", ["x", "--dataset", "dfc2020", "--data_path", str(made("dfc2020"))])
+    assert len(main_pretrain.open_data(main_pretrain.get_parser().parse_args())) == 3
+
+
+def test_statistics_of_reflectances(made: Any) -> None:
+    from sarwmix.statistics import compute_moments
+
+    data = build_dataset("benv2", made("benv2"), "train", bands="VV,B04")
+    found = compute_moments(data).statistics("here")
+    pixels = np.stack([data.read(index) for index in range(len(data))])
+    for band in range(2):
+        values = pixels[:, band].astype(np.float64)
+        assert found.mean[band] == pytest.approx(values.mean(), rel=1e-5)
+        assert found.p99[band] == pytest.approx(np.percentile(values, 99), rel=0.01)
