@@ -333,10 +333,6 @@ def train(
     if args.test_run:
         end_epoch = min(end_epoch, start_epoch + 2)
 
-    def names_due(done: int) -> list[str]:
-        names = ["checkpoint.pth"] if done % args.save_every == 0 or done == end_epoch else []
-        return names + ([f"checkpoint_{done}.pth"] if done in args.save_epochs else [])
-
     log.info("training epochs %d to %d of %d, %d steps each", start_epoch, end_epoch - 1, args.epochs, steps)
     began = time.monotonic()
     for epoch in range(start_epoch, end_epoch):
@@ -375,8 +371,6 @@ def train(
             saver.save_and_stop(epoch - 1, result.steps_done)
             return EXIT_PREEMPTED
         done = epoch + 1
-        if names := names_due(done):
-            saver.save(epoch, 0, names, wait=done == end_epoch)
         record = {"epoch": epoch, **result.stats, "memory_mib": max(memory_mib())}
         if epoch_log is not None:
             epoch_log.write(record)
@@ -391,6 +385,10 @@ def train(
             record["images_per_s"],
             format_duration(left),
         )
+        names = ["checkpoint.pth"] if done % args.save_every == 0 or done == end_epoch else []
+        names += [f"checkpoint_{done}.pth"] if done in args.save_epochs else []
+        if names:  # after the log: a resumed run writes the rows of the epochs that it trains
+            saver.save(epoch, 0, names, wait=done == end_epoch)
         if saver.stopping and done < end_epoch:
             saver.save_and_stop(epoch, 0)
             return EXIT_PREEMPTED
