@@ -10,21 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.nn import functional as F
 
 from sarwmix.backbones import build_classifier
 from sarwmix.datasets import SarDataset
 from sarwmix.heads import TaskModel
 from sarwmix.metrics import Report, align_table, bootstrap_intervals
 from sarwmix.selection import Rule
-from sarwmix.tasks import ModelSettings, Task
-from sarwmix.transforms import SarTransform
+from sarwmix.tasks import ModelSettings, SingleLabelTask
 from util.errors import UserError
 
 
-class MulticlassTask(Task):
+class MulticlassTask(SingleLabelTask):
     """Cross-entropy over K classes; accuracy (ACC) and mean class accuracy (aACC), in fractions.
 
     Args:
@@ -35,43 +31,15 @@ class MulticlassTask(Task):
     name = "multiclass"
     options = ("select_on",)
     primary = "acc"
-    exclusive = True
     class_columns = (("Accuracy", "recall"), ("F1", "f1"), ("Precision", "precision"), ("AP", "ap"))
 
     def __init__(self, classes: Sequence[str], select_on: str = "val") -> None:
-        super().__init__(classes)
+        super().__init__(classes, select_on)
         if len(self.classes) < 2:
             raise UserError(f"the multiclass task needs two classes or more, got {', '.join(self.classes)}")
-        self._select_on = select_on
-
-    @property
-    def select_on(self) -> str:
-        return self._select_on
 
     def build_model(self, settings: ModelSettings) -> TaskModel:
         return build_classifier(settings, self.num_outputs)
-
-    def inputs(
-        self,
-        batch: Mapping[str, Any],
-        transform: SarTransform,
-        *,
-        device: torch.device,
-        generator: torch.Generator | None = None,
-    ) -> tuple[Tensor, ...]:
-        return (transform.model_input(batch["image"].to(device, non_blocking=True), generator),)
-
-    def target(self, batch: Mapping[str, Any], device: torch.device) -> Tensor:
-        return batch["label"].to(device, torch.int64, non_blocking=True)  # (B,)
-
-    def soft_target(self, target: Tensor) -> Tensor:
-        return F.one_hot(target, self.num_outputs).float()
-
-    def losses(self, logits: Tensor, target: Tensor, *, smoothing: float = 0.0) -> Tensor:
-        return F.cross_entropy(logits.float(), target, reduction="none", label_smoothing=smoothing)
-
-    def scores(self, logits: Tensor) -> Tensor:
-        return torch.softmax(logits.double(), dim=1)
 
     def report(self, gathered: Mapping[str, np.ndarray], *, bootstrap: int = 0, seed: int = 0) -> Report:
         """Scalars: ``acc``, ``aacc`` (mean over the classes that have samples), ``loss``."""

@@ -56,7 +56,7 @@ class SegmentationTask(Task):
     def __init__(
         self, classes: Sequence[str], class_weights: Sequence[float] | None = None, select_on: str = "val"
     ) -> None:
-        super().__init__(classes)
+        super().__init__(classes, select_on)
         if len(self.classes) < 2:
             raise UserError(f"the segmentation task needs two classes or more, got {', '.join(self.classes)}")
         if class_weights is not None:
@@ -70,11 +70,6 @@ class SegmentationTask(Task):
                 raise UserError(f"--class_weights {values}: expected numbers of 0 or more, at least one above 0")
             class_weights = values
         self.class_weights = class_weights
-        self._select_on = select_on
-
-    @property
-    def select_on(self) -> str:
-        return self._select_on
 
     @property
     def binary(self) -> bool:

@@ -139,10 +139,11 @@ class Task(ABC):
     # columns of the per-class table: title, key of the report's rows
     class_columns: ClassVar[tuple[tuple[str, str], ...]] = (("AP", "ap"), ("F1", "f1"), ("Precision", "precision"))
 
-    def __init__(self, classes: Sequence[str]) -> None:
+    def __init__(self, classes: Sequence[str], select_on: str = "val") -> None:
         if not classes:
             raise UserError(f"task {self.name} needs a data set with labels, this one has no classes")
         self.classes = tuple(classes)
+        self.select_on = select_on  # split that selects the best epoch: "test" where a published protocol does so
 
     @property
     def num_outputs(self) -> int:
@@ -168,11 +169,6 @@ class Task(ABC):
             if name in saved and saved[name] != value:
                 raise UserError(f"{source} was trained with {name} {saved[name]}, not {value}; give --{name} to fit")
 
-    @property
-    def select_on(self) -> str:
-        """Split that selects the best epoch: "val", or "test" where a published protocol does so."""
-        return "val"
-
     @abstractmethod
     def build_model(self, settings: ModelSettings) -> TaskModel:
         """The model with a fresh head.
@@ -180,7 +176,6 @@ class Task(ABC):
         It must have `head`, its last layer, and `forward_features(*inputs) -> (B, D)`, what `head` is applied to.
         """
 
-    @abstractmethod
     def inputs(
         self,
         batch: Mapping[str, Any],
@@ -197,6 +192,7 @@ class Task(ABC):
             device: where the model lives.
             generator: CPU generator of the training step: flip at random. None: evaluation, no augmentation.
         """
+        return (transform.model_input(batch["image"].to(device, non_blocking=True), generator),)
 
     @abstractmethod
     def target(self, batch: Mapping[str, Any], device: torch.device) -> Tensor:
@@ -314,6 +310,24 @@ class Task(ABC):
         return []
 
 
+class SingleLabelTask(Task):
+    """Exactly one class a sample: cross-entropy and softmax."""
+
+    exclusive = True
+
+    def target(self, batch: Mapping[str, Any], device: torch.device) -> Tensor:
+        return batch["label"].to(device, torch.int64, non_blocking=True)  # (B,)
+
+    def soft_target(self, target: Tensor) -> Tensor:
+        return F.one_hot(target, self.num_outputs).float()
+
+    def losses(self, logits: Tensor, target: Tensor, *, smoothing: float = 0.0) -> Tensor:
+        return F.cross_entropy(logits.float(), target, reduction="none", label_smoothing=smoothing)
+
+    def scores(self, logits: Tensor) -> Tensor:
+        return torch.softmax(logits.double(), dim=1)
+
+
 class MultilabelTask(Task):
     """Several classes may be present at once: BigEarthNet with 19 classes and data sets like it."""
 
@@ -322,16 +336,6 @@ class MultilabelTask(Task):
 
     def build_model(self, settings: ModelSettings) -> TaskModel:
         return build_classifier(settings, self.num_outputs)
-
-    def inputs(
-        self,
-        batch: Mapping[str, Any],
-        transform: SarTransform,
-        *,
-        device: torch.device,
-        generator: torch.Generator | None = None,
-    ) -> tuple[Tensor, ...]:
-        return (transform.model_input(batch["image"].to(device, non_blocking=True), generator),)
 
     def target(self, batch: Mapping[str, Any], device: torch.device) -> Tensor:
         return batch["label"].to(device, torch.float32, non_blocking=True)  # (B, K)

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from models_mixmim import MODELS, encoder_config
 from models_sen12_ft import PATCH_OPS, MixMIMPair
@@ -19,7 +18,7 @@ from sarwmix.loader import Loader
 from sarwmix.metrics import Report, bootstrap_intervals
 from sarwmix.selection import Rule
 from sarwmix.sen12flood.dataset import PairDataset, power_to_db
-from sarwmix.tasks import ModelSettings, Predictor, Task
+from sarwmix.tasks import ModelSettings, Predictor, SingleLabelTask
 from sarwmix.transforms import SarTransform, draw_flips
 from util.errors import UserError
 
@@ -56,7 +55,7 @@ class PairTransform:
         return first, second
 
 
-class PairTask(Task):
+class PairTask(SingleLabelTask):
     """Cross-entropy over (no flood, flood); accuracy, precision, recall and F1 with flood as the positive class.
 
     Args:
@@ -78,23 +77,18 @@ class PairTask(Task):
         legacy_tiling: bool = False,
         val_frac: float | None = None,
     ) -> None:
-        super().__init__(classes)
+        # The published protocol selects on test; with --val_frac the held-out sequences select.
+        super().__init__(classes, "test" if val_frac is None else "val")
         if len(self.classes) != 2:
             raise UserError(f"the pair task has two classes, no flood and flood; got {', '.join(self.classes)}")
         if patch_op not in PATCH_OPS:
             raise UserError(f"--patch_op is {patch_op!r}; expected one of {', '.join(PATCH_OPS)}")
         self.patch_op = patch_op
         self.legacy_tiling = legacy_tiling
-        self.val_frac = val_frac
 
     @property
     def model_settings(self) -> dict[str, Any]:
         return {"patch_op": self.patch_op, "legacy_tiling": self.legacy_tiling}
-
-    @property
-    def select_on(self) -> str:
-        """The published protocol selects on test; with --val_frac the held-out sequences select."""
-        return "test" if self.val_frac is None else "val"
 
     def build_model(self, settings: ModelSettings) -> MixMIMPair:
         if not is_mixmim(settings.name) or settings.pool is not None:
@@ -130,18 +124,6 @@ class PairTask(Task):
         power2 = batch["image2"].to(device, non_blocking=True)
         flips = None if generator is None else draw_flips(len(power1), generator)
         return PairTransform(transform)(power1, power2, flips)
-
-    def target(self, batch: Mapping[str, Any], device: torch.device) -> Tensor:
-        return batch["label"].to(device, torch.int64, non_blocking=True)  # (B,)
-
-    def soft_target(self, target: Tensor) -> Tensor:
-        return F.one_hot(target, self.num_outputs).float()
-
-    def losses(self, logits: Tensor, target: Tensor, *, smoothing: float = 0.0) -> Tensor:
-        return F.cross_entropy(logits.float(), target, reduction="none", label_smoothing=smoothing)
-
-    def scores(self, logits: Tensor) -> Tensor:
-        return torch.softmax(logits.double(), dim=1)
 
     # Evaluation --------------------------------------------------------------------------------------------------
 
