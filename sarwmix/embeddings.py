@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from sarwmix import pictures
 from sarwmix.datasets import SarDataset
-from sarwmix.prediction import Options, Source, _nothing, _tiles, resolve_unit, starts
+from sarwmix.prediction import Options, Source, _nothing, _tiles, radar_channels, resolve_unit, starts
 from sarwmix.pretrained import Pretrained
 from sarwmix.quicklook import CLASS_COLOURS
 from sarwmix.scenes import Scene, SceneReader
@@ -128,7 +128,7 @@ def scene_batches(
             "model of single images"
         )
     reader = SceneReader("dB")
-    source = Source(scene, reader, resolve_unit(reader, scene, unit, model.bands))
+    source = Source(scene, reader, resolve_unit(reader, scene, unit, model.bands), radar_channels(model.bands))
     tile = model.tile
     stride = options.stride or tile
     rows, columns = starts(scene.height, tile, stride), starts(scene.width, tile, stride)

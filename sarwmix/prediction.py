@@ -31,13 +31,13 @@ from torch.nn import functional as F
 
 from sarwmix.pretrained import Pretrained
 from sarwmix.quicklook import Thumbnail, classification_figure, flood_figure, segmentation_figure
+from sarwmix.registry import DECIBEL, REFLECTANCE, unit_of
 from sarwmix.scenes import BLOCK_CACHE, UNITS, Scene, SceneReader, check_unit, find_scenes, parse_band_order
 from sarwmix.sen12flood.dataset import ZERO_POWER
 from util.errors import UserError
 from util.files import TEMP_SUFFIX, WriteError, file_set, write_json
 from util.log import Progress, get_logger
 
-S1_BANDS = ("VH", "VV")
 NO_CLASS = 255
 FLOOD = 1
 PAIR_TILE = 128  # px of the model's input that the encoder of pairs sees at once
@@ -73,16 +73,12 @@ def open_scenes(paths: Sequence[Path], bands: Sequence[str], band_order: str | N
     """The scenes of folders or files, bands in the model's order.
 
     Raises:
-        UserError: nothing there, a band without its partner, different grids of VH and VV...
+        UserError: nothing there, a band without its partners, different grids of the bands...
     """
-    if sorted(bands) != sorted(S1_BANDS):
-        raise UserError(
-            f"the model reads {', '.join(bands)}; scenes can be predicted with models of Sentinel-1 VH and VV only"
-        )
     for path in paths:
         if not path.exists():
             raise UserError(
-                f"scene {path} does not exist; give a GeoTIFF with VH and VV, one file for each, or a folder"
+                f"scene {path} does not exist; give a GeoTIFF with {', '.join(bands)}, one file for each, or a folder"
             )
     root = paths[0] if len(paths) == 1 else list(paths)
     scenes, ignored = find_scenes(root, tuple(bands), parse_band_order(band_order, bands))
@@ -119,31 +115,41 @@ def sample_pixels(reader: SceneReader, scene: Scene, *, side: int = 64, grid: in
 
 
 def resolve_unit(reader: SceneReader, scene: Scene, declared: str | None, bands: Sequence[str]) -> str:
-    """The unit of a scene's values: as declared and not contradicted, or found and said in a warning.
+    """The unit of a scene's radar bands: as declared and not contradicted, or found and said in a warning.
+
+    Sentinel-2 bands are reflectance times 10,000 and have no other unit here.
 
     Raises:
-        UserError: the values contradict the declaration.
+        UserError: the values contradict the declaration, or there is no radar band that it could mean.
     """
     pixels = sample_pixels(reader, scene)
-    ordered = pixels[[list(bands).index(band) for band in S1_BANDS]]  # check_unit wants VH first
+    radar = radar_channels(bands)
+    if not radar:
+        if declared is not None:
+            raise UserError(f"--unit {declared} is for radar bands; the model reads {', '.join(bands)}: leave it out")
+        return REFLECTANCE
+    names, pixels = [bands[number] for number in radar], pixels[radar]
     unit = declared
     if unit is None:
         unit = "dB" if float((pixels < 0).mean()) >= 0.05 else "linear"
-        medians = ", ".join(
-            f"{band} {value:.4g}" for band, value in zip(S1_BANDS, np.median(ordered, axis=1), strict=True)
-        )
+        medians = ", ".join(f"{band} {value:.4g}" for band, value in zip(names, np.median(pixels, axis=1), strict=True))
         get_logger().warning(
             "scene %s: --unit is not given; the values look like %s (median %s)", scene.name, unit, medians
         )
     elif unit not in UNITS:
         raise UserError(f"--unit {unit}: expected {' or '.join(UNITS)}")
     try:
-        warning = check_unit(ordered, unit, scene.bands[0].path)
+        warning = check_unit(pixels, unit, scene.bands[0].path, names)
     except UserError as error:
         raise UserError(str(error).replace("give unit=", "give --unit ")) from error
     if warning is not None:
         get_logger().warning("%s", warning)
     return unit
+
+
+def radar_channels(bands: Sequence[str]) -> list[int]:
+    """Channels of the Sentinel-1 bands."""
+    return [number for number, band in enumerate(bands) if unit_of(band) == DECIBEL]
 
 
 def read_stored(reader: SceneReader, scene: Scene, row: int, column: int, height: int, width: int) -> FloatArray:
@@ -159,26 +165,30 @@ def read_stored(reader: SceneReader, scene: Scene, row: int, column: int, height
 
 @dataclass
 class Source:
-    """A scene whose unit is known, read as dB.
+    """A scene whose unit is known, read in the model's units.
 
     Attributes:
+        unit: of its radar bands as stored.
+        radar: channels of the radar bands.
         zero_is_dark: whether zero power in one band counts as -60 dB, as in the data of pairs; else it is no-data.
     """
 
     scene: Scene
     reader: SceneReader
     unit: str
+    radar: Sequence[int]
     zero_is_dark: bool = False
 
-    def decibel(self, row: int, height: int) -> FloatArray:
-        """Rows of the scene, (C, height, width) float32 dB, NaN where there is no data."""
+    def rows(self, row: int, height: int) -> FloatArray:
+        """Rows of the scene, (C, height, width) float32, dB or reflectance x 1e4, NaN where there is no data."""
         values = read_stored(self.reader, self.scene, row, 0, height, self.scene.width)
-        if self.unit == "linear":
+        for channel in self.radar if self.unit == "linear" else ():
+            power = values[channel]
             if self.zero_is_dark:
-                values[values == 0] = ZERO_POWER
+                power[power == 0] = ZERO_POWER
             with np.errstate(divide="ignore", invalid="ignore"):
-                np.log10(values, out=values)
-            values *= 10.0
+                np.log10(power, out=power)
+            power *= 10.0
         values[~np.isfinite(values)] = np.nan
         return values
 
@@ -200,7 +210,7 @@ class Source:
                 buffer[:, :keep] = buffer[:, row - before : row - before + keep].copy()
             new = min(tile, self.scene.height - row) - keep
             if new > 0:
-                buffer[:, keep : keep + new, : self.scene.width] = self.decibel(row + keep, new)
+                buffer[:, keep : keep + new, : self.scene.width] = self.rows(row + keep, new)
             first_new, have, before = have, row + keep + max(new, 0), row
             yield row, buffer, first_new
 
@@ -547,7 +557,13 @@ def predict_scene(
         for one in [scene] if second is None else [scene, second]:
             reader = SceneReader("dB")  # read as stored; `Source` converts
             sources.append(
-                Source(one, reader, resolve_unit(reader, one, unit, model.bands), zero_is_dark=task.name == "pair")
+                Source(
+                    one,
+                    reader,
+                    resolve_unit(reader, one, unit, model.bands),
+                    radar_channels(model.bands),
+                    zero_is_dark=task.name == "pair",
+                )
             )
         _check_size(scene, model, options)
         _say_about_place(scene)

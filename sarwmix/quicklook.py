@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from sarwmix import pictures
 from sarwmix.pictures import BLACK, BLUE, GREEN, NO_DATA, ORANGE, PURPLE, SKY, VERMILION, YELLOW
+from sarwmix.registry import DECIBEL, unit_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -168,12 +169,16 @@ def _scale_bar(axes: Axes, pixels: float, width: int, metres: float | None) -> N
     axes.text(0.03, 0.38 * tall, text, transform=axes.transAxes, fontsize=7, va="bottom")
 
 
-def _backscatter(page: _Page, thumbnail: Thumbnail, metres: float | None, date: str = "") -> None:
+def _image(page: _Page, thumbnail: Thumbnail, metres: float | None, date: str = "") -> None:
+    """VV and VH in dB; of a scene without them its first band as reflectance."""
     image = thumbnail.image()
-    for band in ("VV", "VH"):
+    shown: list[str] = [band for band in ("VV", "VH") if band in thumbnail.bands] or [thumbnail.bands[0]]
+    for band in shown:
         values = image[thumbnail.bands.index(band)]
-        label = f"{band} backscatter (dB)"
-        axes = page.show(f"{band}{date}", values, "gray", pictures._grey(band), label, "both")
+        radar = unit_of(band) == DECIBEL
+        label = f"{band} backscatter (dB)" if radar else f"{band} reflectance x 10,000"
+        limits = pictures._grey(band) if radar else (0.0, pictures.RGB_WHITE)
+        axes = page.show(f"{band}{date}", values, "gray", limits, label, "both")
         _scale_bar(axes, thumbnail.factor, values.shape[1], metres)
 
 
@@ -219,7 +224,7 @@ def classification_figure(
     # Crop the picture to the scene: cells at the lower and right edge may reach beyond it.
     shape = (thumbnail.height, thumbnail.width)
     page = _Page(shape, 3 + len(order), title, below=max(0.62, 0.12 + 0.155 * -(-len(labels) // 2)))
-    _backscatter(page, thumbnail, metres)
+    _image(page, thumbnail, metres)
     page.classes("class of highest probability", _crop(numbers, cell, shape), colours, labels)
     what = "probability" if exclusive else "probability that the class is present"
     for number in order:
@@ -269,7 +274,7 @@ def segmentation_figure(
     labels = [_short(f"{name} ({part:.1f} %)") for name, part in zip(names, share, strict=True)]
     colours = [class_colour(number, len(names)) for number in range(len(names))]
     page = _Page(numbers.shape, 4, title, below=max(0.62, 0.12 + 0.155 * -(-len(labels) // 2)))
-    _backscatter(page, thumbnail, metres)
+    _image(page, thumbnail, metres)
     page.classes("class of highest probability", numbers, colours, labels)
     if len(names) == 2:
         label = f"probability of {names[1]}"

@@ -411,16 +411,17 @@ def _survey(reader: SceneReader, scene: Scene, tile: int, stride: int, *, every_
     return Survey(valid, np.concatenate(drawn, axis=1))
 
 
-def check_unit(pixels: NDArray[np.float32], unit: str, where: str) -> str | None:
+def check_unit(pixels: NDArray[np.float32], unit: str, where: str, bands: Sequence[str] = ("VH", "VV")) -> str | None:
     """Compare values with the declared unit.
 
     Sentinel-1 backscatter in dB is negative nearly everywhere, linear power never is; a median outside -45 to +5 dB is
     no calibrated backscatter.
 
     Args:
-        pixels: Valid values (2, n) of VH and VV, as stored.
+        pixels: Valid values (bands, n) of Sentinel-1 bands, as stored.
         unit: Declared unit.
         where: What the message calls the data.
+        bands: Their names.
 
     Returns:
         A warning, or None.
@@ -432,7 +433,8 @@ def check_unit(pixels: NDArray[np.float32], unit: str, where: str) -> str | None
         return None
     negative = float((pixels < 0).mean())
     medians = np.median(pixels, axis=1)
-    shown = f"median {medians[0]:.4g} (VH) and {medians[1]:.4g} (VV), {100 * negative:.1f} % negative"
+    named = " and ".join(f"{value:.4g} ({band})" for band, value in zip(bands, medians, strict=True))
+    shown = f"median {named}, {100 * negative:.1f} % negative"
     if unit == "dB" and negative < 0.05:
         raise UserError(
             f"{where}: the unit is declared as dB, but the values look like linear power ({shown}); give unit=linear"
@@ -449,7 +451,8 @@ def check_unit(pixels: NDArray[np.float32], unit: str, where: str) -> str | None
             f"{where}: {shown} is outside -45 to +5 dB; calibrated backscatter (sigma nought or gamma nought) is "
             "expected, digital numbers or amplitudes are not"
         )
-    if level[0] > level[1] + 1:
+    of = dict(zip(bands, level, strict=True))
+    if {"VH", "VV"} <= set(of) and of["VH"] > of["VV"] + 1:
         return f"{where}: VH is brighter than VV ({shown}); the bands may be swapped"
     return None
 

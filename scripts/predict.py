@@ -37,14 +37,14 @@ def parser() -> argparse.ArgumentParser:
         required=True,
         nargs="+",
         metavar="PATH",
-        help="GeoTIFF with VH and VV, one file for each, or a folder of scenes",
+        help="GeoTIFF with the bands of the model, one file for each band, or a folder of scenes",
     )
     result.add_argument(
         "--second", nargs="+", default=None, metavar="PATH", help="second date on the same grid, for flood models"
     )
     result.add_argument("--out", required=True, metavar="DIR", help="folder for the results")
     result.add_argument(
-        "--unit", choices=("dB", "linear"), default=None, help="of the values (default: found out, with a warning)"
+        "--unit", choices=("dB", "linear"), default=None, help="of VH and VV (default: found out, with a warning)"
     )
     result.add_argument(
         "--band_order",
@@ -83,7 +83,7 @@ def main() -> None:
     args = parser().parse_args()
     for path in [*args.scene, *(args.second or [])]:
         if not Path(path).exists():
-            raise UserError(f"{path} does not exist; give a GeoTIFF with VH and VV, one file for each, or a folder")
+            raise UserError(f"{path} does not exist; give a GeoTIFF with the model's bands, one file each, or a folder")
 
     from sarwmix.prediction import EmptyScene, Options, open_scenes, predict_scene
     from sarwmix.pretrained import choose_device, describe, open_model

@@ -35,7 +35,7 @@ def write_finetuned(
 ) -> Path:
     """A checkpoint as main_finetune.py writes it, with weights large enough that classes differ."""
     torch.manual_seed(1)
-    spec = registry.get_spec(dataset)
+    spec = registry.get_spec(dataset, bands=",".join(bands))
     names = tuple(classes or spec.classes)
     built = build_task(task, names, options)
     settings = ModelSettings(name, input_size, len(bands))
@@ -56,7 +56,7 @@ def write_finetuned(
             "dataset": dataset,
             "split": "train",
             "bands": list(bands),
-            "unit": "dB",
+            "unit": registry.unit_of_bands(bands),
             "statistics": statistics or spec.statistics[spec.default_statistics].as_dict(),
             "preprocessing": spec.preprocessing.as_dict(),
         },

@@ -135,6 +135,5 @@ def test_what_is_refused(tmp_path: Path, demo_root: Path, extract: Any) -> None:
     refused("does not exist", "--model", tmp_path / "no" / "run.pth", *data, "--out", out)
     refused("compares two images", "--model", pair, "--scene", scene, "--unit", "dB", "--out", out)
     refused("compares two images", "--model", pair, *data, "--out", out)
-    swapped = write_finetuned(tmp_path / "bands.pth", bands=["VH"], statistics={
-        "mean": [-18.0], "std": [5.0], "p01": [-30.0], "p99": [-5.0], "origin": "t"})  # fmt: skip
-    refused("Sentinel-1 VH and VV only", "--model", swapped, "--scene", scene, "--out", out)
+    optical = write_finetuned(tmp_path / "b.pth", task="segmentation", dataset="sen1floods11", bands=["B04"])
+    refused("no descriptions that name B04", "--model", optical, "--scene", scene, "--out", out)

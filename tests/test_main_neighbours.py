@@ -10,11 +10,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import rasterio
 import torch
+from prediction_fixtures import write_scene
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, jaccard_score
 
 import main_finetune
 from sarwmix.neighbour_demo import make_neighbour_data
+from sarwmix.prediction import Options, open_scenes, predict_scene
+from sarwmix.pretrained import open_model
 from sarwmix.registry import build_dataset, get_spec
 from sarwmix.transforms import transform_of
 from util.checkpoint import load_checkpoint
@@ -83,9 +87,28 @@ def test_train_resume_evaluate(script: Script, tmp_path: Path, dataset: str) -> 
     assert evaluated["test"]["scalars"] == pytest.approx(scalars)
     if dataset == "sen1floods11":
         assert evaluated["bolivia"]["scalars"]["iou"] >= 0
+    check_scene(test, found, tmp_path)
     folder = tmp_path / "run/pictures"
     expected = {"multilabel": "per_class_test.png", "multiclass": "confusion_test.png"}
     assert (folder / expected.get(test.spec.task, "segmentation_test.png")).stat().st_size > 5000
+
+
+def check_scene(test: Any, found: dict[str, np.ndarray], folder: Path) -> None:
+    """The first test sample as a scene of its own gives the scores that the run gave it."""
+    image = test.get_batch(np.zeros(1, dtype=np.int64))["image"][0].numpy()
+    path = write_scene(folder / "scene.tif", image, descriptions=test.spec.bands)
+    model = open_model(str(folder / "run"))
+    (scene,) = open_scenes([path], model.bands)
+    unit = "dB" if {"VH", "VV"} & set(model.bands) else None
+    predict_scene(model, scene, folder / "maps", unit=unit, options=Options(min_valid=0.0, probabilities=True))
+    with rasterio.open(folder / "maps/scene_probability.tif") as source:
+        probability = source.read()
+    if test.spec.task == "segmentation":
+        valid = np.isfinite(image).all(axis=0)
+        same = probability.argmax(axis=0)[valid] == found["prediction"][0][valid]
+        assert same.mean() > 0.9  # windows overlap and are blended here
+    else:
+        assert np.allclose(probability[:, 0, 0], found["scores"][0], atol=1e-4)
 
 
 def metrics_option(options: tuple[str, ...], flag: str) -> str | None:

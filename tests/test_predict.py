@@ -130,15 +130,15 @@ def test_mosaic_is_the_weighted_mean() -> None:
 def test_strips_read_each_row_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values = backscatter(100, 40)
     (scene,) = open_scenes([write_scene(tmp_path / "s.tif", values)], ("VV", "VH"))
-    source = Source(scene, SceneReader("dB"), "dB")
+    source = Source(scene, SceneReader("dB"), "dB", (0, 1))
     reads: list[tuple[int, int]] = []
-    original = Source.decibel
+    original = Source.rows
 
     def watched(self: Source, row: int, height: int) -> np.ndarray:
         reads.append((row, height))
         return original(self, row, height)
 
-    monkeypatch.setattr(Source, "decibel", watched)
+    monkeypatch.setattr(Source, "rows", watched)
     rows = starts(100, 32, 20)
     for row, strip, _ in source.strips(rows, 32):
         assert np.array_equal(strip, values[::-1, row : row + 32])  # bands in the model's order
@@ -433,8 +433,38 @@ def test_model_of_other_bands_or_kind(tmp_path: Path, checkpoints: dict[str, Pat
     encoder = from_checkpoint(checkpoints["pretrain"])
     with pytest.raises(UserError, match="pretraining checkpoint"):
         predict(encoder, scene, tmp_path / "out")
-    with pytest.raises(UserError, match="Sentinel-1 VH and VV only"):
+    with pytest.raises(UserError, match="VH and VV and B02"):
         open_scenes([scene], ("VH", "VV", "B02"))
+
+
+def test_models_of_other_bands(tmp_path: Path) -> None:
+    """One radar band, Sentinel-2 bands, and both together: each finds its bands by name in a file of all of them."""
+    radar = backscatter(128, 128)
+    optical = np.abs(np.random.default_rng(1).normal(1200, 300, (2, 128, 128))).astype(np.float32)
+    names = ("B04", "VV", "VH", "B03")
+    stored = np.stack([optical[0], radar[1], radar[0], optical[1]])
+    power = np.stack([optical[0], *(10 ** (stored[1:3] / 10)), optical[1]])
+    scene = write_scene(tmp_path / "all.tif", stored, descriptions=names)
+    linear = write_scene(tmp_path / "linear.tif", power.astype(np.float32), descriptions=names)
+
+    def maps(bands: tuple[str, ...], path: Path, **more: Any) -> np.ndarray:
+        checkpoint = tmp_path / f"{'_'.join(bands)}.pth"
+        if not checkpoint.exists():
+            kind = {"task": "segmentation", "dataset": "sen1floods11", "sample_size": (128, 128)}
+            write_finetuned(checkpoint, bands=bands, **kind)
+        out = tmp_path / f"{path.stem}_{'_'.join(bands)}"
+        summary = predict(from_checkpoint(checkpoint), path, out, options=Options(probabilities=True), **more)
+        assert summary["bands"] == list(bands)
+        assert next(out.glob("*.png")).stat().st_size > 10_000
+        return read(next(out.glob("*_probability.tif")))[0]
+
+    alone = maps(("VH",), scene)
+    assert np.allclose(alone, maps(("VH",), linear, unit="linear"), atol=1e-4)
+    assert np.isfinite(maps(("B04", "B03"), scene, unit=None)).all()
+    together = maps(("VV", "B03"), scene)
+    assert np.allclose(together, maps(("VV", "B03"), linear, unit="linear"), atol=1e-4)
+    with pytest.raises(UserError, match="--unit dB is for radar bands; the model reads B04, B03"):
+        maps(("B04", "B03"), linear)
 
 
 def run_predict(*args: object, limit: int | None = None, **more: Any) -> subprocess.CompletedProcess[str]:
