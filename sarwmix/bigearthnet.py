@@ -213,7 +213,9 @@ def _read_parquet(path: Path, id_col: int | str | None, nomenclature: str) -> Me
         flagged |= _numbers(table.column(flag).combine_chunks().cast(pa.uint8())) > 0  # a missing value is no flag
     s2_names = None
     if "patch_id" in columns:
-        texts = pc.fill_null(table.column("patch_id").combine_chunks(), "").cast(pa.large_string())
+        texts = table.column("patch_id").combine_chunks().cast(pa.large_string())
+        if texts.null_count:
+            texts = pc.fill_null(texts, "")  # imports pandas
         s2_names = _names_of_arrow(texts.combine_chunks() if isinstance(texts, pa.ChunkedArray) else texts)
     return Metadata(names, labels, split, splits, flagged, s2_names)
 
