@@ -183,7 +183,7 @@ def _read_parquet(path: Path, id_col: int | str | None, nomenclature: str) -> Me
     id_name = _column_name(path, columns, id_col, "s1_name")
     flags = [name for name in ("contains_seasonal_snow", "contains_cloud_or_shadow") if name in columns]
     wanted = [id_name, *(name for name in ("split", "labels", "patch_id") if name in columns), *flags]
-    table = file.read(columns=list(dict.fromkeys(wanted)), use_threads=False)
+    table = file.read(columns=list(dict.fromkeys(wanted)))
     count = table.num_rows
 
     ids = table.column(id_name).combine_chunks()
@@ -241,11 +241,14 @@ def _labels_of_lists(column, count: int, path: Path, nomenclature: str) -> np.nd
     rows = np.repeat(np.arange(count), lengths)
     encoded = column.flatten().cast(pa.string()).dictionary_encode()
     codes = _numbers(encoded.indices)
-    labels = np.zeros((count, len(CLASSES_19)), dtype=np.uint8)
+    classes = np.full(len(encoded.dictionary), -1)  # -1: a name outside the 19 classes
     for code, name in enumerate(encoded.dictionary.to_pylist()):
-        of_name = rows[codes == code]
-        where = f"metadata file {path} row {int(of_name[0]) + 1}"
-        labels[np.ix_(of_name, class_codes([name], where=where, nomenclature=nomenclature))] = 1
+        where = f"metadata file {path} row {int(rows[np.argmax(codes == code)]) + 1}"
+        for number in class_codes([name], where=where, nomenclature=nomenclature):
+            classes[code] = number
+    labels = np.zeros((count, len(CLASSES_19)), dtype=np.uint8)
+    of_label = classes[codes]
+    labels[rows[of_label >= 0], of_label[of_label >= 0]] = 1
     return labels
 
 
@@ -353,20 +356,32 @@ def _check_names(names: NameList, path: Path, *, first_row: int) -> None:
 
 
 def _plainly_good(names: NameList) -> bool:
-    """Whether all names pass check_name, decided on all bytes at once; False: look at each of them."""
-    text, offsets = names.buffer, names.offsets
-    if len(names) == 0 or int(np.diff(offsets).min()) < 2:
+    """Whether all names pass check_name, decided on bytes, block by block; False: look at each of them."""
+    kinds = np.zeros(256, dtype=np.uint8)  # 0: not allowed
+    kinds[np.frombuffer(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789", dtype=np.uint8)] = 1
+    kinds[np.frombuffer(b".-", dtype=np.uint8)] = 2
+    kinds[ord("_")] = 3
+    block = 8192  # temporary arrays that stay in the cache: fresh memory costs more than the work
+    return len(names) > 0 and all(
+        _plainly_good_block(names.buffer, names.offsets[first : first + block + 1], kinds)
+        for first in range(0, len(names), block)
+    )
+
+
+def _plainly_good_block(buffer: np.ndarray, offsets: np.ndarray, kinds: np.ndarray) -> bool:
+    if int(np.diff(offsets).min()) < 2:
         return False
-    allowed = np.zeros(256, dtype=bool)
-    allowed[np.frombuffer(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._-", dtype=np.uint8)] = True
-    mark = (text == ord("_")) | (text == ord(".")) | (text == ord("-"))
+    text = buffer[offsets[0] : offsets[-1]]
+    starts, stops = offsets[:-1] - offsets[0], offsets[1:] - offsets[0]
+    kind = kinds[text]
+    mark = kind > 1
+    underscores = np.add.reduceat(kind == kinds[ord("_")], starts, dtype=np.uint16)
     return bool(
-        allowed[text].all()
+        kind.all()
         and not (mark[1:] & mark[:-1]).any()
-        and not mark[offsets[:-1]].any()
-        and not mark[offsets[1:] - 1].any()
-        and int(np.add.reduceat(text == ord("_"), offsets[:-1], dtype=np.uint16).min()) >= SCENE_PARTS
-        and not ((text[offsets[:-1]] == ord("S")) & (text[offsets[:-1] + 1] == ord("2"))).any()
+        and not (mark[starts] | mark[stops - 1]).any()
+        and int(underscores.min()) >= SCENE_PARTS
+        and not ((text[starts] == ord("S")) & (text[starts + 1] == ord("2"))).any()
     )
 
 

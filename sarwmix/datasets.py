@@ -84,6 +84,10 @@ class NameList(Sequence[str]):
         """The names at the given positions, in that order."""
         indices = np.asarray(indices, dtype=np.int64)
         starts, stops = self.offsets[indices], self.offsets[indices + 1]
+        if len(indices) and (np.diff(indices) == 1).all():  # neighbours, as in a file of one split
+            return NameList(
+                self.buffer[starts[0] : stops[-1]].copy(), self.offsets[indices[0] :][: len(indices) + 1] - starts[0]
+            )
         offsets = np.zeros(len(indices) + 1, dtype=np.int64)
         np.cumsum(stops - starts, out=offsets[1:])
         return NameList(np.frombuffer(b"".join(self._pieces(starts, stops)), dtype=np.uint8), offsets)

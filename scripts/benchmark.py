@@ -545,7 +545,8 @@ def part_gpu(args: argparse.Namespace) -> list[dict[str, Any]]:
 def child(part: str, *arguments: str) -> dict[str, Any]:
     """Run a measurement in a fresh process of this script; its last line of output is JSON."""
     command = [sys.executable, __file__, "--child", part, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         raise UserError(f"a measuring process failed:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
