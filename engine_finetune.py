@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from engine_pretrain import (
-    BadSamples,
-    EpochResult,
-    FiniteGuard,
-    accumulation_group,
-    bare,
-    optimizer_step,
-    sync_interval,
-)
 from sarwmix.mixup import Mixup, random_erase
 from sarwmix.tasks import Predictor, Prepared, Task
 from sarwmix.transforms import SarTransform
 from util.errors import UserError
 from util.log import Progress
-from util.schedule import set_learning_rate
 from util.seeding import seed_step, step_generator
+from util.training import EpochResult, Trainer, bare
 
 GatherArrays = Callable[[np.ndarray], list[np.ndarray]]
 
@@ -48,121 +37,47 @@ class Augmentation:
 
 
 def train_one_epoch(
-    model: nn.Module,
-    loader: Iterable[dict[str, Any]],
-    optimizer: torch.optim.Optimizer,
+    trainer: Trainer,
+    batches: Iterable[dict[str, Any]],
     *,
     task: Task,
     transform: SarTransform | None,
     augmentation: Augmentation,
-    device: torch.device,
+    seed: int,
     epoch: int,
     steps: int,
     start_step: int = 0,
-    lr_at: Callable[[float], float],
-    seed: int,
-    rank: int = 0,
-    world_size: int = 1,
-    accum_iter: int = 1,
-    clip_grad: float | None = None,
-    amp_dtype: torch.dtype | None = None,
-    scaler: torch.amp.GradScaler | None = None,
-    guard: FiniteGuard,
-    bad_samples: BadSamples,
-    all_gather: Callable[[Any], list[Any]],
-    all_reduce_mean: Callable[[dict[str, float]], dict[str, float]],
-    dump: Callable[[dict[str, Any]], str],
     progress: Progress,
     on_step: Callable[[int], bool] = lambda steps_done: False,
 ) -> EpochResult:
-    """Train for one epoch, or what is left of it.
+    """Fine-tune or probe for one epoch, or what is left of it.
 
     Flips, mixing, erasing and drop path are pure functions of (seed, epoch, step, rank), so that a resumed run draws
     what the uninterrupted one would have drawn.
 
     Args:
-        model: takes the task's inputs, returns logits; bare or wrapped in DistributedDataParallel.
-        loader: batches from ``start_step`` on.
+        trainer: of a model that takes the task's inputs and returns logits.
+        batches: from ``start_step`` on.
+        task: kind of label: inputs, targets, loss.
         transform: device transform; None where the batches hold cached features.
-        steps: batches of a whole epoch.
-        lr_at: learning rate at a fractional epoch.
-        amp_dtype: autocast type; None trains in float32.
-        scaler: only for float16.
-        on_step: called after each optimizer step with the batches done; True ends the epoch.
-
-    Raises:
-        NonFiniteError: see `FiniteGuard`.
-        UserError: too many unreadable samples.
+        augmentation: what is done beyond flips.
+        seed: of all draws.
+        epoch, steps, start_step, progress, on_step: see `util.training.Trainer.run_epoch`; errors, too.
     """
-    model.train()
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    # Sum of finite losses, their number, sum of gradient norms, optimizer steps; on the device, read now and then.
-    totals = torch.zeros(4, device=device, dtype=torch.float64)
-    sync_every = sync_interval(device)
-    samples_seen, learning_rate = 0, 0.0
-    names: list[str] = []
-    steps_done, stop = start_step, False
-    began = time.perf_counter()
-    iterator = iter(loader)
+    device, rank = trainer.device, trainer.processes.rank
 
-    for step in range(start_step, steps):
-        batch = next(iterator)
-        bad_samples.add(batch["replaced"])
-        first, last, group_size = accumulation_group(step, steps, accum_iter)
-        if first:
-            learning_rate = lr_at(epoch + step / steps)
-            set_learning_rate(optimizer, learning_rate)
-            optimizer.zero_grad(set_to_none=True)
-            names = []
-        names += batch["name"]
-
+    def loss_of(batch: dict[str, Any], step: int) -> tuple[Tensor, dict[str, Tensor]]:
         seed_step(seed, epoch, step, rank)  # drop path draws from the global generators
         flips = step_generator(seed, epoch, step, rank, "flips")
         prepared = task.prepare(batch, transform, device=device, generator=flips)
-        draws = step_generator(seed, epoch, step, rank, "augment")
-        inputs, target = augment(task, prepared, augmentation, draws)
-        # Gradients travel between processes once per optimizer step, not once per batch.
-        apart = isinstance(model, nn.parallel.DistributedDataParallel) and not last
-        together = cast(nn.parallel.DistributedDataParallel, model).no_sync() if apart else contextlib.nullcontext()
-        with together:
-            with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
-                logits = model(*inputs)
-            loss = task.loss(logits.float(), target, smoothing=augmentation.smoothing)
-            scaled = loss / group_size
-            (scaled if scaler is None else scaler.scale(scaled)).backward()
+        inputs, target = augment(task, prepared, augmentation, step_generator(seed, epoch, step, rank, "augment"))
+        with trainer.autocast():
+            logits = trainer.model(*inputs)
+        return task.loss(logits.float(), target, smoothing=augmentation.smoothing), {}
 
-        finite = torch.isfinite(loss.detach())  # the log shows what was learned from; other steps are counted apart
-        totals[0] += torch.where(finite, loss.detach(), 0.0)
-        totals[1] += finite
-        samples_seen += len(target) * world_size
-        steps_done = step + 1
-        if last:
-            totals[2] += optimizer_step(optimizer, parameters, loss, scaler, clip_grad, guard, names, step)
-            totals[3] += 1
-            if steps_done % sync_every == 0:
-                guard.check(all_gather, dump)
-            stop = on_step(steps_done)
-        if steps_done == steps or (progress.wants and steps_done % sync_every == 0):
-            values = {"loss": float(totals[0] / totals[1].clamp(min=1)), "lr": learning_rate}
-            progress.update(steps_done, samples=samples_seen, values=values)
-        if stop:
-            break
-    progress.close()
-
-    guard.check(all_gather, dump)
-    elapsed = max(time.perf_counter() - began, 1e-9)
-    train_loss = float(totals[0] / totals[1].clamp(min=1))
-    mean = all_reduce_mean({"train_loss": train_loss, "unreadable_samples": float(len(bad_samples.found))})
-    stats = {
-        "train_loss": mean["train_loss"],
-        "train_lr": learning_rate,
-        "grad_norm": float(totals[2] / totals[3].clamp(min=1)),
-        "images_per_s": samples_seen / elapsed,
-        "unreadable_samples": mean["unreadable_samples"] * world_size,
-        "skipped_steps": float(guard.skipped),
-        "train_seconds": elapsed,
-    }
-    return EpochResult(stats, finished=steps_done == steps, steps_done=steps_done)
+    return trainer.run_epoch(
+        batches, loss_of, epoch=epoch, steps=steps, start_step=start_step, progress=progress, on_step=on_step
+    )
 
 
 def augment(

@@ -297,7 +297,6 @@ def train(
         module: what is trained: the model itself (its encoder may be frozen), or its head on cached features.
     """
     from engine_finetune import Augmentation, train_one_epoch
-    from engine_pretrain import BadSamples, FiniteGuard
     from sarwmix.heads import count_trainable
     from sarwmix.mixup import Mixup
     from sarwmix.results import EpochJournal
@@ -311,6 +310,7 @@ def train(
     from util.saving import RunSaver
     from util.schedule import check_schedule, effective_batch, learning_rate, scaled_lr
     from util.tracking import Tracker
+    from util.training import Trainer
 
     log, task, group, device, is_main = get_logger(), bench.task, bench.group, bench.device, bench.processes.is_main
     output_dir, whole = make_directory(args.output_dir), args.protocol == "finetune"
@@ -369,16 +369,26 @@ def train(
         selector.load_state_dict(resumed.entries["best"])
         stopping.load_state_dict(resumed.entries.get("patience", {}))
         spent = float(resumed.entries["seconds"])
-    start_epoch, start_step = resumed.epoch, resumed.step
     if args.start_epoch is not None:
-        start_epoch, start_step = args.start_epoch, 0
+        resumed = resumed.at_epoch(args.start_epoch)
+    start_epoch, start_step = resumed.epoch, resumed.step
 
     if args.compile and whole:
         model.compile_blocks()  # type: ignore[operator]
-    trained = data_parallel(module, group)
-    guard = FiniteGuard(optimizer, allowed=args.skip_nonfinite, device=device)
-    guard.skipped = resumed.skipped
-    bad_samples = BadSamples(limit=args.max_bad_samples, found=resumed.bad_samples)
+    trainer = Trainer(
+        data_parallel(module, group),
+        optimizer,
+        processes=group,
+        output_dir=output_dir,
+        lr_at=partial(learning_rate, lr=lr, min_lr=args.min_lr, warmup_epochs=args.warmup_epochs, epochs=args.epochs),
+        accum_iter=args.accum_iter,
+        clip_grad=args.clip_grad,
+        amp_dtype=amp_dtype,
+        scaler=scaler,
+        skip_nonfinite=args.skip_nonfinite,
+        max_bad_samples=args.max_bad_samples,
+        resumed=resumed,
+    )
     began = time.monotonic()
     saver = RunSaver(
         output_dir,
@@ -393,13 +403,10 @@ def train(
         # the ground that a sample covers, in pixels of the data: scenes are cut into tiles of that size
         fixed={**run, "args": groups.args_to_dict(args), "sample_size": results.facts["sample_size"]},
         model=model,
-        optimizer=optimizer,
-        scaler=scaler,
+        trainer=trainer,
         changing=lambda: {
             "best": selector.state_dict(),
             "patience": stopping.state_dict(),
-            "bad_samples": [list(item) for item in bad_samples.found],
-            "skipped_steps": guard.skipped,
             "seconds": spent + time.monotonic() - began,
         },
     )
@@ -417,31 +424,15 @@ def train(
     for epoch in range(start_epoch, end_epoch):
         loader.set_epoch(epoch)
         result = train_one_epoch(
-            trained,
+            trainer,
             saver.watch(loader.iter_from(start_step)),
-            optimizer,
             task=task,
             transform=bench.transform,
             augmentation=augmentation,
-            device=device,
+            seed=args.seed,
             epoch=epoch,
             steps=steps,
             start_step=start_step,
-            lr_at=lambda at: learning_rate(
-                at, lr=lr, min_lr=args.min_lr, warmup_epochs=args.warmup_epochs, epochs=args.epochs
-            ),
-            seed=args.seed,
-            rank=group.rank,
-            world_size=group.world_size,
-            accum_iter=args.accum_iter,
-            clip_grad=args.clip_grad,
-            amp_dtype=amp_dtype,
-            scaler=scaler,
-            guard=guard,
-            bad_samples=bad_samples,
-            all_gather=group.all_gather_objects,
-            all_reduce_mean=group.all_reduce_mean,
-            dump=saver.dump,
             progress=Progress(steps, title=f"Epoch {epoch}", start=start_step, enabled=is_main),
             on_step=partial(saver.after_step, epoch, steps),
         )
@@ -450,7 +441,7 @@ def train(
             saver.save_and_stop(epoch - 1, result.steps_done)
             break
         share_statistics(module, group)
-        evaluation = bench.evaluate(trained, task.select_on, saver.watch(iter(judge), alone=True))
+        evaluation = bench.evaluate(trainer.model, task.select_on, saver.watch(iter(judge), alone=True))
         report = task.report(evaluation.outputs)
         improved = selector.update(epoch, report.scalars)
         journal.write(epoch, result.stats, report, improved, selector.best[selector.rules[0].filename])

@@ -25,7 +25,6 @@ from util.files import make_directory, write_json
 if TYPE_CHECKING:
     import torch
 
-    from engine_pretrain import EpochResult
     from models_mixmim import MixMIM
     from sarwmix.datasets import SarDataset
     from sarwmix.transforms import SarTransform
@@ -248,7 +247,7 @@ def train(
     run: dict[str, Any],
 ) -> int:
     """Everything from loader to last checkpoint; returns the exit code."""
-    from engine_pretrain import BadSamples, FiniteGuard, train_one_epoch
+    from engine_pretrain import train_one_epoch
     from sarwmix.loader import build_loader
     from util.checkpoint import load_model_state
     from util.distributed import data_parallel
@@ -258,6 +257,7 @@ def train(
     from util.resume import Batch, Resumed, find_checkpoint, resume_run
     from util.saving import RunSaver
     from util.schedule import learning_rate
+    from util.training import Trainer
 
     log, device, output_dir = get_logger(), processes.device, make_directory(args.output_dir)
     loader = build_loader(
@@ -295,16 +295,26 @@ def train(
     elif args.finetune:
         load_weights(model, args.finetune)
         log.info("started from the weights of %s", args.finetune)
-    start_epoch, start_step = resumed.epoch, resumed.step
     if args.start_epoch is not None:
-        start_epoch, start_step = args.start_epoch, 0
+        resumed = resumed.at_epoch(args.start_epoch)
+    start_epoch, start_step = resumed.epoch, resumed.step
 
     if args.compile:
         model.compile_blocks()
-    trained = data_parallel(model, processes)
-    guard = FiniteGuard(optimizer, allowed=args.skip_nonfinite, device=device)
-    guard.skipped = resumed.skipped
-    bad_samples = BadSamples(limit=args.max_bad_samples, found=resumed.bad_samples)
+    trainer = Trainer(
+        data_parallel(model, processes),
+        optimizer,
+        processes=processes,
+        output_dir=output_dir,
+        lr_at=partial(learning_rate, lr=lr, min_lr=args.min_lr, warmup_epochs=args.warmup_epochs, epochs=args.epochs),
+        accum_iter=args.accum_iter,
+        clip_grad=args.clip_grad,
+        amp_dtype=amp_dtype,
+        scaler=scaler,
+        skip_nonfinite=args.skip_nonfinite,
+        max_bad_samples=args.max_bad_samples,
+        resumed=resumed,
+    )
     saver = RunSaver(
         output_dir,
         processes=processes,
@@ -317,12 +327,7 @@ def train(
         resumed=resumed,
         fixed={**run, "args": groups.args_to_dict(args), "best": {}},
         model=model,
-        optimizer=optimizer,
-        scaler=scaler,
-        changing=lambda: {
-            "bad_samples": [list(item) for item in bad_samples.found],
-            "skipped_steps": guard.skipped,
-        },
+        trainer=trainer,
     )
     epoch_log = EpochLog(output_dir, start_epoch=start_epoch) if processes.is_main else None
     scalars = ScalarWriter(
@@ -337,33 +342,18 @@ def train(
     began = time.monotonic()
     for epoch in range(start_epoch, end_epoch):
         loader.set_epoch(epoch)
-        progress = Progress(steps, title=f"Epoch {epoch + 1}/{end_epoch}", start=start_step, enabled=processes.is_main)
-        result: EpochResult = train_one_epoch(
-            trained,
+        result = train_one_epoch(
+            trainer,
             saver.watch(loader.iter_from(start_step)),
-            optimizer,
             transform=transform,
-            device=device,
+            mask_ratio=args.mask_ratio,
+            seed=args.seed,
             epoch=epoch,
             steps=steps,
             start_step=start_step,
-            lr_at=lambda at: learning_rate(
-                at, lr=lr, min_lr=args.min_lr, warmup_epochs=args.warmup_epochs, epochs=args.epochs
+            progress=Progress(
+                steps, title=f"Epoch {epoch + 1}/{end_epoch}", start=start_step, enabled=processes.is_main
             ),
-            seed=args.seed,
-            rank=processes.rank,
-            world_size=processes.world_size,
-            accum_iter=args.accum_iter,
-            mask_ratio=args.mask_ratio,
-            clip_grad=args.clip_grad,
-            amp_dtype=amp_dtype,
-            scaler=scaler,
-            guard=guard,
-            bad_samples=bad_samples,
-            all_gather=processes.all_gather_objects,
-            all_reduce_mean=processes.all_reduce_mean,
-            dump=saver.dump,
-            progress=progress,
             on_step=partial(saver.after_step, epoch, steps),
         )
         start_step = 0

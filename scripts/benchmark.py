@@ -410,8 +410,8 @@ def write_listing(folder: Path) -> None:
 
 def child_startup(kind: str, root: str, scratch: str) -> dict[str, Any]:
     if kind == "ours":
-        import engine_pretrain
         import main_pretrain
+        import util.training
         from sarwmix.bigearthnet import read_metadata
 
         read_metadata([Path(scratch) / "listing.parquet"], ("train", "val"))
@@ -419,13 +419,13 @@ def child_startup(kind: str, root: str, scratch: str) -> dict[str, Any]:
         class Done(Exception):
             pass
 
-        original = engine_pretrain.optimizer_step
+        original = util.training.Trainer.update
 
         def once(*arguments: Any) -> Any:
             original(*arguments)
             raise Done
 
-        setattr(engine_pretrain, "optimizer_step", once)  # noqa: B010 - stops after the first step
+        setattr(util.training.Trainer, "update", once)  # noqa: B010 - stops after the first step
         sys.argv = ["main_pretrain.py", "--dataset", "demo", "--data_path", root, "--output_dir", f"{scratch}/run"]
         sys.argv += ["--model", "mixmim_tiny", "--batch_size", "8", "--num_workers", "0"]
         sys.stdout = sys.stderr

@@ -12,15 +12,16 @@ import pytest
 import torch
 
 from engine_finetune import Augmentation, Evaluation, evaluate, extract_features, gather_in_order, train_one_epoch
-from engine_pretrain import BadSamples, FiniteGuard
 from sarwmix.loader import build_loader
 from sarwmix.mixup import Mixup
 from sarwmix.tasks import MultilabelTask
 from sarwmix.transforms import SarTransform
 from tests.conftest import ROOT, clean_environment, mpirun_command
 from tests.finetune_fixtures import MeanModel, MemoryDataset
+from util.distributed import Processes
 from util.errors import UserError
 from util.log import Progress
+from util.training import Trainer
 
 CPU = torch.device("cpu")
 
@@ -197,23 +198,15 @@ def train(
     loader = build_loader(data, batch_size=8, shuffle=True, drop_last=True, seed=1)
     loader.set_epoch(epoch)
     result = train_one_epoch(
-        model,
+        Trainer(model, optimizer, processes=Processes(), output_dir=".", lr_at=lambda at: lr),
         loader.iter_from(start_step),
-        optimizer,
         task=MultilabelTask(data.spec.classes),
         transform=transform(),
         augmentation=augmentation,
-        device=CPU,
+        seed=1,
         epoch=epoch,
         steps=len(loader),
         start_step=start_step,
-        lr_at=lambda at: lr,
-        seed=1,
-        guard=FiniteGuard(optimizer, allowed=0, device=CPU),
-        bad_samples=BadSamples(limit=0),
-        all_gather=alone,
-        all_reduce_mean=dict,
-        dump=str,
         progress=Progress(len(loader), title="", enabled=False),
         on_step=on_step,
     )
@@ -278,6 +271,7 @@ from sarwmix.tasks import MultilabelTask
 from tests.finetune_fixtures import MeanModel, MemoryDataset
 from tests.test_engine_finetune import transform
 from util.distributed import setup_processes
+from util.training import Trainer
 
 processes = setup_processes(device="cpu")
 torch.set_num_threads(1)

@@ -8,15 +8,16 @@ from typing import Any
 import pytest
 import torch
 
-from engine_pretrain import BadSamples, FiniteGuard, accumulation_group, reconstruct, train_one_epoch
+from engine_pretrain import reconstruct, train_one_epoch
 from models_mixmim import MixMIM, model_config
 from sarwmix.transforms import SarTransform
 from sarwmix.weighting import WeightOptions
-from util.errors import NonFiniteError, UserError
+from util.distributed import Processes
+from util.errors import NonFiniteError
 from util.log import Progress
 from util.optim import build_adamw, parameter_groups
-
-CPU = torch.device("cpu")
+from util.resume import Resumed
+from util.training import EpochResult, Trainer
 
 
 def batches(count: int, size: int = 4, seed: int = 0) -> list[dict[str, Any]]:
@@ -40,48 +41,36 @@ def tiny() -> MixMIM:
     return MixMIM(**model_config("mixmim_tiny"))
 
 
-def epoch(model: MixMIM, loader: list[dict[str, Any]], tmp_path: Path, *, allowed: int = 0, **options: Any) -> Any:
+def build_trainer(model: torch.nn.Module, folder: Path, **options: Any) -> Trainer:
     optimizer = build_adamw(parameter_groups(model, weight_decay=0.05), lr=1e-3)
+    settings: dict[str, Any] = {"lr_at": lambda at: 1e-3, "max_bad_samples": 10}
+    return Trainer(model, optimizer, processes=Processes(), output_dir=folder, **{**settings, **options})
+
+
+def epoch(trainer: Trainer, loader: list[dict[str, Any]], **options: Any) -> EpochResult:
     settings: dict[str, Any] = {
         "transform": transform(),
-        "device": CPU,
+        "seed": 0,
         "epoch": 0,
         "steps": len(loader),
-        "lr_at": lambda at: 1e-3,
-        "seed": 0,
-        "guard": FiniteGuard(optimizer, allowed, CPU),
-        "bad_samples": BadSamples(limit=10),
-        "all_gather": lambda value: [value],
-        "all_reduce_mean": dict,
-        "dump": lambda facts: (tmp_path / "dump").write_text(str(facts)) and str(tmp_path / "dump"),
         "progress": Progress(len(loader), title="", enabled=False),
     }
-    return train_one_epoch(model, loader, optimizer, **{**settings, **options})
-
-
-def test_accumulation_group_by_hand() -> None:
-    # 7 batches in groups of 3: 0 1 2 | 3 4 5 | 6
-    got = [accumulation_group(step, 7, 3) for step in range(7)]
-    assert [g[0] for g in got] == [True, False, False, True, False, False, True]
-    assert [g[1] for g in got] == [False, False, True, False, False, True, True]
-    assert [g[2] for g in got] == [3, 3, 3, 3, 3, 3, 1]
+    return train_one_epoch(trainer, loader[options.get("start_step", 0) :], **{**settings, **options})
 
 
 def test_accumulated_gradient_is_the_mean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three accumulated batches give the mean of their gradients, and the short last group is not scaled down."""
-    import engine_pretrain
-
     loader = batches(4)
     seen: list[torch.Tensor] = []
-    original = engine_pretrain.optimizer_step
+    original = Trainer.update
 
-    def spy(optimizer: Any, parameters: Any, *rest: Any) -> Any:
-        seen.append(parameters[0].grad.clone())
-        return original(optimizer, parameters, *rest)
+    def spy(trainer: Trainer, *rest: Any) -> Any:
+        seen.append(trainer.model.decoder_pred.weight.grad.clone())
+        return original(trainer, *rest)
 
-    monkeypatch.setattr(engine_pretrain, "optimizer_step", spy)
-    epoch(tiny(), loader, tmp_path, accum_iter=3, lr_at=lambda at: 0.0)  # lr 0: weights stay, gradients compare
-    epoch(tiny(), loader, tmp_path, accum_iter=1, lr_at=lambda at: 0.0)
+    monkeypatch.setattr(Trainer, "update", spy)
+    for accum_iter in (3, 1):  # lr 0: weights stay, gradients compare
+        epoch(build_trainer(tiny(), tmp_path, accum_iter=accum_iter, lr_at=lambda at: 0.0), loader)
     grouped, single = seen[:2], seen[2:]
     torch.testing.assert_close(grouped[0], torch.stack(single[:3]).mean(0))
     torch.testing.assert_close(grouped[1], single[3])
@@ -89,17 +78,9 @@ def test_accumulated_gradient_is_the_mean(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_learning_rate_follows_the_fractional_epoch(tmp_path: Path) -> None:
     asked: list[float] = []
-    epoch(tiny(), batches(4), tmp_path, accum_iter=2, epoch=3, lr_at=lambda at: asked.append(at) or 1e-3)
+    trainer = build_trainer(tiny(), tmp_path, accum_iter=2, lr_at=lambda at: asked.append(at) or 1e-3)
+    epoch(trainer, batches(4), epoch=3)
     assert asked == [3.0, 3.5]
-
-
-def test_bad_samples_are_counted_and_limited() -> None:
-    bad = BadSamples(limit=2)
-    bad.add([("a", "gone")])
-    bad.add([])
-    bad.add([("b", "short")])
-    with pytest.raises(UserError, match=r"3 unreadable samples, more than --max_bad_samples 2.*c: torn"):
-        bad.add([("c", "torn")])
 
 
 @pytest.mark.parametrize("allowed", [0, 1])
@@ -123,18 +104,41 @@ def test_non_finite_step(tmp_path: Path, allowed: int) -> None:
     poisoned = Poisoned(size=128, mean=(-19.2, -12.5), std=(5.4, 5.0), weighting=WeightOptions())
     if allowed == 0:
         with pytest.raises(NonFiniteError, match=r"step 1 .*--skip_nonfinite 0.*s1_0"):
-            epoch(model, loader, tmp_path, transform=poisoned)
-        assert "s1_3" in (tmp_path / "dump").read_text()
+            epoch(build_trainer(model, tmp_path), loader, transform=poisoned)
+        assert "s1_3" in (tmp_path / "nonfinite_rank0.json").read_text()
         assert torch.equal(model.decoder_pred.weight, before[0])
     else:
-        result = epoch(model, loader, tmp_path, transform=poisoned, allowed=1)
+        result = epoch(build_trainer(model, tmp_path, skip_nonfinite=1), loader, transform=poisoned)
         assert result.stats["skipped_steps"] == 1
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
 def test_stop_request_ends_between_steps(tmp_path: Path) -> None:
-    result = epoch(tiny(), batches(4), tmp_path, on_step=lambda done: done == 2)
+    result = epoch(build_trainer(tiny(), tmp_path), batches(4), on_step=lambda done: done == 2)
     assert (result.finished, result.steps_done) == (False, 2)
+
+
+def test_a_resumed_epoch_logs_the_whole_epoch(tmp_path: Path) -> None:
+    """Loss, gradient norm and counts of an epoch that was left in the middle are those of the uninterrupted one."""
+    loader = batches(4)
+    loader[0]["image"][0, 0, :3, :5] = float("nan")  # 15 pixels; seen before the stop
+    loader[3]["replaced"] = [("torn", "short")]
+    whole = epoch(build_trainer(tiny(), tmp_path), loader).stats
+    assert (whole["invalid_pixels"], whole["unreadable_samples"]) == (15, 1)
+
+    first = build_trainer(tiny(), tmp_path)
+    before = epoch(first, loader, on_step=lambda done: done == 2)
+    saved = first.state()
+    resumed = Resumed(step=2, sums=saved["sums"], counts=saved["counts"])
+    second = build_trainer(first.model, tmp_path, resumed=resumed)
+    second.optimizer.load_state_dict(first.optimizer.state_dict())
+    after = epoch(second, loader, start_step=2).stats
+    for name in ("train_loss", "grad_norm", "invalid_pixels", "unreadable_samples", "skipped_steps", "train_lr"):
+        assert after[name] == whole[name], name
+    assert after["seconds"] > before.stats["seconds"]
+
+    epoch(second, loader)  # the next epoch starts from nothing
+    assert second.state()["sums"]["losses"] == 4
 
 
 @pytest.mark.parametrize("norm_pix_loss", [False, True])

@@ -11,19 +11,17 @@ from typing import Any
 
 import pytest
 import torch
-from test_engine_pretrain import batches, epoch, tiny
+from test_engine_pretrain import batches, build_trainer, epoch, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-import engine_pretrain
 from engine_finetune import Augmentation
 from engine_finetune import train_one_epoch as finetune_epoch
-from engine_pretrain import SYNC_EVERY, BadSamples, FiniteGuard
 from sarwmix.tasks import ModelSettings, build_task
 from sarwmix.transforms import SarTransform
 from util.log import Progress
-from util.optim import build_adamw, parameter_groups
+from util.training import SYNC_EVERY
 
 STEPS = 2 * SYNC_EVERY
 WAITING = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::is_nonzero", "aten::masked_select"}
@@ -43,7 +41,7 @@ class Syncs(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         out = func(*args, **(kwargs or {}))
-        if func.is_view and isinstance(out, torch.Tensor):
+        if func.is_view and isinstance(out, torch.Tensor) and out is not inputs[0]:
             self.viewed[out] = inputs[0]
         if any(tensor in self.marked for tensor in inputs):
             name = func._schema.name
@@ -59,8 +57,7 @@ class Syncs(TorchDispatchMode):
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sarwmix.transforms.is_all_finite", lambda values: False)
-    for module in ("engine_pretrain", "engine_finetune"):
-        monkeypatch.setattr(f"{module}.sync_interval", lambda device: SYNC_EVERY)
+    monkeypatch.setattr("util.training.sync_interval", lambda device: SYNC_EVERY)
 
 
 def devices(model: torch.nn.Module, loader: list[dict[str, Any]]) -> list[torch.Tensor]:
@@ -80,7 +77,7 @@ def test_the_counter_counts() -> None:
 def test_pretraining_waits_once_in_twenty_steps(tmp_path: Path) -> None:
     model, loader = tiny(), batches(STEPS, size=2)
     with Syncs(devices(model, loader)) as counter:
-        epoch(model, loader, tmp_path)
+        epoch(build_trainer(model, tmp_path), loader)
     at_end = 5  # the epoch's sums, once each
     assert 0 < sum(counter.counts.values()) <= STEPS // SYNC_EVERY + at_end, counter.counts
 
@@ -92,34 +89,24 @@ def test_finetuning_waits_once_in_twenty_steps(tmp_path: Path) -> None:
     loader = batches(STEPS, size=2)
     for batch in loader:
         batch["label"] = torch.ones(2, 3)
-    optimizer = build_adamw(parameter_groups(model, weight_decay=0.05), lr=1e-3)
-    cpu = torch.device("cpu")
     with Syncs(devices(model, loader)) as counter:
         finetune_epoch(
-            model,
+            build_trainer(model, tmp_path),
             loader,
-            optimizer,
             task=task,
             transform=SarTransform(size=128, mean=(-19.2, -12.5), std=(5.4, 5.0)),
             augmentation=Augmentation(),
-            device=cpu,
+            seed=0,
             epoch=0,
             steps=STEPS,
-            lr_at=lambda at: 1e-3,
-            seed=0,
-            guard=FiniteGuard(optimizer, 0, cpu),
-            bad_samples=BadSamples(limit=10),
-            all_gather=lambda value: [value],
-            all_reduce_mean=dict,
-            dump=lambda facts: str(tmp_path / "dump"),
             progress=Progress(STEPS, title="", enabled=False),
         )
     assert 0 < sum(counter.counts.values()) <= STEPS // SYNC_EVERY + 5, counter.counts
 
 
 def test_a_look_in_each_step_would_be_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_pretrain, "sync_interval", lambda device: 1)
+    monkeypatch.setattr("util.training.sync_interval", lambda device: 1)
     model, loader = tiny(), batches(STEPS, size=2)
     with Syncs(devices(model, loader)) as counter:
-        epoch(model, loader, tmp_path)
+        epoch(build_trainer(model, tmp_path), loader)
     assert sum(counter.counts.values()) >= STEPS

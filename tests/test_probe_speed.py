@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from engine_finetune import Augmentation, train_one_epoch
-from engine_pretrain import BadSamples, FiniteGuard
 from sarwmix.backbones import build_classifier
 from sarwmix.heads import TaskModel
 from sarwmix.protocols import Workbench
@@ -20,8 +19,8 @@ from tests.finetune_fixtures import STATISTICS, MemoryDataset
 from util.distributed import Processes
 from util.log import Progress
 from util.optim import build_sgd, parameter_groups
+from util.training import Trainer
 
-CPU = torch.device("cpu")
 EPOCHS = 3
 
 
@@ -42,28 +41,21 @@ def probe() -> TaskModel:
 def train(bench: Workbench, module: nn.Module) -> list[float]:
     """Train the probe; returns the seconds of each epoch."""
     optimizer = build_sgd(parameter_groups(module, weight_decay=0.0), lr=0.1)
+    trainer = Trainer(module, optimizer, processes=Processes(), output_dir=".", lr_at=lambda at: 0.1)
     loader = bench.loader("train", train=True)
     seconds = []
     for epoch in range(EPOCHS):
         loader.set_epoch(epoch)
         began = time.perf_counter()
         train_one_epoch(
-            module,
+            trainer,
             loader.iter_from(0),
-            optimizer,
             task=bench.task,
             transform=bench.transform,
             augmentation=Augmentation(),
-            device=CPU,
+            seed=0,
             epoch=epoch,
             steps=len(loader),
-            lr_at=lambda at: 0.1,
-            seed=0,
-            guard=FiniteGuard(optimizer, allowed=0, device=CPU),
-            bad_samples=BadSamples(limit=0),
-            all_gather=lambda value: [value],
-            all_reduce_mean=dict,
-            dump=str,
             progress=Progress(len(loader), title="", enabled=False),
         )
         seconds.append(time.perf_counter() - began)

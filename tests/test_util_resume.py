@@ -9,7 +9,16 @@ from util.checkpoint import save_checkpoint
 from util.distributed import Processes
 from util.errors import UserError
 from util.log import setup_logging
-from util.resume import Batch, check_same_run, find_checkpoint, load_verified, new_run_id, restore_rng, resume_position
+from util.resume import (
+    Batch,
+    check_same_run,
+    find_checkpoint,
+    load_verified,
+    new_run_id,
+    restore_rng,
+    resume_position,
+    share_of_counts,
+)
 from util.seeding import rng_state
 
 RUN = {"kind": "pretrain", "data": {"dataset": "demo", "bands": ["VH", "VV"]}, "schedule": {"epochs": 3, "lr": None}}
@@ -92,3 +101,20 @@ def test_generators_are_restored_for_the_same_number_of_processes():
 def test_run_ids_differ():
     assert len(new_run_id()) == 16
     assert new_run_id() != new_run_id()
+
+
+def test_counts_go_back_to_their_processes_or_are_spread():
+    parts = {
+        0: {"sums": {"loss": 6.0, "losses": 3.0}, "counts": {"invalid": 5.0}, "bad_samples": [["a", "torn"]]},
+        1: {"sums": {"loss": 2.0, "losses": 1.0}, "counts": {}, "bad_samples": [["b", "gone"]]},
+    }
+    second = share_of_counts(parts, Processes(rank=1, world_size=2))
+    assert second == {"sums": {"loss": 2.0, "losses": 1.0}, "counts": {}, "bad_samples": [("b", "gone")]}
+    alone = share_of_counts(parts, Processes())
+    assert alone["sums"] == {"loss": 8.0, "losses": 4.0}  # mean 2, as before
+    assert alone["counts"] == {"invalid": 5.0}
+    assert alone["bad_samples"] == [("a", "torn"), ("b", "gone")]
+    fourth = share_of_counts(parts, Processes(rank=3, world_size=4))
+    assert fourth["sums"] == {"loss": 2.0, "losses": 1.0}
+    assert fourth["bad_samples"] == []
+    assert share_of_counts({}, Processes()) == {"sums": None, "counts": None, "bad_samples": []}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +152,33 @@ def resume_position(checkpoint: Mapping[str, Any], *, batch: Batch, steps: int) 
     return epoch, step
 
 
+def share_of_counts(parts: Mapping[int, Mapping[str, Any]], processes: Processes) -> dict[str, Any]:
+    """What this process has counted, from what each process of the checkpoint had counted.
+
+    With another number of processes than before sums are spread evenly, so that totals and means stay what they were.
+
+    Args:
+        parts: by rank what `util.training.Trainer.state` gave; may be empty (older checkpoints).
+        processes: those of this run.
+
+    Returns:
+        ``sums`` and ``counts`` (None when there are none), and ``bad_samples``.
+    """
+    world = processes.world_size
+
+    def total(kind: str) -> dict[str, float] | None:
+        if not parts:
+            return None
+        if len(parts) == world:
+            return dict(parts[processes.rank][kind])
+        names = {name for part in parts.values() for name in part[kind]}
+        return {name: sum(part[kind].get(name, 0.0) for part in parts.values()) / world for name in names}
+
+    mine = [part for rank, part in parts.items() if rank % world == processes.rank]
+    bad = [(str(name), str(reason)) for part in mine for name, reason in part["bad_samples"]]
+    return {"sums": total("sums"), "counts": total("counts"), "bad_samples": bad}
+
+
 @dataclass(frozen=True)
 class Resumed:
     """Where a run stands after `resume_run`, or at its start."""
@@ -161,8 +188,14 @@ class Resumed:
     path: Path | None = None  # the checkpoint
     run_id: str = field(default_factory=new_run_id)
     skipped: int = 0  # steps that were not finite
-    bad_samples: list[tuple[str, str]] = field(default_factory=list)
+    bad_samples: list[tuple[str, str]] = field(default_factory=list)  # of this process
+    sums: Mapping[str, float] | None = None  # of this process, over the steps of the epoch already done
+    counts: Mapping[str, float] | None = None
     entries: Mapping[str, Any] = field(default_factory=dict)  # the checkpoint without what has been restored
+
+    def at_epoch(self, epoch: int) -> Resumed:
+        """The same at the start of another epoch."""
+        return replace(self, epoch=epoch, step=0, sums=None, counts=None)
 
 
 def resume_run(
@@ -206,7 +239,7 @@ def resume_run(
         path=path,
         run_id=str(checkpoint.get("run_id") or new_run_id()),
         skipped=int(checkpoint.get("skipped_steps", 0)),
-        bad_samples=[(str(name), str(reason)) for name, reason in checkpoint.get("bad_samples", [])],
+        **share_of_counts(checkpoint.get("counted", {}), processes),
         # Model and optimizer would stay in memory a second time.
         entries={name: value for name, value in checkpoint.items() if name not in ("model", "optimizer")},
     )

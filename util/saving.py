@@ -12,11 +12,11 @@ import torch
 
 from util.checkpoint import FORMAT, CheckpointManager
 from util.distributed import FlagExchange, Processes
-from util.files import WriteError, write_json
 from util.log import get_logger
 from util.resume import Batch, Resumed
 from util.seeding import rng_state
 from util.signals import StopRequest
+from util.training import Trainer
 from util.watchdog import Watchdog
 
 T = TypeVar("T")
@@ -43,9 +43,8 @@ class RunSaver:
         resumed: Resumed,
         fixed: Mapping[str, Any],
         model: torch.nn.Module,
-        optimizer: torch.optim.Optimizer,
-        scaler: torch.amp.GradScaler | None,
-        changing: Callable[[], dict[str, Any]],
+        trainer: Trainer,
+        changing: Callable[[], dict[str, Any]] = dict,
     ) -> None:
         """
         Args:
@@ -59,8 +58,9 @@ class RunSaver:
             batch: samples of a step; tells where a resumed run with another batch or other processes continues.
             resumed: where the run stands; a kill may have kept names from the checkpoint it continues, which get them.
             fixed: what identifies the run (data, model, schedule, args, ...).
-            model, optimizer, scaler: what is saved; the model unwrapped.
-            changing: further entries, asked at each save (best scores, counts).
+            model: whose weights are saved, unwrapped.
+            trainer: whose optimizer, scaler and counts are saved.
+            changing: further entries, asked at each save (best scores).
         """
         self._folder = Path(output_dir)
         self._processes = processes
@@ -70,7 +70,7 @@ class RunSaver:
         self._seed = seed
         self._batch = batch
         self._fixed = {**fixed, "run_id": resumed.run_id, "world_size": processes.world_size}
-        self._model, self._optimizer, self._scaler = model, optimizer, scaler
+        self._model, self._trainer = model, trainer
         self._changing = changing
         self._stop = StopRequest().install()
         self._flags = FlagExchange(processes, 2)
@@ -88,7 +88,9 @@ class RunSaver:
     def save(self, epoch: int, step: int, names: Sequence[str], *, recent: bool = True, wait: bool = False) -> None:
         """Save with `epoch` finished and `step` steps of the next one done; see `CheckpointManager.save`."""
         with self._watchdog.paused():
-            rng = dict(enumerate(self._processes.all_gather_objects(rng_state())))
+            own = {"rng": rng_state(), "counted": self._trainer.state()}
+            everywhere = self._processes.all_gather_objects(own)
+            scaler = self._trainer.scaler
             if recent:
                 self._last = time.monotonic()
             if self._manager is not None:
@@ -96,11 +98,12 @@ class RunSaver:
                     "format": FORMAT,
                     **self._fixed,
                     "model": self._model.state_dict(),
-                    "optimizer": self._optimizer.state_dict(),
-                    "scaler": self._scaler.state_dict() if self._scaler is not None else {},
+                    "optimizer": self._trainer.optimizer.state_dict(),
+                    "scaler": scaler.state_dict() if scaler is not None else {},
                     "epoch": epoch,
                     "step": step,
-                    "rng": rng,
+                    **{name: {rank: part[name] for rank, part in enumerate(everywhere)} for name in own},
+                    "skipped_steps": self._trainer.guard.skipped,
                     "sampler": {
                         "seed": self._seed,
                         "epoch": epoch + 1,
@@ -141,15 +144,6 @@ class RunSaver:
             "stopped on request: %d epochs and %d steps done; --resume auto continues", epoch + 1, steps_done
         )
         self.close()
-
-    def dump(self, facts: dict[str, Any]) -> str:
-        """Write the facts about a step that was not finite; returns the file's path, or why there is none."""
-        path = self._folder / f"nonfinite_rank{self._processes.rank}.json"
-        try:
-            write_json(path, facts)
-        except WriteError as error:  # the message about the step must not be lost to a full disk
-            return f"nothing ({error})"
-        return str(path)
 
     def close(self) -> None:
         """Wait until everything is on disk.

@@ -1,0 +1,383 @@
+"""The training epoch that pretraining and fine-tuning share: accumulation, faults, and the sums for the log."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from util.distributed import Processes
+from util.errors import NonFiniteError, UserError
+from util.files import WriteError, write_json
+from util.log import Progress, get_logger
+from util.optim import gradient_norm
+from util.resume import Resumed
+from util.schedule import set_learning_rate
+
+SYNC_EVERY = 20  # steps between looks at device values; each look waits for the device once
+
+# What a step computes: from a batch and its number, the loss and further counts to be summed over the epoch.
+LossOf = Callable[[dict[str, Any], int], tuple[Tensor, Mapping[str, Tensor]]]
+
+
+def sync_interval(device: torch.device) -> int:
+    """Steps between looks at device values; on the CPU looking costs nothing."""
+    return 1 if device.type == "cpu" else SYNC_EVERY
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """The module inside DistributedDataParallel, or the module itself."""
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+@dataclass
+class BadSamples:
+    """Counts unreadable samples that were replaced while training, and stops when there are too many.
+
+    Attributes:
+        limit: how many a process tolerates per run.
+        found: (name, reason) of each, in order.
+    """
+
+    limit: int
+    found: list[tuple[str, str]] = field(default_factory=list)
+
+    def add(self, replaced: Sequence[tuple[str, str]]) -> None:
+        """Record a batch's replaced samples.
+
+        Raises:
+            UserError: the limit is exceeded; names the latest.
+        """
+        for name, reason in replaced:
+            self.found.append((name, reason))
+            count = len(self.found)
+            get_logger().warning(
+                "unreadable sample %d of at most %d, replaced: %s: %s", count, self.limit, name, reason
+            )
+            if len(self.found) > self.limit:
+                raise UserError(
+                    f"{len(self.found)} unreadable samples, more than --max_bad_samples {self.limit}; the last one: "
+                    f"{name}: {reason}. Repair or remove these files, or raise the limit"
+                )
+
+
+class FiniteGuard:
+    """Finds non-finite losses and gradients without waiting for the device at every step.
+
+    A bad update never reaches the weights: fused AdamW skips a step whose ``found_inf`` is set, on the device. Flags of
+    the last steps are read every :data:`SYNC_EVERY` steps (every step on the CPU, where reading costs nothing).
+    """
+
+    def __init__(self, allowed: int, skipped: int = 0) -> None:
+        self.allowed = allowed
+        self.skipped = skipped
+        self._recent: deque[tuple[Tensor, Tensor, list[str], int]] = deque()
+
+    def watch(self, loss: Tensor, norm: Tensor, names: list[str], step: int) -> Tensor:
+        """Flag a step before the optimizer runs. Returns ``found_inf`` (1.0 when the step must be skipped)."""
+        bad = (~torch.isfinite(norm)).to(torch.float32)
+        self._recent.append((bad, torch.isfinite(loss.detach()), names, step))
+        return bad
+
+    def check(self, all_gather: Callable[[Any], list[Any]], dump: Callable[[dict[str, Any]], str]) -> None:
+        """Look at the flags collected since the last call.
+
+        Gradients are averaged over processes, so all of them see the same bad steps and stop together.
+
+        Args:
+            all_gather: gathers a plain value from every process.
+            dump: writes the facts to a file and returns its path.
+
+        Raises:
+            NonFiniteError: more bad steps than allowed.
+        """
+        if not self._recent:
+            return
+        bad = torch.stack([flag for flag, *_ in self._recent]).tolist()
+        for (_, finite_loss, names, step), is_bad in zip(self._recent, bad, strict=True):
+            if not is_bad:
+                continue
+            self.skipped += 1
+            mine = [] if bool(finite_loss) else names
+            culprits = all_gather(mine)
+            facts = {"step": step, "loss_finite": bool(finite_loss), "names": names, "culprits_by_rank": culprits}
+            suspects = sorted({name for group in culprits for name in group}) or names
+            get_logger().warning("step %d: gradients are not finite; the update was skipped", step)
+            if self.skipped > self.allowed:
+                path = dump(facts)
+                shown = ", ".join(suspects[:8]) + (f" and {len(suspects) - 8} more" if len(suspects) > 8 else "")
+                raise NonFiniteError(
+                    f"loss or gradients are not finite at step {step} ({self.skipped} such steps, --skip_nonfinite "
+                    f"{self.allowed}); samples of that batch: {shown}; facts written to {path}. The weights before the "
+                    f"step are intact. Look at these samples, lower --lr, or set --clip_grad"
+                )
+        self._recent.clear()
+
+
+def accumulation_group(step: int, steps: int, accum_iter: int) -> tuple[bool, bool, int]:
+    """Where a batch lies in its accumulation group: (first, last, size of the group).
+
+    The last group of an epoch is shorter when ``steps`` is not a multiple of ``accum_iter``; nothing is dropped.
+    """
+    first = step % accum_iter == 0
+    group_start = step - step % accum_iter
+    size = min(accum_iter, steps - group_start)
+    return first, step - group_start == size - 1, size
+
+
+@dataclass
+class EpochResult:
+    """What an epoch leaves behind.
+
+    Attributes:
+        stats: plain numbers for ``log.txt``.
+        finished: False when it was asked to stop early.
+        steps_done: batches consumed, for a checkpoint in mid-epoch.
+    """
+
+    stats: dict[str, float]
+    finished: bool
+    steps_done: int
+
+
+class _Sums:
+    """Sums of this process over an epoch; those on the device are read now and then.
+
+    Args:
+        device: where losses are computed.
+        sums, counts: what `as_dicts` gave when the epoch was left in the middle.
+    """
+
+    DEVICE = ("loss", "losses", "norm", "norms")  # finite losses, their number, gradient norms, optimizer steps
+    HOST = ("samples", "seconds", "waited")
+
+    def __init__(
+        self, device: torch.device, sums: Mapping[str, float] | None = None, counts: Mapping[str, float] | None = None
+    ) -> None:
+        sums = sums or dict.fromkeys(self.DEVICE + self.HOST, 0.0)
+        self.steps = torch.tensor([sums[name] for name in self.DEVICE], device=device, dtype=torch.float64)
+        self.samples, self.seconds, self.waited = (sums[name] for name in self.HOST)
+        self.counts = {name: self._scalar(value) for name, value in (counts or {}).items()}
+
+    def _scalar(self, value: float) -> Tensor:
+        return torch.tensor(value, device=self.steps.device, dtype=torch.float64)
+
+    def mean_loss(self) -> float:
+        """Of the finite ones; waits for the device."""
+        return float(self.steps[0] / self.steps[1].clamp(min=1))
+
+    def mean_norm(self) -> float:
+        """Of the finite ones, before clipping; waits for the device."""
+        return float(self.steps[2] / self.steps[3].clamp(min=1))
+
+    def add(self, loss: Tensor, counts: Mapping[str, Tensor]) -> None:
+        """A batch."""
+        finite = torch.isfinite(loss)  # the log shows what was learned from; other steps are counted apart
+        self.steps[0] += torch.where(finite, loss, 0.0)
+        self.steps[1] += finite
+        for name, value in counts.items():
+            if name not in self.counts:
+                self.counts[name] = self._scalar(0.0)
+            self.counts[name] += value
+
+    def as_dicts(self) -> dict[str, dict[str, float]]:
+        """Plain values: sums, and counts that the caller named."""
+        host = {name: float(getattr(self, name)) for name in self.HOST}
+        return {
+            "sums": dict(zip(self.DEVICE, self.steps.tolist(), strict=True)) | host,
+            "counts": {name: float(value) for name, value in self.counts.items()},
+        }
+
+
+class Trainer:
+    """A model in training, with all that an optimizer step needs beside the loss.
+
+    Args:
+        model: bare, or wrapped in DistributedDataParallel.
+        optimizer: of its parameters.
+        processes: those that train together.
+        output_dir: the run's folder; facts about a step that is not finite go there.
+        lr_at: learning rate at a fractional epoch.
+        accum_iter: batches of an optimizer step.
+        clip_grad: largest gradient norm; None: any.
+        amp_dtype: autocast type; None trains in float32.
+        scaler: only for float16.
+        skip_nonfinite: steps with a loss or gradient that is not finite that are left out before the run is stopped.
+        max_bad_samples: unreadable samples that a process replaces before the run is stopped.
+        resumed: where the run stands: its counts go on, and the sums of an epoch that was left in the middle.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        processes: Processes,
+        output_dir: str | os.PathLike[str],
+        lr_at: Callable[[float], float],
+        accum_iter: int = 1,
+        clip_grad: float | None = None,
+        amp_dtype: torch.dtype | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+        skip_nonfinite: int = 0,
+        max_bad_samples: int = 0,
+        resumed: Resumed | None = None,
+    ) -> None:
+        resumed = resumed or Resumed()
+        self.model = model
+        self.optimizer = optimizer
+        self.scaler = scaler
+        self.processes = processes
+        self.device = processes.device
+        self.guard = FiniteGuard(skip_nonfinite, resumed.skipped)
+        self.bad_samples = BadSamples(max_bad_samples, list(resumed.bad_samples))
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._folder = Path(output_dir)
+        self._lr_at = lr_at
+        self._accum_iter = accum_iter
+        self._clip_grad = clip_grad
+        self._amp_dtype = amp_dtype
+        self._sums = _Sums(self.device, resumed.sums, resumed.counts)
+
+    def autocast(self) -> torch.autocast:
+        """The run's precision, for the forward pass."""
+        return torch.autocast(self.device.type, self._amp_dtype, enabled=self._amp_dtype is not None)
+
+    def run_epoch(
+        self,
+        batches: Iterable[dict[str, Any]],
+        loss_of: LossOf,
+        *,
+        epoch: int,
+        steps: int,
+        start_step: int = 0,
+        progress: Progress,
+        on_step: Callable[[int], bool] = lambda steps_done: False,
+    ) -> EpochResult:
+        """Train for one epoch, or what is left of it.
+
+        Args:
+            batches: from ``start_step`` on; dicts with ``name`` and ``replaced``.
+            loss_of: forward pass of a batch, see :data:`LossOf`; names of counts become names in the log.
+            steps: batches of a whole epoch.
+            on_step: called after each optimizer step with the batches done; True ends the epoch (signals, limits).
+
+        Raises:
+            NonFiniteError: see :class:`FiniteGuard`.
+            UserError: too many unreadable samples.
+        """
+        self.model.train()
+        if start_step == 0:
+            self._sums = _Sums(self.device)
+        sums, sync_every = self._sums, sync_interval(self.device)
+        began, before = time.perf_counter(), sums.seconds
+        seen, lr = 0, self._lr_at(epoch + 1) if start_step == steps else 0.0
+        names: list[str] = []
+        steps_done, stop = start_step, False
+        iterator = iter(batches)
+
+        for step in range(start_step, steps):
+            asked = time.perf_counter()
+            batch = next(iterator)
+            sums.waited += time.perf_counter() - asked
+            self.bad_samples.add(batch["replaced"])
+            first, last, group_size = accumulation_group(step, steps, self._accum_iter)
+            if first:
+                lr = self._lr_at(epoch + step / steps)
+                set_learning_rate(self.optimizer, lr)
+                self.optimizer.zero_grad(set_to_none=True)
+                names = []
+            names += batch["name"]
+            with self._apart() if not last else contextlib.nullcontext():
+                loss, counts = loss_of(batch, step)
+                scaled = loss / group_size
+                (scaled if self.scaler is None else self.scaler.scale(scaled)).backward()
+
+            sums.add(loss.detach(), counts)
+            sums.samples += len(batch["name"])
+            sums.seconds = before + time.perf_counter() - began
+            seen += len(batch["name"]) * self.processes.world_size
+            steps_done = step + 1
+            if last:
+                sums.steps[2] += self.update(loss, names, step)
+                sums.steps[3] += 1
+                if steps_done % sync_every == 0:
+                    self.check()
+                stop = on_step(steps_done)
+            if steps_done == steps or (progress.wants and steps_done % sync_every == 0):
+                progress.update(steps_done, samples=seen, values={"loss": sums.mean_loss(), "lr": lr})
+            if stop:
+                break
+        progress.close()
+        self.check()
+        sums.seconds = before + time.perf_counter() - began
+        return EpochResult(self._stats(lr), finished=steps_done == steps, steps_done=steps_done)
+
+    def update(self, loss: Tensor, names: list[str], step: int) -> Tensor:
+        """Unscale, measure, clip, update. Returns the gradient norm before clipping (0 where it is not finite)."""
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        norm = gradient_norm(self._parameters)
+        if self._clip_grad is not None:
+            torch.nn.utils.clip_grads_with_norm_(self._parameters, self._clip_grad, norm)
+        if self.scaler is not None:
+            # Overflow of float16 gradients is expected now and then: the scaler skips the step and lowers its scale. A
+            # loss that is not finite is a fault all the same, on whichever process it appears.
+            worst = loss.detach().clone()
+            if torch.distributed.is_initialized():
+                torch.distributed.all_reduce(worst)
+            self.guard.watch(loss, worst, names, step)
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        else:
+            self.optimizer.found_inf = self.guard.watch(loss, norm, names, step)  # type: ignore[attr-defined]
+            self.optimizer.step()
+        return torch.nan_to_num(norm, nan=0.0, posinf=0.0)
+
+    def check(self) -> None:
+        """Look at the steps since the last look; see `FiniteGuard.check`."""
+        self.guard.check(self.processes.all_gather_objects, self._dump)
+
+    def state(self) -> dict[str, Any]:
+        """What this process has counted so far, in plain values for a checkpoint; all processes call it together."""
+        self.check()
+        return {**self._sums.as_dicts(), "bad_samples": [list(item) for item in self.bad_samples.found]}
+
+    def _dump(self, facts: dict[str, Any]) -> str:
+        """Write the facts about a step that was not finite; returns the file's path, or why there is none."""
+        path = self._folder / f"nonfinite_rank{self.processes.rank}.json"
+        try:
+            write_json(path, facts)
+        except WriteError as error:  # the message about the step must not be lost to a full disk
+            return f"nothing ({error})"
+        return str(path)
+
+    def _apart(self) -> contextlib.AbstractContextManager[None]:
+        """Gradients stay in their process: they travel once per optimizer step, not once per batch."""
+        alone = isinstance(self.model, nn.parallel.DistributedDataParallel)
+        return self.model.no_sync() if alone else contextlib.nullcontext()  # type: ignore[operator]
+
+    def _stats(self, lr: float) -> dict[str, float]:
+        sums, processes = self._sums, self.processes
+        seconds = max(sums.seconds, 1e-9)
+        counts = {name: float(value) for name, value in sums.counts.items()}
+        counts["unreadable_samples"] = float(len(self.bad_samples.found))
+        mean = processes.all_reduce_mean({"train_loss": sums.mean_loss(), "data_wait": sums.waited / seconds})
+        return {
+            "train_loss": mean["train_loss"],
+            "train_lr": lr,
+            "grad_norm": sums.mean_norm(),
+            "images_per_s": sums.samples * processes.world_size / seconds,
+            "data_wait": mean["data_wait"],
+            **processes.all_reduce_sum(counts),
+            "skipped_steps": float(self.guard.skipped),
+            "seconds": seconds,
+        }
