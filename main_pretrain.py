@@ -37,16 +37,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser = groups.make_parser((__doc__ or "").splitlines()[0])
     groups.add_run_args(parser, output_dir="runs/pretrain")
     groups.add_data_args(parser, datasets=registry.names(), default="benv2")
-    data = parser.add_argument_group("data set details")
-    data.add_argument("--split", default=None, help="e.g. train or train+val (not given: all but test)")
-    data.add_argument("--statistics", default=None, metavar="NAME|JSON", help="registered preset, or a file of ours")
-    data.add_argument(
-        "--data_option",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="option of the data set, e.g. unit=linear for s1_scenes; may be repeated; a wrong name lists them",
-    )
+    groups.add_data_detail_args(parser, split="e.g. train or train+val (not given: all but test)")
     groups.add_model_args(parser)
     groups.add_pretrain_args(parser)
     groups.add_weight_args(parser)

@@ -221,6 +221,20 @@ def metric_table(scalars: Mapping[str, float], intervals: Mapping[str, tuple[flo
     return align_table(rows)
 
 
+def value_table(titles: Mapping[str, str], report: Report) -> str:
+    """A line for each scalar that the report has, with its interval where there is one; titles by scalar name."""
+    rows = [("Metric", "Value")]
+    for name, title in titles.items():
+        if name not in report.scalars:
+            continue
+        text = f"{report.scalars[name]:.4f}"
+        if name in report.intervals:
+            low, high = report.intervals[name]
+            text += f" [{low:.4f}, {high:.4f}]"
+        rows.append((title, text))
+    return align_table(rows)
+
+
 def align_table(rows: Sequence[Sequence[str]]) -> str:
     """Rows of cells as text with aligned columns; the first row is the header."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]

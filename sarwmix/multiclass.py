@@ -7,15 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from sarwmix.backbones import build_classifier
 from sarwmix.datasets import SarDataset
 from sarwmix.heads import TaskModel
-from sarwmix.metrics import Report, align_table, bootstrap_intervals
-from sarwmix.selection import Rule
+from sarwmix.metrics import Report, value_table
 from sarwmix.tasks import ModelSettings, SingleLabelTask
 from util.errors import UserError
 
@@ -30,7 +28,6 @@ class MulticlassTask(SingleLabelTask):
 
     name = "multiclass"
     options = ("select_on",)
-    primary = "acc"
     class_columns = (("Accuracy", "recall"), ("F1", "f1"), ("Precision", "precision"), ("AP", "ap"))
 
     def __init__(self, classes: Sequence[str], select_on: str = "val") -> None:
@@ -41,60 +38,12 @@ class MulticlassTask(SingleLabelTask):
     def build_model(self, settings: ModelSettings) -> TaskModel:
         return build_classifier(settings, self.num_outputs)
 
-    def report(self, gathered: Mapping[str, np.ndarray], *, bootstrap: int = 0, seed: int = 0) -> Report:
-        """Scalars: ``acc``, ``aacc`` (mean over the classes that have samples), ``loss``."""
-        from sklearn.metrics import average_precision_score
-
-        truth = gathered["target"].astype(np.int64)  # (N,)
-        scores = gathered["scores"]  # (N, K)
-        predicted = scores.argmax(axis=1)
-        scalars = class_accuracy(truth, predicted, len(self.classes))
-        if "loss" in gathered:
-            scalars["loss"] = float(np.mean(gathered["loss"], dtype=np.float64))
-        per_class: list[dict[str, Any]] = []
-        for number, name in enumerate(self.classes):
-            own, found = truth == number, predicted == number
-            support, hits, claimed = int(own.sum()), int((own & found).sum()), int(found.sum())
-            per_class.append(
-                {
-                    "class": name,
-                    "support": support,
-                    "predicted": claimed,
-                    "recall": hits / support if support else None,
-                    "f1": 2 * hits / (support + claimed) if support + claimed else 0.0,
-                    "precision": hits / claimed if claimed else 0.0,
-                    "ap": float(average_precision_score(own, scores[:, number])) if support else None,
-                }
-            )
-        absent = tuple(str(row["class"]) for row in per_class if not row["support"])
-        intervals = {}
-        if bootstrap:
-
-            def evaluate(counts: np.ndarray) -> dict[str, float]:
-                return class_accuracy(truth, predicted, len(self.classes), counts)
-
-            intervals = bootstrap_intervals(len(truth), evaluate, draws=bootstrap, seed=seed)
-        return Report(scalars=scalars, per_class=per_class, absent=absent, intervals=intervals)
-
-    def rules(self) -> tuple[Rule, ...]:
-        return (
-            Rule(
-                "checkpoint_best.pth",
-                "maximum of accuracy",
-                lambda new, best: new["acc"] > best["acc"],
-                lambda metrics: metrics["acc"],
-            ),
-        )
+    def metrics(self, truth: np.ndarray, predicted: np.ndarray, counts: np.ndarray | None = None) -> dict[str, float]:
+        """``acc``, and ``aacc``: its mean over the classes that have samples."""
+        return class_accuracy(truth, predicted, len(self.classes), counts)
 
     def format_report(self, report: Report) -> str:
-        rows = [("Metric", "Value")]
-        for title, name in (("Accuracy (ACC)", "acc"), ("Mean class accuracy (aACC)", "aacc")):
-            text = f"{report.scalars[name]:.4f}"
-            if name in report.intervals:
-                low, high = report.intervals[name]
-                text += f" [{low:.4f}, {high:.4f}]"
-            rows.append((title, text))
-        text = align_table(rows)
+        text = value_table({"acc": "Accuracy (ACC)", "aacc": "Mean class accuracy (aACC)"}, report)
         if report.absent:
             text += f"\nleft out of aACC (no sample): {'; '.join(report.absent)}"
         return text

@@ -21,7 +21,7 @@ from sarwmix.backbones import build_segmenter
 from sarwmix.datasets import MaskDataset, SarDataset
 from sarwmix.heads import SEGMENTATION_HEADS, TaskModel
 from sarwmix.loader import Loader
-from sarwmix.metrics import Report, align_table, bootstrap_intervals
+from sarwmix.metrics import Report, bootstrap_intervals, value_table
 from sarwmix.selection import Rule
 from sarwmix.tasks import ModelSettings, Predictor, Prepared, Task
 from sarwmix.transforms import SarTransform, apply_flips, cut_windows, draw_flips, draw_windows, window_starts
@@ -266,16 +266,7 @@ class SegmentationTask(Task):
             "recall_macro": f"Recall{of}",
             "accuracy": "Pixel accuracy",
         }
-        rows = [("Metric", "Value")]
-        for name, title in titles.items():
-            if name not in report.scalars:
-                continue
-            text = f"{report.scalars[name]:.4f}"
-            if name in report.intervals:
-                low, high = report.intervals[name]
-                text += f" [{low:.4f}, {high:.4f}]"
-            rows.append((title, text))
-        text = align_table(rows)
+        text = value_table(titles, report)
         if report.absent:
             text += f"\nwithout a labelled pixel: {'; '.join(report.absent)}"
         return text

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from sarwmix.backbones import build_classifier
 from sarwmix.datasets import SarDataset
 from sarwmix.heads import CLASSIFICATION_HEADS, TaskModel
-from sarwmix.metrics import Report, align_table, metric_table, multilabel_report
+from sarwmix.metrics import Report, align_table, bootstrap_intervals, metric_table, multilabel_report
 from sarwmix.mixup import smooth_labels
 from sarwmix.selection import Rule, multilabel_rules
 from sarwmix.transforms import SarTransform
@@ -311,9 +311,20 @@ class Task(ABC):
 
 
 class SingleLabelTask(Task):
-    """Exactly one class a sample: cross-entropy and softmax."""
+    """Exactly one class a sample: cross-entropy and softmax; the best epoch is that of the highest accuracy."""
 
     exclusive = True
+    primary = "acc"
+
+    @abstractmethod
+    def metrics(self, truth: np.ndarray, predicted: np.ndarray, counts: np.ndarray | None = None) -> dict[str, float]:
+        """Scalars of a split, ``acc`` among them.
+
+        Args:
+            truth: (N,) class numbers.
+            predicted: (N,) class numbers.
+            counts: How often each sample counts, (N,); once by default.
+        """
 
     def target(self, batch: Mapping[str, Any], device: torch.device) -> Tensor:
         return batch["label"].to(device, torch.int64, non_blocking=True)  # (B,)
@@ -326,6 +337,51 @@ class SingleLabelTask(Task):
 
     def scores(self, logits: Tensor) -> Tensor:
         return torch.softmax(logits.double(), dim=1)
+
+    def report(self, gathered: Mapping[str, np.ndarray], *, bootstrap: int = 0, seed: int = 0) -> Report:
+        """Scalars of `metrics` and ``loss``; the first of several classes with the same score is the predicted one."""
+        from sklearn.metrics import average_precision_score
+
+        truth = gathered["target"].astype(np.int64)  # (N,)
+        scores = gathered["scores"]  # (N, K)
+        predicted = scores.argmax(axis=1)
+        scalars = self.metrics(truth, predicted)
+        if "loss" in gathered:  # k-NN has scores only
+            scalars["loss"] = float(np.mean(gathered["loss"], dtype=np.float64))
+        per_class: list[dict[str, Any]] = []
+        for number, name in enumerate(self.classes):
+            own, found = truth == number, predicted == number
+            support, hits, claimed = int(own.sum()), int((own & found).sum()), int(found.sum())
+            per_class.append(
+                {
+                    "class": name,
+                    "support": support,
+                    "predicted": claimed,
+                    "recall": hits / support if support else None,
+                    "f1": 2 * hits / (support + claimed) if support + claimed else 0.0,
+                    "precision": hits / claimed if claimed else 0.0,
+                    "ap": float(average_precision_score(own, scores[:, number])) if support else None,
+                }
+            )
+        absent = tuple(str(row["class"]) for row in per_class if not row["support"])
+        intervals = {}
+        if bootstrap:
+
+            def evaluate(counts: np.ndarray) -> dict[str, float]:
+                return self.metrics(truth, predicted, counts)
+
+            intervals = bootstrap_intervals(len(truth), evaluate, draws=bootstrap, seed=seed)
+        return Report(scalars=scalars, per_class=per_class, absent=absent, intervals=intervals)
+
+    def rules(self) -> tuple[Rule, ...]:
+        return (
+            Rule(
+                "checkpoint_best.pth",
+                "maximum of accuracy",
+                lambda new, best: new["acc"] > best["acc"],
+                lambda metrics: metrics["acc"],
+            ),
+        )
 
 
 class MultilabelTask(Task):

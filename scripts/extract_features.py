@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sarwmix import registry
-from util.args import closed_fraction, non_negative_int, positive_int
+from util import args as groups
 from util.errors import UserError, run_cli
 
 if TYPE_CHECKING:
@@ -33,31 +33,22 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    result.add_argument(
-        "--model",
-        required=True,
-        metavar="PATH",
-        help="checkpoint, output folder of a fine-tuning run, folder written by --export, or owner/name on the hub",
+    groups.add_trained_model_args(result, batch_size=64)
+    what = result.add_argument_group("what is embedded")
+    what.add_argument("--dataset", choices=registry.names(), default=None, help="registered data set")
+    what.add_argument("--data_path", default=None, metavar="DIR", help="root of the data, or a packed store")
+    what.add_argument("--split", default="test", help="split, or several joined by + (default %(default)s)")
+    what.add_argument("--data_option", action="append", default=[], metavar="NAME=VALUE", help="of the data set")
+    what.add_argument(
+        "--num_workers", type=groups.non_negative_int, default=0, metavar="N", help="processes reading the data set"
     )
-    result.add_argument("--dataset", choices=registry.names(), default=None, help="registered data set")
-    result.add_argument("--data_path", default=None, metavar="DIR", help="root of the data, or a packed store")
-    result.add_argument("--split", default="test", help="split, or several joined by + (default %(default)s)")
-    result.add_argument("--data_option", action="append", default=[], metavar="NAME=VALUE", help="of the data set")
-    result.add_argument("--scene", nargs="+", default=None, metavar="PATH", help="instead of --dataset: a scene")
-    result.add_argument("--unit", choices=("dB", "linear"), default=None, help="of the scene (default: found out)")
-    result.add_argument("--band_order", default=None, metavar="NAMES", help="of a scene without band descriptions")
-    result.add_argument("--stride", type=positive_int, default=None, metavar="PX", help="of a scene's tiles")
-    result.add_argument("--min_valid", type=closed_fraction, default=0.5, metavar="F", help="of a scene's tiles")
-    result.add_argument("--out", required=True, metavar="FILE", help="FILE.npy (with FILE.csv) or FILE.parquet")
-    result.add_argument("--projection", choices=("pca", "tsne"), default="pca", help="of the map (default %(default)s)")
-    result.add_argument("--no_map", action="store_true", help="do not draw FILE_map.png")
-    result.add_argument("--seed", type=non_negative_int, default=0, help="of the map (default %(default)s)")
-    result.add_argument("--batch_size", type=positive_int, default=64, metavar="N", help="default %(default)s")
-    result.add_argument("--num_workers", type=non_negative_int, default=0, metavar="N", help="reading processes")
-    result.add_argument("--device", default="auto", help="auto (CUDA when there is a GPU), cpu, cuda or cuda:N")
-    result.add_argument(
-        "--trained_on", default=None, metavar="DATASET", help="for files that hold weights only: their data set"
-    )
+    what.add_argument("--scene", nargs="+", default=None, metavar="PATH", help="instead of --dataset: a scene")
+    groups.add_scene_args(result)
+    out = result.add_argument_group("results")
+    out.add_argument("--out", required=True, metavar="FILE", help="FILE.npy (with FILE.csv) or FILE.parquet")
+    out.add_argument("--projection", choices=("pca", "tsne"), default="pca", help="of the map (default %(default)s)")
+    out.add_argument("--no_map", action="store_true", help="do not draw FILE_map.png")
+    out.add_argument("--seed", type=groups.non_negative_int, default=0, help="of the map (default %(default)s)")
     return result
 
 

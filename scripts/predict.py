@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from util.args import closed_fraction, positive_int
+from util import args as groups
 from util.errors import UserError, run_cli
 
 
@@ -26,55 +26,23 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    result.add_argument(
-        "--model",
-        required=True,
-        metavar="PATH",
-        help="fine-tuned checkpoint, output folder of its run, folder written by --export, or owner/name on the hub",
-    )
-    result.add_argument(
+    groups.add_trained_model_args(result, batch_size=32)
+    what = result.add_argument_group("what is predicted")
+    what.add_argument(
         "--scene",
         required=True,
         nargs="+",
         metavar="PATH",
         help="GeoTIFF with the bands of the model, one file for each band, or a folder of scenes",
     )
-    result.add_argument(
+    what.add_argument(
         "--second", nargs="+", default=None, metavar="PATH", help="second date on the same grid, for flood models"
     )
-    result.add_argument("--out", required=True, metavar="DIR", help="folder for the results")
-    result.add_argument(
-        "--unit", choices=("dB", "linear"), default=None, help="of VH and VV (default: found out, with a warning)"
-    )
-    result.add_argument(
-        "--band_order",
-        default=None,
-        metavar="NAMES",
-        help="names of all bands of multi-band files without band descriptions, such as VV,VH",
-    )
-    result.add_argument(
-        "--stride",
-        type=positive_int,
-        default=None,
-        metavar="PX",
-        help="distance of neighbouring tiles; smaller than a tile: overlapping tiles are blended (default: a tile; "
-        "half a tile for class maps)",
-    )
-    result.add_argument(
-        "--min_valid",
-        type=closed_fraction,
-        default=0.5,
-        metavar="F",
-        help="least share of valid pixels of a tile (default %(default)s)",
-    )
-    result.add_argument(
+    what.add_argument("--out", required=True, metavar="DIR", help="folder for the results")
+    what.add_argument(
         "--probabilities", action="store_true", help="class maps: also write the probability of each class"
     )
-    result.add_argument("--batch_size", type=positive_int, default=32, metavar="N", help="default %(default)s")
-    result.add_argument("--device", default="auto", help="auto (CUDA when there is a GPU), cpu, cuda or cuda:N")
-    result.add_argument(
-        "--trained_on", default=None, metavar="DATASET", help="for files that hold weights only: their data set"
-    )
+    groups.add_scene_args(result)
     return result
 
 

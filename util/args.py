@@ -359,13 +359,42 @@ def add_optim_args(
                        help="torch.compile the model: faster steps after minutes of compiling")  # fmt: skip
 
 
-def add_data_detail_args(parser: argparse.ArgumentParser) -> None:
-    """Statistics and options of the chosen data set."""
+def add_data_detail_args(parser: argparse.ArgumentParser, *, split: str | None = None) -> None:
+    """Statistics and options of the chosen data set, and its split where a help text for it is given."""
     group = parser.add_argument_group("data set details")
+    if split is not None:
+        group.add_argument("--split", default=None, help=split)
     group.add_argument("--statistics", default=None, metavar="NAME|JSON", help="registered preset, or a file of ours")
     group.add_argument("--data_option", action="append", default=[], metavar="NAME=VALUE",
-                       help="option of the data set, e.g. metadata=lists.csv; may be repeated; a wrong name lists "
-                            "them")  # fmt: skip
+                       help="option of the data set, e.g. unit=linear for s1_scenes; may be repeated; a wrong name "
+                            "lists them")  # fmt: skip
+
+
+def add_scene_args(parser: argparse.ArgumentParser) -> None:
+    """How scenes are read and cut into tiles."""
+    group = parser.add_argument_group("scenes")
+    group.add_argument("--unit", choices=("dB", "linear"), default=None,
+                       help="of VH and VV (not given: found out, with a warning)")  # fmt: skip
+    group.add_argument("--band_order", default=None, metavar="NAMES",
+                       help="names of all bands of multi-band files without band descriptions, e.g. VV,VH")  # fmt: skip
+    group.add_argument("--stride", type=positive_int, default=None, metavar="PX",
+                       help="distance of neighbouring tiles; smaller than a tile: they overlap (not given: a tile; "
+                            "half a tile for class maps)")  # fmt: skip
+    group.add_argument("--min_valid", type=closed_fraction, default=0.5, metavar="F",
+                       help="least share of valid pixels of a tile (default %(default)s)")  # fmt: skip
+
+
+def add_trained_model_args(parser: argparse.ArgumentParser, *, batch_size: int) -> None:
+    """Which model is used, and how it runs."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", required=True, metavar="PATH",
+                       help="checkpoint, output folder of a fine-tuning run, folder written by --export, or owner/name "
+                            "on the hub")  # fmt: skip
+    group.add_argument("--trained_on", default=None, metavar="DATASET",
+                       help="for files that hold weights only: their data set")  # fmt: skip
+    group.add_argument("--batch_size", type=positive_int, default=batch_size, metavar="N",
+                       help="default %(default)s")  # fmt: skip
+    group.add_argument("--device", default="auto", help="auto (CUDA when there is a GPU), cpu, cuda or cuda:N")
 
 
 def add_label_args(parser: argparse.ArgumentParser) -> None:

@@ -15,8 +15,7 @@ from models_sen12_ft import PATCH_OPS, MixMIMPair
 from sarwmix.backbones import is_mixmim
 from sarwmix.datasets import SarDataset
 from sarwmix.loader import Loader
-from sarwmix.metrics import Report, bootstrap_intervals
-from sarwmix.selection import Rule
+from sarwmix.metrics import Report
 from sarwmix.sen12flood.dataset import PairDataset, power_to_db
 from sarwmix.tasks import ModelSettings, Predictor, SingleLabelTask
 from sarwmix.transforms import SarTransform, draw_flips
@@ -67,7 +66,6 @@ class PairTask(SingleLabelTask):
 
     name = "pair"
     options = ("patch_op", "legacy_tiling", "val_frac")
-    primary = "acc"
     heads = ("linear",)
 
     def __init__(
@@ -180,51 +178,9 @@ class PairTask(SingleLabelTask):
             done = start + len(indices)
             features = {row: value for row, value in features.items() if last_use[row] >= done}
 
-    def report(self, gathered: Mapping[str, np.ndarray], *, bootstrap: int = 0, seed: int = 0) -> Report:
-        """Scalars: ``acc`` in %, ``precision``, ``recall``, ``f1`` of flood as fractions, ``loss``."""
-        from sklearn.metrics import average_precision_score
-
-        truth = gathered["target"].astype(np.int64)  # (N,)
-        scores = gathered["scores"]  # (N, 2)
-        predicted = predicted_class(scores)
-        scalars = pair_metrics(truth, predicted)
-        if "loss" in gathered:
-            scalars["loss"] = float(np.mean(gathered["loss"], dtype=np.float64))
-        per_class = []
-        for number, name in enumerate(self.classes):
-            own = pair_metrics(truth == number, predicted == number)
-            support = int((truth == number).sum())
-            average = float(average_precision_score(truth == number, scores[:, number])) if support else None
-            per_class.append(
-                {
-                    "class": name,
-                    "support": support,
-                    "predicted": int((predicted == number).sum()),
-                    "ap": average,
-                    "f1": own["f1"],
-                    "precision": own["precision"],
-                    "recall": own["recall"],
-                }
-            )
-        absent = tuple(str(row["class"]) for row in per_class if not row["support"])
-        intervals = {}
-        if bootstrap:
-
-            def evaluate(counts: np.ndarray) -> dict[str, float]:
-                return pair_metrics(truth, predicted, counts)
-
-            intervals = bootstrap_intervals(len(truth), evaluate, draws=bootstrap, seed=seed)
-        return Report(scalars=scalars, per_class=per_class, absent=absent, intervals=intervals)
-
-    def rules(self) -> tuple[Rule, ...]:
-        return (
-            Rule(
-                "checkpoint_best.pth",
-                "maximum of accuracy",
-                lambda new, best: new["acc"] > best["acc"],
-                lambda metrics: metrics["acc"],
-            ),
-        )
+    def metrics(self, truth: np.ndarray, predicted: np.ndarray, counts: np.ndarray | None = None) -> dict[str, float]:
+        """``acc`` in %, ``precision``, ``recall``, ``f1`` of flood as fractions."""
+        return pair_metrics(truth, predicted, counts)
 
     # Printing and pictures ---------------------------------------------------------------------------------------
 
@@ -269,7 +225,7 @@ class PairTask(SingleLabelTask):
         from sarwmix.sen12flood.pictures import wrong_pairs_figure
 
         split, scores, truth = data.split, gathered["scores"], gathered["target"].astype(np.int64)
-        predicted = predicted_class(scores)
+        predicted = scores.argmax(axis=1)  # a tie is no flood
         one_hot = np.eye(2, dtype=np.int64)[truth]
         written = [
             confusion_matrix_figure(folder / f"confusion_{split}.png", truth, predicted, self.classes),
@@ -281,11 +237,6 @@ class PairTask(SingleLabelTask):
             wrong_pairs_figure(path, data, predicted != truth, scores[:, FLOOD], gathered["loss"])
             written.append(path)
         return written
-
-
-def predicted_class(scores: np.ndarray) -> np.ndarray:
-    """(N, 2) probabilities -> (N,) class; a tie is no flood."""
-    return (scores[:, FLOOD] > scores[:, 1 - FLOOD]).astype(np.int64)
 
 
 def pair_metrics(truth: np.ndarray, predicted: np.ndarray, counts: np.ndarray | None = None) -> dict[str, float]:
