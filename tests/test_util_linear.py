@@ -22,9 +22,11 @@ def used(monkeypatch):
 
 
 @needs_onednn
-@pytest.mark.parametrize("shape", [(5, 24), (2, 3, 24), (2, 3, 4, 24), (1, 24)])
+@pytest.mark.parametrize("shape", [(5, 24), (2, 3, 24), (2, 3, 4, 24), (1, 24), (3, 100, 24)])
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_equals_pytorch(shape, with_bias, used):
+@pytest.mark.parametrize("avx512", [True, False])
+def test_equals_pytorch(shape, with_bias, avx512, used, monkeypatch):
+    monkeypatch.setattr(module, "_has_avx512", lambda: avx512)
     torch.manual_seed(0)
     x, weight, bias = torch.randn(shape), torch.randn(40, 24), torch.randn(40) if with_bias else None
     results = []

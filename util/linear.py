@@ -2,7 +2,8 @@
 
 PyTorch sends float32 linear layers on x86 to MKL, after a pass that copies the bias into the output. oneDNN's product
 (which PyTorch already uses for bfloat16 and for compiled models) adds the bias itself and is faster for the shapes of
-these models; BENCHMARKS.md has figures. The gradient of the weight stays with MKL, which is as fast there.
+these models; BENCHMARKS.md has figures. Two things stay with MKL: the gradient of the weight, and products of many rows
+on processors without AVX-512.
 
 Everything else (CUDA, autocast, torch.compile, torch.export, builds without oneDNN) goes through
 `torch.nn.functional.linear`. The results agree to float rounding.
@@ -11,6 +12,7 @@ Everything else (CUDA, autocast, torch.compile, torch.export, builds without one
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +21,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 _WANTED = True
+# Rows up to which oneDNN is quicker than MKL where the processor has no AVX-512 (which MKL leaves unused on AMD's).
+_FEW_ROWS = 256
+
+
+@functools.cache
+def _has_avx512() -> bool:
+    return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
 def onednn_available() -> bool:
@@ -38,7 +47,9 @@ def plain_products() -> Iterator[None]:
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """(..., I) x (O, I) -> (..., O), plus bias (O,)."""
+    """(..., I) x (O, I) -> (..., O), plus bias (O,); outside of autograd."""
+    if not _has_avx512() and x.numel() > _FEW_ROWS * x.shape[-1]:
+        return F.linear(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
