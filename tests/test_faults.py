@@ -191,7 +191,7 @@ def test_processes_equal_one_that_sees_the_same(
     assert code == 0, output
     expected = reference(demo_root, world, steps=3, patch=monkeypatch)
     record = read_jsonl(tmp_path / "run" / "log.txt")[0]
-    assert record["train_loss"] == pytest.approx(expected["loss"], rel=1e-6)
+    assert record["train_loss"] == pytest.approx(expected["loss"], rel=1e-5)
     assert record["grad_norm"] == pytest.approx(expected["norm"], rel=1e-5)
     checkpoint = load_checkpoint(tmp_path / "run" / "checkpoint.pth")
     # The first moments are a weighted sum of the gradients: all of them agree to rounding.

@@ -129,7 +129,7 @@ def test_eval_repeats_the_result_and_changes_nothing(
     again = metrics_of(tmp_path / "eval", "metrics_eval.json")["results"][str(best)]
     trained = metrics_of(tmp_path / "run")["results"]["checkpoint_best.pth"]
     for name, value in trained["test"]["scalars"].items():
-        assert again["test"]["scalars"][name] == pytest.approx(value, abs=1e-6 if name == "loss" else 0), name
+        assert again["test"]["scalars"][name] == pytest.approx(value, abs=1e-5 if name == "loss" else 0), name
     assert again["val"]["scalars"]["ap_macro"] == trained["val_scalars"]["ap_macro"]
     assert best.read_bytes() == before
     assert not (tmp_path / "eval" / "checkpoint.pth").exists()
@@ -355,7 +355,7 @@ def test_evaluation_is_the_same_with_1_2_and_3_processes(
         expected = metrics_of(tmp_path / "np1", "metrics_eval.json")["results"][str(path)]
         found = metrics_of(out, "metrics_eval.json")["results"][str(path)]
         for split in ("val", "test"):
-            assert found[split]["scalars"].pop("loss") == pytest.approx(expected[split]["scalars"]["loss"], rel=1e-6)
+            assert found[split]["scalars"].pop("loss") == pytest.approx(expected[split]["scalars"]["loss"], rel=1e-5)
             assert found[split]["scalars"] == {k: v for k, v in expected[split]["scalars"].items() if k != "loss"}
             assert found[split]["per_class"] == expected[split]["per_class"]
 
@@ -456,9 +456,9 @@ def test_running_statistics_do_not_depend_on_the_process(
     script(*common, "--eval", "--resume", path, out="np1")
     alone = metrics_of(tmp_path / "np1", "metrics_eval.json")["results"][str(path)]["test"]["scalars"]
     together = metrics_of(out)["results"]["checkpoint_best.pth"]
-    assert together["test"]["scalars"] == pytest.approx(alone, abs=1e-6)
+    assert together["test"]["scalars"] == pytest.approx(alone, abs=1e-5)
     val = metrics_of(tmp_path / "np1", "metrics_eval.json")["results"][str(path)]["val"]["scalars"]
-    assert together["val_scalars"] == pytest.approx(val, abs=1e-6)  # of the training processes, before any loading
+    assert together["val_scalars"] == pytest.approx(val, abs=1e-5)  # of the training processes, before any loading
 
 
 def test_help_is_quick_and_names_every_protocol() -> None:

@@ -213,7 +213,7 @@ def test_shared_features_equal_pair_by_pair(prepared: dict[str, Path], patch_op:
         data = open_pairs(prepared["store"])
         shared = in_order([outputs(task, model, data, batch=batch)], len(data))
         for key, values in plain.items():
-            np.testing.assert_allclose(shared[key], values, atol=1e-5)
+            np.testing.assert_allclose(shared[key], values, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("layout", "world"), [("npy", 3), ("store", 3), ("store", 50)])
@@ -222,7 +222,7 @@ def test_metrics_do_not_depend_on_the_number_of_processes(prepared: dict[str, Pa
     one = in_order([outputs(task, model, data)], len(data))
     many = in_order([outputs(task, model, data, rank=rank, world=world) for rank in range(world)], len(data))
     np.testing.assert_array_equal(many["target"], one["target"])
-    np.testing.assert_allclose(many["scores"], one["scores"], atol=1e-6)
+    np.testing.assert_allclose(many["scores"], one["scores"], atol=1e-5)
 
 
 def test_each_distinct_image_is_encoded_once(prepared: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -347,4 +347,4 @@ def test_two_processes_select_on_held_out_places_and_count_each_pair_once(
     run_script("main_finetune.py", *words, "--batch_size", "7", *evaluation)
     (one,) = json.loads((tmp_path / "one" / "metrics_eval.json").read_text())["results"].values()
     for name, value in one["test"]["scalars"].items():
-        assert two["test"]["scalars"][name] == pytest.approx(value, abs=1e-6), name
+        assert two["test"]["scalars"][name] == pytest.approx(value, rel=1e-5, abs=1e-5), name
