@@ -149,6 +149,8 @@ def main() -> int | None:
     if args.flops:
         total, table = bench.count_flops(model)
         get_logger().info("forward pass of one sample: %.2f GFLOP (2 a multiply-add)\n%s", total / 1e9, table)
+    if args.compile:
+        model.compile_blocks()  # type: ignore[operator]
     if args.eval:
         results.evaluate_checkpoint(bench, model, args.resume, protocol=args.protocol)
     else:
@@ -373,8 +375,6 @@ def train(
         resumed = resumed.at_epoch(args.start_epoch)
     start_epoch, start_step = resumed.epoch, resumed.step
 
-    if args.compile and whole:
-        model.compile_blocks()  # type: ignore[operator]
     trainer = Trainer(
         data_parallel(module, group),
         optimizer,

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from util.compilation import compile_modules
 from util.errors import UserError
 from util.linear import Linear, gelu_linear, linear, norm_linear
 from util.pos_embed import sincos_table
@@ -156,12 +157,27 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     Returns:
         (G, W, h, n, d).
     """
-    if bias is None or (q.is_cuda and not torch.compiler.is_compiling()):
-        # The fused kernels of CPU refuse a bias that needs a gradient; on CUDA the memory-efficient one takes it.
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias.to(q.dtype)[None])
+    if bias is None:
+        return F.scaled_dot_product_attention(q, k, v)
+    if q.is_cuda and not torch.compiler.is_compiling():
+        return _fused_attention(q, k, v, bias.to(q.dtype))
+    # The fused kernels of CPU refuse a bias that needs a gradient; the compiler fuses these operators by itself.
     scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-2, -1))
     # In place: neither the product nor the addition needs the scores for its backward pass.
     return torch.matmul(scores.add_(bias.to(scores.dtype)).softmax(dim=-1), v)
+
+
+def _fused_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """`attention` in the four dimensions that PyTorch's fused CUDA kernels ask for (with five it falls back to explicit
+    products in float32)."""
+    groups, windows = q.shape[:2]
+    if bias.shape[0] == 1:  # one bias for all windows: they join the batch, which is a view
+        q, k, v = (part.flatten(0, 1) for part in (q, k, v))
+    else:  # a bias for each window: they join the heads
+        q, k, v, bias = *(part.flatten(1, 2) for part in (q, k, v)), bias.flatten(0, 1)[None]
+    # An expanded bias: the kernel reads it once, and its gradient is summed over the batch.
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.expand(q.shape[0], -1, -1, -1))
+    return out.reshape(groups, windows, -1, *out.shape[2:])
 
 
 class WindowAttention(nn.Module):
@@ -207,13 +223,10 @@ class Mlp(nn.Module):
         return gelu_linear(norm_linear(x, norm, self.fc1), self.fc2.weight, self.fc2.bias)
 
 
-def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
-    """Stochastic depth per sample (arXiv 1603.09382): whole residuals are zeroed with probability ``rate``."""
-    if rate == 0.0 or not training:
-        return x
+def draw_drop_path(x: Tensor, rate: float) -> Tensor:
+    """Factors of stochastic depth (arXiv 1603.09382), (B, 1, ...): 0 with probability ``rate``, else 1 / (1 - rate)."""
     keep = 1.0 - rate
-    scale = torch.empty(x.shape[0], *[1] * (x.ndim - 1), dtype=x.dtype, device=x.device).bernoulli_(keep).div_(keep)
-    return x * scale
+    return torch.empty(x.shape[0], *[1] * (x.ndim - 1), dtype=x.dtype, device=x.device).bernoulli_(keep).div_(keep)
 
 
 class MixMIMBlock(nn.Module):
@@ -227,10 +240,29 @@ class MixMIMBlock(nn.Module):
         self.mlp = Mlp(dim)
         self.drop_path_rate = drop_path_rate
 
-    def forward(self, x: Tensor, sizes: tuple[int, ...], biases: tuple[Tensor, ...]) -> Tensor:
-        """(B, T, C) -> (B, T, C); ``sizes`` and ``biases`` as in :meth:`WindowAttention.forward`."""
-        x = x + drop_path(self.attn(x, self.norm1, sizes, biases), self.drop_path_rate, self.training)
-        return x + drop_path(self.mlp(x, self.norm2), self.drop_path_rate, self.training)
+    def draw_drop_path(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Factors of the two residuals in training; outside of `forward`, whose graph is then the same for all rates."""
+        if self.drop_path_rate == 0.0 or not self.training:
+            return None
+        return draw_drop_path(x, self.drop_path_rate), draw_drop_path(x, self.drop_path_rate)
+
+    def forward(
+        self,
+        x: Tensor,
+        sizes: tuple[int, ...],
+        biases: tuple[Tensor, ...],
+        kept: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """(B, T, C) -> (B, T, C).
+
+        Args:
+            sizes, biases: as in :meth:`WindowAttention.forward`.
+            kept: factors of :meth:`draw_drop_path`.
+        """
+        attended = self.attn(x, self.norm1, sizes, biases)
+        x = x + (attended if kept is None else attended * kept[0])
+        changed = self.mlp(x, self.norm2)
+        return x + (changed if kept is None else changed * kept[1])
 
 
 class PatchMerging(nn.Module):
@@ -356,6 +388,9 @@ class MixMIMEncoder(nn.Module):
         self.register_buffer("z_cells", z_cells, persistent=False)
         self.register_buffer("cell_position", torch.argsort(z_cells), persistent=False)
         self.register_buffer("patch_pixels", patches.flatten(), persistent=False)
+        for i in range(len(depths) - 1):  # row-major positions of the tokens of a stage, for maps of features
+            back = torch.argsort(token_order(grid // 2**i, self.tile // 2**i))
+            self.register_buffer(f"map_tokens_{i}", back, persistent=False)
         self.apply(init_linear)
 
     @staticmethod
@@ -458,9 +493,8 @@ class MixMIMEncoder(nn.Module):
 
     def compile_blocks(self, backend: str | Callable[..., Any] = "inductor") -> None:
         """torch.compile each block in place: a handful of distinct graphs (one per stage) instead of one huge one."""
-        for module in self.modules():
-            if isinstance(module, MixMIMBlock | PatchMerging | DecoderBlock):
-                module.compile(backend=backend)
+        blocks = [module for module in self.modules() if isinstance(module, MixMIMBlock | PatchMerging | DecoderBlock)]
+        compile_modules(blocks, backend)
 
     # ------------------------------------------------------------------ stages
 
@@ -477,10 +511,11 @@ class MixMIMEncoder(nn.Module):
                 is_sorted = True
             sizes, biases = self._attention_plan(stage, x.shape[1], mask, is_sorted)
             for block, block_biases in zip(stage.blocks, biases, strict=True):
+                kept = cast(MixMIMBlock, block).draw_drop_path(x)
                 if self.activation_checkpointing and self.training:
-                    x = checkpoint(block, x, sizes, block_biases, use_reentrant=False)
+                    x = checkpoint(block, x, sizes, block_biases, kept, use_reentrant=False)
                 else:
-                    x = block(x, sizes, block_biases)
+                    x = block(x, sizes, block_biases, kept)
             if stage.downsample is not None:
                 if maps is not None:
                     maps.append(self._as_map(x, index))
@@ -520,8 +555,11 @@ class MixMIMEncoder(nn.Module):
 
     def _as_map(self, x: Tensor, stage: int) -> Tensor:
         side = self.grid // 2**stage
-        back = torch.argsort(token_order(side, self.tile // 2**stage)).to(x.device)
-        return x.index_select(1, back).transpose(1, 2).reshape(x.shape[0], -1, side, side)
+        return (
+            x.index_select(1, self.get_buffer(f"map_tokens_{stage}"))
+            .transpose(1, 2)
+            .reshape(x.shape[0], -1, side, side)
+        )
 
 
 def init_linear(module: nn.Module) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from models_mixmim import MODELS, MixMIMEncoder, encoder_config
 from models_mixmim_ft import MixMIMClassifier
 from sarwmix.heads import Classifier, Segmenter, TaskModel, make_head, make_segmentation_head, resize
+from util.compilation import compile_methods
 from util.errors import UserError
 from util.log import get_logger
 
@@ -164,9 +165,9 @@ class TimmEncoder(nn.Module):
         )
         return [maps[wanted.index(index)] for index in indices]
 
-    def compile_blocks(self) -> None:
-        """torch.compile the encoder."""
-        self.encoder.compile()
+    def compile_blocks(self, backend: str | Callable[..., Any] = "inductor") -> None:
+        """torch.compile the encoder's ways to features; its ``forward`` is not one of them."""
+        compile_methods(self.encoder, ("forward_features", "forward_intermediates"), backend)
 
     def no_weight_decay(self) -> set[str]:
         """Names of tables that timm never decays (position table, tokens)."""

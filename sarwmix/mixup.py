@@ -74,29 +74,39 @@ class Mixup:
         batch, (height, width) = first.shape[0], first.shape[-2:]
         rng = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
         partner = torch.from_numpy(rng.permutation(batch)).to(first.device, non_blocking=True)
-        draws = batch if self.mode == "elem" else 1
-        keep = np.ones((draws, height, width), dtype=np.float32)
-        for row in range(draws):
-            if rng.random() < self.prob:
-                self._draw(keep[row], rng)
+        draws = [self._draw(height, width, rng) for _ in range(batch if self.mode == "elem" else 1)]
         # the label's share is the share of pixels that stayed; for plain mixup that is lambda itself
-        share = torch.from_numpy(keep.mean(axis=(1, 2), dtype=np.float64).astype(np.float32)).to(first.device)
+        shares = [
+            keep * (1 - (bottom - top) * (right - left) / (height * width)) for keep, top, bottom, left, right in draws
+        ]
+        # A few numbers for each draw travel; maps of the image's size are made where the images are.
+        plan = torch.tensor([[share, *draw] for share, draw in zip(shares, draws, strict=True)], dtype=torch.float32)
+        share, keep, top, bottom, left, right = plan.to(first.device, non_blocking=True).unbind(1)
+        cut = rectangles(top, bottom, left, right, height, width)
+        weight = torch.where(cut, 0.0, keep[:, None, None])[:, None]  # (1 or B, 1, H, W)
         share = share[:, None].to(target.dtype)  # (1 or B, 1)
-        weight = torch.from_numpy(keep)[:, None].to(first.device, non_blocking=True)  # (1 or B, 1, H, W)
         mixed = tuple(torch.lerp(image[partner], image, weight) for image in images)
         return mixed, target * share + target[partner] * (1 - share)
 
-    def _draw(self, keep: np.ndarray, rng: np.random.Generator) -> None:
-        """Write the share of the own image at every pixel into keep (H, W)."""
-        height, width = keep.shape
+    def _draw(self, height: int, width: int, rng: np.random.Generator) -> tuple[float, int, int, int, int]:
+        """Share of the own image, and top, bottom, left and right of a rectangle that is all the partner's."""
+        if rng.random() >= self.prob:
+            return 1.0, 0, 0, 0, 0
         cut = self.cutmix > 0 and (self.mixup == 0 or rng.random() < self.switch_prob)
         if not cut:
-            keep[:] = rng.beta(self.mixup, self.mixup)
-            return
+            return rng.beta(self.mixup, self.mixup), 0, 0, 0, 0
         side = math.sqrt(1 - rng.beta(self.cutmix, self.cutmix))  # side ratio of the rectangle of the partner
-        top, bottom = _clipped_span(int(rng.integers(height)), side * height, height)
-        left, right = _clipped_span(int(rng.integers(width)), side * width, width)
-        keep[top:bottom, left:right] = 0
+        rows = _clipped_span(int(rng.integers(height)), side * height, height)
+        columns = _clipped_span(int(rng.integers(width)), side * width, width)
+        return 1.0, *rows, *columns
+
+
+def rectangles(top: Tensor, bottom: Tensor, left: Tensor, right: Tensor, height: int, width: int) -> Tensor:
+    """(N, H, W) bool on the device of the bounds (N,), True inside of each; bottom and right are outside."""
+    rows, columns = torch.arange(height, device=top.device), torch.arange(width, device=top.device)
+    inside_rows = (rows >= top[:, None]) & (rows < bottom[:, None])  # (N, H)
+    inside_columns = (columns >= left[:, None]) & (columns < right[:, None])  # (N, W)
+    return inside_rows[:, :, None] & inside_columns[:, None, :]
 
 
 def _clipped_span(centre: int, length: float, limit: int) -> tuple[int, int]:
@@ -146,9 +156,7 @@ def random_erase(
     wide = (share / ratio).sqrt().clamp(max=1) * width
     tall, wide = tall.round().clamp(min=1), wide.round().clamp(min=1)
     top, left = (top * (height - tall + 1)).floor(), (left * (width - wide + 1)).floor()
-    rows, columns = torch.arange(height), torch.arange(width)
-    inside_rows = (rows >= top[:, None]) & (rows < (top + tall)[:, None])  # (B, H)
-    inside_columns = (columns >= left[:, None]) & (columns < (left + wide)[:, None])  # (B, W)
-    erased = inside_rows[:, :, None] & inside_columns[:, None, :] & (chosen < prob)[:, None, None]  # (B, H, W)
-    erased = erased[:, None].to(first.device, non_blocking=True)
+    tall = torch.where(chosen < prob, tall, 0)
+    bounds = torch.stack([top, top + tall, left, left + wide]).to(first.device, non_blocking=True)
+    erased = rectangles(*bounds, height, width)[:, None]  # (B, 1, H, W)
     return tuple(image.masked_fill(erased, 0.0) for image in images)

@@ -96,7 +96,7 @@ class EpochJournal:
 
 @dataclass
 class Results:
-    """Collects the results of a run, shows and writes them. Only rank 0 calls anything but `finish`.
+    """Collects the results of a run, shows and writes them. Rank 0 does; what all processes must call says so.
 
     Attributes:
         facts: what every result line and metrics.json name: protocol, dataset, model, statistics, seed, samples, ...
@@ -182,12 +182,19 @@ class Results:
             self.write("metrics_eval.json")
 
     def report_knn(self, bench: Workbench, *, k: int) -> None:
-        """Nearest neighbours on cached features. Called by every process."""
+        """Nearest neighbours on cached features; rank 0 computes, the others return at once."""
+        if not bench.processes.is_main:
+            return
         began = time.monotonic()
         self._report_untrained(bench, lambda split: bench.knn(split, k=k), "knn", began)
 
     def report_logistic_probe(self, bench: Workbench, model: TaskModel) -> None:
-        """Linear probe by L-BFGS on cached features; the model's head becomes the probe. Called by every process."""
+        """Linear probe by L-BFGS on cached features; the model's head becomes the probe.
+
+        Rank 0 computes, the others return at once.
+        """
+        if not bench.processes.is_main:
+            return
         began = time.monotonic()
         train, val = bench.splits["train"], bench.splits[self.task.select_on]
         self.facts["c_sweep"] = fit_logistic_probe(self.task, model.head, train, val)
@@ -197,10 +204,9 @@ class Results:
         self, bench: Workbench, evaluate: Callable[[str], Evaluation], name: str, began: float
     ) -> None:
         for split in bench.splits:
-            if split != "train" and bench.processes.is_main:
+            if split != "train":
                 self.show(name, evaluate(split), bench.splits[split])
-        if bench.processes.is_main:
-            self.write(seconds=time.monotonic() - began)
+        self.write(seconds=time.monotonic() - began)
 
     def finish(
         self, bench: Workbench, model: TaskModel, module: nn.Module, selector: Selector, *, seconds: float

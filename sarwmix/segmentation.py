@@ -70,6 +70,7 @@ class SegmentationTask(Task):
                 raise UserError(f"--class_weights {values}: expected numbers of 0 or more, at least one above 0")
             class_weights = values
         self.class_weights = class_weights
+        self._weights = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
 
     @property
     def binary(self) -> bool:
@@ -138,9 +139,9 @@ class SegmentationTask(Task):
             target: (B, H, W), 255 where ignored.
         """
         labels = target.long()
-        weights = None
-        if self.class_weights is not None:
-            weights = torch.tensor(self.class_weights, device=logits.device, dtype=torch.float32)
+        if self._weights is not None and self._weights.device != logits.device:
+            self._weights = self._weights.to(logits.device)  # once
+        weights = self._weights
         loss = F.cross_entropy(
             logits.float(), labels, weight=weights, ignore_index=IGNORED, reduction="none", label_smoothing=smoothing
         )

@@ -93,7 +93,7 @@ def draw_crops(batch: int, height: int, width: int, generator: torch.Generator) 
 def crop_and_resize(images: Tensor, crops: Tensor, size: int) -> Tensor:
     """(B, C, H, W) and crops (B, 4) of `draw_crops` -> (B, C, size, size), bilinear, each crop on its own."""
     height, width = images.shape[-2:]
-    left, top, wide, tall = crops.to(images.device, images.dtype).unbind(1)
+    left, top, wide, tall = crops.to(images.device, images.dtype, non_blocking=True).unbind(1)
     steps = (torch.arange(size, device=images.device, dtype=images.dtype) + 0.5) / size
     # Centres half a pixel inside the crop at most: nothing is taken from beyond its edge.
     x = torch.minimum(torch.maximum(left[:, None] + wide[:, None] * steps, left[:, None] + 0.5),
@@ -163,6 +163,7 @@ class SarTransform:
             raise ValueError("loss weights are defined for z-scores of resized images only")
         self._mean = torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1)
         self._std = torch.tensor(std, dtype=torch.float32).view(-1, 1, 1)
+        self._quantiles = torch.tensor(QUANTILES)
         self._range: tuple[Tensor, Tensor] | None = None
         if weighting is not None and weighting.norm == "dataset":
             if linear_range_db is None:
@@ -172,7 +173,7 @@ class SarTransform:
 
     def to_device(self, device: torch.device) -> None:
         """Move the constants; called by ``__call__`` when the batch lives elsewhere."""
-        self._mean, self._std = self._mean.to(device), self._std.to(device)
+        self._mean, self._std, self._quantiles = (t.to(device) for t in (self._mean, self._std, self._quantiles))
         if self._range is not None:
             self._range = (self._range[0].to(device), self._range[1].to(device))
 
@@ -202,9 +203,8 @@ class SarTransform:
             return (filled.clamp(black, white) - black) / (white - black)
         if how.normalisation == "quantiles":
             pixels = torch.where(torch.isfinite(image), image, torch.nan).flatten(2)
-            points = torch.tensor(QUANTILES, device=image.device, dtype=image.dtype)
             # one image at a time: torch's quantile takes 16 million values at most
-            limits = torch.stack([torch.nanquantile(one, points, dim=1) for one in pixels])  # (B, 2, bands)
+            limits = torch.stack([torch.nanquantile(one, self._quantiles, dim=1) for one in pixels])  # (B, 2, bands)
             limits = torch.where(torch.isfinite(limits), limits, self._mean.flatten())
             low, high = limits[:, 0, :, None, None], limits[:, 1, :, None, None]
             clipped = torch.maximum(torch.minimum(filled, high), low)

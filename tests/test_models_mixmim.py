@@ -12,7 +12,17 @@ from conftest import PARITY, parity_weights
 from plain_mixmim import PlainMixMIM
 from torch import Tensor
 
-from models_mixmim import MODELS, MixMIM, MixMIMEncoder, encoder_config, model_config, morton_order, token_order
+from models_mixmim import (
+    MODELS,
+    MixMIM,
+    MixMIMEncoder,
+    _fused_attention,
+    attention,
+    encoder_config,
+    model_config,
+    morton_order,
+    token_order,
+)
 from util.errors import UserError
 
 SMALL = {
@@ -284,6 +294,41 @@ def test_blocks_compile_without_graph_breaks_into_few_graphs() -> None:
     inputs = [(torch.randn(2, 64, 128), sizes, biases[0]), (torch.randn(2, 1024, 32),), (torch.randn(2, 16, 128),)]
     for block, arguments in zip(blocks, inputs, strict=True):
         assert torch._dynamo.explain(block.__class__.forward)(block, *arguments).graph_break_count == 0
+
+
+def test_classifiers_with_drop_path_compile_in_training_and_evaluation() -> None:
+    """Rates differ from block to block, and the last batch of an evaluation is smaller: every block stays compiled."""
+    torch.compiler.reset()
+    config = {**encoder_config("mixmim_tiny"), "depths": (2, 2, 18, 2)}
+    model = MixMIMEncoder(**config, drop_path_rate=0.1)
+    counter = torch._dynamo.testing.CompileCounter()
+    model.compile_blocks(backend=counter)
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for _ in range(2):
+            model.train()
+            model(torch.randn(4, 2, 128, 128)).sum().backward()
+            model.eval()
+            with torch.no_grad():
+                for batch in (4, 3):
+                    model(torch.randn(batch, 2, 128, 128))
+    # training: 4 stages, the first also without drop path (its first block), 3 mergings; evaluation: 4 + 3, twice
+    assert counter.frame_count == 5 + 3 + 2 * 7
+    assert not torch._dynamo.config.optimize_ddp
+
+
+@pytest.mark.parametrize("windows", [1, 4])
+def test_attention_of_the_fused_cuda_kernels(windows: int) -> None:
+    """Four dimensions instead of five: the same numbers and gradients, with one bias and with one for each window."""
+    qkv = torch.randn(2, 4, 16, 3, 2, 8, requires_grad=True)
+    bias = torch.randn(windows, 2, 16, 16, requires_grad=True)
+    found = []
+    for function in (attention, _fused_attention):
+        q, k, v = qkv.permute(3, 0, 1, 4, 2, 5)
+        out = function(q, k, v, bias)
+        weight = torch.linspace(-1, 1, out.numel()).view(out.shape)
+        found.append((out, *torch.autograd.grad((out * weight).sum(), (qkv, bias))))
+    for plain, fused in zip(*found, strict=True):
+        torch.testing.assert_close(fused, plain)
 
 
 def test_bfloat16_is_close() -> None:

@@ -401,7 +401,7 @@ class CheckpointManager:
 
         Args:
             output_dir: the run's folder.
-            keep: how many files stay in `recent/`; at least 2, so that a damaged newest one has a predecessor.
+            keep: how many files stay in `recent/`; with 1, a damaged newest one has no predecessor.
             asynchronous: write in a thread; off: `save` returns when the file is on disk.
             max_failures: consecutive failed writes after which `save` raises.
         """
@@ -451,11 +451,11 @@ class CheckpointManager:
             else:
                 snapshot = self._host.take(plain)
             self._thread = threading.Thread(
-                target=self._write, args=(snapshot, tuple(names), recent, ready), name="checkpoint-writer"
+                target=self._write, args=([snapshot], tuple(names), recent, ready), name="checkpoint-writer"
             )
             self._thread.start()
         else:
-            self._write(plain, tuple(names), recent, None)
+            self._write([plain], tuple(names), recent, None)
         self.blocked_seconds = time.monotonic() - started
         if wait:
             self.wait()
@@ -499,9 +499,11 @@ class CheckpointManager:
             self._thread = None
 
     def _write(
-        self, state: dict[str, Any], names: tuple[str, ...], recent: bool, ready: torch.cuda.Event | None
+        self, handed: list[dict[str, Any]], names: tuple[str, ...], recent: bool, ready: torch.cuda.Event | None
     ) -> None:
+        """Write the state in `handed`, and take it out: a thread keeps its arguments, and this may be GPU memory."""
         try:
+            state = handed.pop()
             if ready is not None:
                 # A stream of its own, so that training does not wait for the transfer; a new thread starts on GPU 0.
                 device = next(tensor.device for tensor in _tensors(state) if tensor.is_cuda)

@@ -168,8 +168,8 @@ def data_parallel(model: torch.nn.Module, processes: Processes) -> torch.nn.Modu
     options: dict[str, Any] = {
         "forward_sync_buffers" if renamed else "broadcast_buffers": has_running_statistics(model)
     }
-    devices = [processes.device] if processes.device.type == "cuda" else None
-    return parallel(model, device_ids=devices, gradient_as_bucket_view=True, **options)
+    # Without `device_ids` inputs stay where they are: a mask that is drawn on the CPU is read there, without a wait.
+    return parallel(model, gradient_as_bucket_view=True, **options)
 
 
 def has_running_statistics(model: torch.nn.Module) -> bool:

@@ -156,7 +156,7 @@ class _Sums:
         sums, counts: what `as_dicts` gave when the epoch was left in the middle.
     """
 
-    DEVICE = ("loss", "losses", "norm", "norms")  # finite losses, their number, gradient norms, optimizer steps
+    DEVICE = ("loss", "losses", "norm", "norms")  # finite losses, their number; the same of gradient norms
     HOST = ("samples", "seconds", "waited")
 
     def __init__(
@@ -187,6 +187,12 @@ class _Sums:
             if name not in self.counts:
                 self.counts[name] = self._scalar(0.0)
             self.counts[name] += value
+
+    def add_norm(self, norm: Tensor) -> None:
+        """An optimizer step."""
+        finite = torch.isfinite(norm)
+        self.steps[2] += torch.where(finite, norm, 0.0)
+        self.steps[3] += finite
 
     def as_dicts(self) -> dict[str, dict[str, float]]:
         """Plain values: sums, and counts that the caller named."""
@@ -307,8 +313,7 @@ class Trainer:
             seen += len(batch["name"]) * self.processes.world_size
             steps_done = step + 1
             if last:
-                sums.steps[2] += self.update(loss, names, step)
-                sums.steps[3] += 1
+                sums.add_norm(self.update(loss, names, step))
                 if steps_done % sync_every == 0:
                     self.check()
                 stop = on_step(steps_done)
@@ -322,7 +327,7 @@ class Trainer:
         return EpochResult(self._stats(lr), finished=steps_done == steps, steps_done=steps_done)
 
     def update(self, loss: Tensor, names: list[str], step: int) -> Tensor:
-        """Unscale, measure, clip, update. Returns the gradient norm before clipping (0 where it is not finite)."""
+        """Unscale, measure, clip, update. Returns the gradient norm before clipping."""
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         norm = gradient_norm(self._parameters)
@@ -340,7 +345,7 @@ class Trainer:
         else:
             self.optimizer.found_inf = self.guard.watch(loss, norm, names, step)  # type: ignore[attr-defined]
             self.optimizer.step()
-        return torch.nan_to_num(norm, nan=0.0, posinf=0.0)
+        return norm
 
     def check(self) -> None:
         """Look at the steps since the last look; see `FiniteGuard.check`."""
