@@ -241,7 +241,7 @@ class MixMIMBlock(nn.Module):
         self.drop_path_rate = drop_path_rate
 
     def draw_drop_path(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Factors of the two residuals in training; outside of `forward`, whose graph is then the same for all rates."""
+        """Factors of the two residuals in training; outside of `forward`, whose graph then serves all rates."""
         if self.drop_path_rate == 0.0 or not self.training:
             return None
         return draw_drop_path(x, self.drop_path_rate), draw_drop_path(x, self.drop_path_rate)

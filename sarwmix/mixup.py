@@ -81,8 +81,8 @@ class Mixup:
         ]
         # A few numbers for each draw travel; maps of the image's size are made where the images are.
         plan = torch.tensor([[share, *draw] for share, draw in zip(shares, draws, strict=True)], dtype=torch.float32)
-        share, keep, top, bottom, left, right = plan.to(first.device, non_blocking=True).unbind(1)
-        cut = rectangles(top, bottom, left, right, height, width)
+        share, keep, *bounds = plan.to(first.device, non_blocking=True).unbind(1)
+        cut = rectangles(torch.stack(bounds), height, width)
         weight = torch.where(cut, 0.0, keep[:, None, None])[:, None]  # (1 or B, 1, H, W)
         share = share[:, None].to(target.dtype)  # (1 or B, 1)
         mixed = tuple(torch.lerp(image[partner], image, weight) for image in images)
@@ -101,8 +101,14 @@ class Mixup:
         return 1.0, *rows, *columns
 
 
-def rectangles(top: Tensor, bottom: Tensor, left: Tensor, right: Tensor, height: int, width: int) -> Tensor:
-    """(N, H, W) bool on the device of the bounds (N,), True inside of each; bottom and right are outside."""
+def rectangles(bounds: Tensor, height: int, width: int) -> Tensor:
+    """(N, H, W) bool on the device of the bounds, True inside.
+
+    Args:
+        bounds: (4, N): top, bottom, left, right in pixels; bottom and right are outside.
+        height, width: H, W.
+    """
+    top, bottom, left, right = bounds
     rows, columns = torch.arange(height, device=top.device), torch.arange(width, device=top.device)
     inside_rows = (rows >= top[:, None]) & (rows < bottom[:, None])  # (N, H)
     inside_columns = (columns >= left[:, None]) & (columns < right[:, None])  # (N, W)
@@ -158,5 +164,5 @@ def random_erase(
     top, left = (top * (height - tall + 1)).floor(), (left * (width - wide + 1)).floor()
     tall = torch.where(chosen < prob, tall, 0)
     bounds = torch.stack([top, top + tall, left, left + wide]).to(first.device, non_blocking=True)
-    erased = rectangles(*bounds, height, width)[:, None]  # (B, 1, H, W)
+    erased = rectangles(bounds, height, width)[:, None]  # (B, 1, H, W)
     return tuple(image.masked_fill(erased, 0.0) for image in images)
