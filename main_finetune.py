@@ -34,13 +34,25 @@ TEST_RUN_STEPS = 3
 KNN_NEIGHBOURS = 5
 # Defaults that depend on the protocol. linear: FG-MAE's lr 0.5 at batch 1024 = 0.125 * 1024 / 256.
 PROTOCOLS: dict[str, dict[str, float]] = {
-    "finetune": {"blr": 5e-4, "min_lr": 1e-6, "warmup_epochs": 5, "weight_decay": 0.05},
+    "finetune": {
+        "blr": 5e-4,
+        "min_lr": 1e-6,
+        "warmup_epochs": 5,
+        "weight_decay": 0.05,
+        "layer_decay": 0.75,
+        "drop_path": 0.1,
+    },
     "linear": {"blr": 0.125, "min_lr": 0.0, "warmup_epochs": 0, "weight_decay": 0.0},
     "frozen": {"blr": 1e-3, "min_lr": 0.0, "warmup_epochs": 0, "weight_decay": 0.05},
     "knn": {},
 }
 # ... and on the task. linear on classes of whole images: FG-MAE's lr 0.1 at batch 256 for EuroSAT-SAR.
 TASK_DEFAULTS: dict[tuple[str, str], dict[str, float]] = {("linear", "multiclass"): {"blr": 0.1, "weight_decay": 0.001}}
+# What a resumed run must not change, beside data, model and schedule.
+RECIPE = (
+    "weight_decay", "layer_decay", "drop_path", "drop_rate", "clip_grad", "smoothing", "mixup", "cutmix", "mixup_prob",
+    "mixup_switch_prob", "mixup_mode", "reprob", "class_weights",
+)  # fmt: skip
 IMAGE_FLAGS = ("reprob", "mixup", "cutmix")
 
 
@@ -57,8 +69,8 @@ def get_parser() -> argparse.ArgumentParser:
     groups.add_optim_args(parser, batch_size=128, epochs=50, blr=5e-4, warmup_epochs=5, min_lr=1e-6)
     parser.set_defaults(blr=None, min_lr=None, warmup_epochs=None, weight_decay=None)
     rows = [f"{name}: " + ", ".join(f"{k} {v:g}" for k, v in row.items()) for name, row in PROTOCOLS.items() if row]
-    parser.epilog = f"--blr, --min_lr, --warmup_epochs and --weight_decay follow --protocol. {'; '.join(rows)}."
-    groups.add_finetune_args(parser, layer_decay=0.75, drop_path=0.1)
+    parser.epilog = f"Options without a default here follow --protocol. {'; '.join(rows)}."
+    groups.add_finetune_args(parser)
     groups.add_resume_args(parser, save_every=5)
     groups.add_fault_args(parser)
     groups.add_export_args(parser)
@@ -109,7 +121,7 @@ def main() -> int | None:
         args.model,
         args.input_size,
         len(spec.bands),
-        drop_path_rate=args.drop_path,
+        drop_path_rate=args.drop_path or 0.0,
         drop_rate=args.drop_rate,
         head=args.head,
         pool=args.pool,
@@ -166,8 +178,6 @@ def main() -> int | None:
                 new_head=args.new_head,
                 adapt_bands=args.adapt_bands,
             )
-        if processes.is_main:
-            write_json(Path(args.output_dir) / "args.json", groups.args_to_dict(args))
         run_protocol(args, bench, model, results, settings)
     if args.export and processes.is_main:
         export_result(args, results)
@@ -206,6 +216,9 @@ def task_options(
 def check_args(args: argparse.Namespace) -> None:
     """Fill in the protocol's defaults; refuse what can be refused before anything heavy is imported."""
     kind = registry.get_spec(args.dataset).task
+    for name in ("layer_decay", "drop_path"):
+        if args.protocol != "finetune" and getattr(args, name) is not None:
+            raise UserError(f"--{name} is about a trained encoder; --protocol {args.protocol} keeps it frozen")
     for name, value in (PROTOCOLS[args.protocol] | TASK_DEFAULTS.get((args.protocol, kind), {})).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -239,8 +252,7 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError(f"--drop_rate has no place in --protocol {args.protocol}; leave it out")
     if args.probe_solver == "lbfgs" and args.protocol != "linear":
         raise UserError(f"--probe_solver lbfgs belongs to --protocol linear, not to {args.protocol}")
-    if args.stop_epoch is not None and args.stop_epoch > args.epochs:
-        raise UserError(f"--stop_epoch {args.stop_epoch} lies behind the schedule's end, --epochs {args.epochs}")
+    groups.check_epochs(args)
 
 
 def export_result(args: argparse.Namespace, results: Results) -> None:
@@ -276,6 +288,8 @@ def run_protocol(
         train(args, bench, model, model, results, settings)
         return
     bench = bench.with_features(model, Path(args.feature_cache or Path(args.output_dir) / "features"))
+    if bench.processes.is_main and (args.protocol == "knn" or args.probe_solver == "lbfgs"):
+        write_json(Path(args.output_dir) / "args.json", groups.args_to_dict(args))
     if args.protocol == "knn":
         results.report_knn(bench, k=KNN_NEIGHBOURS)
     elif args.probe_solver == "lbfgs":
@@ -301,14 +315,14 @@ def train(
     from engine_finetune import Augmentation, train_one_epoch
     from sarwmix.heads import count_trainable
     from sarwmix.mixup import Mixup
-    from sarwmix.results import EpochJournal
+    from sarwmix.results import EpochJournal, best_on_disk
     from sarwmix.selection import EarlyStopping, Selector
     from sarwmix.weights import load_trained
     from util.distributed import data_parallel, share_statistics
     from util.log import Progress, get_logger
     from util.optim import build_adamw, build_sgd, parameter_groups
     from util.precision import precision
-    from util.resume import Batch, Resumed, find_checkpoint, resume_run
+    from util.resume import Batch, Resumed, find_checkpoint, resume_run, start_afresh
     from util.saving import RunSaver
     from util.schedule import check_schedule, effective_batch, learning_rate, scaled_lr
     from util.tracking import Tracker
@@ -344,6 +358,7 @@ def train(
         # not the peak rate, which follows from these and the effective batch: that may change when a run is resumed
         "schedule": {name: getattr(args, name) for name in ("epochs", "warmup_epochs", "lr", "blr", "min_lr")},
         "seed": args.seed,
+        "recipe": {name: getattr(args, name) for name in RECIPE} | {"optimizer": "sgd" if by_sgd else "adamw"},
         "test_run": args.test_run,  # a real run must not continue where a trial stopped
     }
     batch = Batch(args.batch_size, args.accum_iter, group.world_size, lr)
@@ -367,13 +382,19 @@ def train(
             batch=batch,
             steps=steps,
             allow_mismatch=args.allow_mismatch,
+            is_branch=args.resume != "auto",
         )
+        resumed = replace(resumed, run_id=bench.processes.broadcast_object(resumed.run_id))  # `group` may be alone
         selector.load_state_dict(resumed.entries["best"])
         stopping.load_state_dict(resumed.entries.get("patience", {}))
         spent = float(resumed.entries["seconds"])
+    else:
+        resumed = start_afresh(output_dir, bench.processes, test_run=args.test_run)
     if args.start_epoch is not None:
         resumed = resumed.at_epoch(args.start_epoch)
     start_epoch, start_step = resumed.epoch, resumed.step
+    if is_main:
+        write_json(output_dir / "args.json", groups.args_to_dict(args))
 
     trainer = Trainer(
         data_parallel(module, group),
@@ -410,6 +431,8 @@ def train(
             "seconds": spent + time.monotonic() - began,
         },
     )
+    best = best_on_disk(output_dir, selector.state_dict(), resumed) if is_main else None
+    selector.load_state_dict(bench.processes.broadcast_object(best))
     tracker = Tracker(output_dir, groups.args_to_dict(args)) if args.use_wandb and is_main else None
     journal = EpochJournal(
         output_dir, args.log_dir, task=task, is_main=is_main, start_epoch=start_epoch, tracker=tracker
@@ -466,7 +489,8 @@ def train(
         bench.processes.close()
         raise SystemExit(EXIT_PREEMPTED)
     bench.processes.barrier()  # the best checkpoints are on disk before anybody reads them
-    results.finish(bench, model, module, selector, seconds=spent + time.monotonic() - began)
+    seconds = spent + time.monotonic() - began
+    results.finish(bench, model, module, selector, runs=resumed.runs, seconds=seconds)
 
 
 if __name__ == "__main__":

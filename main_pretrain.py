@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -98,7 +99,8 @@ def main() -> int | None:
     model = make_model(args, bands=len(dataset.spec.bands)).to(processes.device)
     log.info("%s, %s", processes.describe(), describe_data(dataset))
     if args.inference:
-        draw_reconstructions(args, model, dataset, transform, processes.device)
+        if processes.is_main:
+            draw_reconstructions(args, model, dataset, transform, processes.device)
         processes.close()
         return None
 
@@ -115,8 +117,6 @@ def main() -> int | None:
         processes.world_size,
         lr,
     )
-    if processes.is_main:
-        write_json(Path(args.output_dir) / "args.json", groups.args_to_dict(args))
     run = {
         "kind": "pretrain",
         "model_config": {"name": args.model, "img_size": args.input_size, "norm_pix_loss": args.norm_pix_loss},
@@ -136,6 +136,7 @@ def main() -> int | None:
             "min_lr": args.min_lr,
         },
         "seed": args.seed,
+        "recipe": {"weight_decay": args.weight_decay, "clip_grad": args.clip_grad},
         "test_run": args.test_run,  # a real run must not continue where a trial stopped
     }
     code = train(args, processes, dataset, transform, model, lr=lr, run=run)
@@ -154,8 +155,7 @@ def check_args(args: argparse.Namespace) -> None:
         )
     if args.finetune and args.resume not in ("", "auto"):  # a job that is submitted again may name both
         raise UserError("--resume continues a run and --finetune starts a new one from its weights; give one of them")
-    if args.stop_epoch is not None and args.stop_epoch > args.epochs:
-        raise UserError(f"--stop_epoch {args.stop_epoch} lies behind the schedule's end, --epochs {args.epochs}")
+    groups.check_epochs(args)
     for path in [args.finetune, *args.inference]:
         if path and not Path(path).is_file():
             raise UserError(f"checkpoint {path} does not exist; give the path of a .pth file")
@@ -245,7 +245,7 @@ def train(
     from util.log import EpochLog, Progress, ScalarWriter, format_duration, get_logger, memory_mib
     from util.optim import build_adamw, parameter_groups
     from util.precision import precision
-    from util.resume import Batch, Resumed, find_checkpoint, resume_run
+    from util.resume import Batch, find_checkpoint, resume_run, start_afresh
     from util.saving import RunSaver
     from util.schedule import learning_rate
     from util.training import Trainer
@@ -269,7 +269,6 @@ def train(
     optimizer = build_adamw(parameter_groups(model, weight_decay=args.weight_decay), lr=lr, betas=(0.9, 0.95))
     amp_dtype, scaler = precision(args.amp, device)
 
-    resumed = Resumed()
     resume = find_checkpoint(args.resume, output_dir, processes)
     if resume is not None:
         resumed = resume_run(
@@ -282,13 +281,18 @@ def train(
             batch=batch,
             steps=steps,
             allow_mismatch=args.allow_mismatch,
+            is_branch=args.resume != "auto",
         )
-    elif args.finetune:
-        load_weights(model, args.finetune)
-        log.info("started from the weights of %s", args.finetune)
+    else:
+        if args.finetune:
+            load_weights(model, args.finetune)
+            log.info("started from the weights of %s", args.finetune)
+        resumed = start_afresh(output_dir, processes, test_run=args.test_run)
     if args.start_epoch is not None:
         resumed = resumed.at_epoch(args.start_epoch)
     start_epoch, start_step = resumed.epoch, resumed.step
+    if processes.is_main:
+        write_json(output_dir / "args.json", groups.args_to_dict(args))
 
     if args.compile:
         model.compile_blocks()
@@ -395,10 +399,12 @@ def draw_reconstructions(
     chosen = torch.randperm(len(dataset), generator=step_generator(args.seed, 0, 0, 0, "inference"))[:count]
     batch = dataset.get_batch(chosen.numpy())
     mask = model.draw_mask(args.mask_ratio, step_generator(args.seed, 0, 0, 0, "mask"))
-    for path in args.inference:
-        load_weights(model, path)
+    for path, picture in zip(args.inference, picture_paths(args.inference, Path(args.output_dir)), strict=True):
+        checkpoint = load_weights(model, path)
+        check_statistics(checkpoint, dataset, path)
+        config = checkpoint.get("model_config") or {}  # released files have none
+        model.norm_pix_loss = bool(config.get("norm_pix_loss", args.norm_pix_loss))
         result = reconstruct(model, batch, transform=transform, mask=mask)
-        picture = Path(args.output_dir) / "reconstructions" / f"{Path(path).parent.name}_{Path(path).stem}.png"
         make_directory(picture.parent)
         reconstruction_panel(
             picture,
@@ -412,10 +418,31 @@ def draw_reconstructions(
             title=f"{args.model}, {Path(path).name}: weighted loss {result.loss:.4f} on this batch",
             note="With norm_pix_loss the model predicts the pattern within a cell: mean and deviation of each cell are "
             "the true ones."
-            if args.norm_pix_loss
+            if model.norm_pix_loss
             else "",
         )
         get_logger().info("%s: loss %.4f, %d samples drawn in %s", path, result.loss, count, picture)
+
+
+def picture_paths(checkpoints: Sequence[str], output_dir: Path) -> list[Path]:
+    """A picture for each checkpoint, named by its folder and file, and by more folders where these are the same."""
+    parts = [Path(path).resolve().with_suffix("").parts for path in checkpoints]
+    depth = 2
+    while len({part[-depth:] for part in parts}) < len(set(parts)):
+        depth += 1
+    return [output_dir / "reconstructions" / ("_".join(part[-depth:]) + ".png") for part in parts]
+
+
+def check_statistics(checkpoint: dict[str, Any], dataset: SarDataset, path: str) -> None:
+    """Pictures in dB need the statistics of training."""
+    saved = (checkpoint.get("data") or {}).get("statistics") or {}
+    for name in ("mean", "std"):
+        used = list(getattr(dataset.statistics, name))
+        if name in saved and list(saved[name]) != used:
+            raise UserError(
+                f"{path} was trained with {name} {list(saved[name])} per band, this command uses {used}; give the "
+                "--dataset and --statistics of the training"
+            )
 
 
 if __name__ == "__main__":

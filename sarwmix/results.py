@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,11 @@ from sarwmix.protocols import Workbench
 from sarwmix.selection import Selector
 from sarwmix.tasks import Task, per_class_text
 from sarwmix.weights import load_trained
-from util.checkpoint import load_checkpoint
+from util.checkpoint import load_checkpoint, read_info
 from util.errors import UserError
 from util.files import atomic_write, make_directory, write_json
 from util.log import EpochLog, ScalarWriter, format_duration, get_logger, memory_mib
-from util.resume import find_checkpoint, load_verified
+from util.resume import Resumed, find_checkpoint, load_verified
 from util.tracking import Tracker
 
 
@@ -92,6 +92,31 @@ class EpochJournal:
         self._scalars.close()
         if self._tracker is not None:
             self._tracker.close()
+
+
+def best_on_disk(folder: Path, best: Mapping[str, dict[str, Any]], resumed: Resumed) -> dict[str, dict[str, Any]]:
+    """Best epochs of a resumed run whose weights are there.
+
+    A file of a later epoch is left to the run, which comes to that epoch again. One of an earlier epoch (the later one
+    was never written) counts for what it is; a file that is missing or of another run does not count.
+
+    Args:
+        folder: of the run.
+        best: of the checkpoint that is continued, as `Selector.state_dict` gives it.
+        resumed: where the run stands.
+    """
+    found = {}
+    for name, entry in best.items():
+        info = read_info(folder / name) if (folder / name).is_file() else None
+        if info is None or info.run not in resumed.runs:
+            what = "is missing" if info is None else "is of another run"
+            get_logger().warning("%s %s; its epoch %d no longer counts", folder / name, what, entry["epoch"])
+        elif info.epoch == entry["epoch"] or (info.run == resumed.run_id and info.epoch >= resumed.epoch):
+            found[name] = entry
+        else:
+            get_logger().warning("%s holds epoch %d, not %d", folder / name, info.epoch, entry["epoch"])
+            found[name] = load_checkpoint(folder / name)["best"][name]
+    return found
 
 
 @dataclass
@@ -174,31 +199,33 @@ class Results:
         self.task.check_settings(checkpoint.get("model_config") or {}, source=str(path))
         bands = bench.splits["test"].spec.bands
         load_trained(model, checkpoint, source=str(path), protocol=protocol, classes=self.task.classes, bands=bands)
-        for split in bench.splits:
-            evaluation = bench.evaluate(model, split)
-            if bench.processes.is_main:
-                self.show(str(path), evaluation, bench.splits[split], epoch=checkpoint.get("epoch"))
-        if bench.processes.is_main:
+        evaluations = [bench.evaluate(model, split) for split in bench.splits]
+
+        def work() -> None:
+            for evaluation in evaluations:
+                self.show(str(path), evaluation, bench.splits[evaluation.split], epoch=checkpoint.get("epoch"))
             self.write("metrics_eval.json")
 
+        bench.processes.main_works(work)
+
     def report_knn(self, bench: Workbench, *, k: int) -> None:
-        """Nearest neighbours on cached features; rank 0 computes, the others return at once."""
-        if not bench.processes.is_main:
-            return
+        """Nearest neighbours on cached features, computed by rank 0. Called by every process."""
         began = time.monotonic()
-        self._report_untrained(bench, lambda split: bench.knn(split, k=k), "knn", began)
+        bench.processes.main_works(
+            lambda: self._report_untrained(bench, lambda split: bench.knn(split, k=k), "knn", began)
+        )
 
     def report_logistic_probe(self, bench: Workbench, model: TaskModel) -> None:
-        """Linear probe by L-BFGS on cached features; the model's head becomes the probe.
-
-        Rank 0 computes, the others return at once.
-        """
-        if not bench.processes.is_main:
-            return
+        """Linear probe by L-BFGS on cached features, fitted by rank 0; its head becomes the probe. Called by every
+        process."""
         began = time.monotonic()
         train, val = bench.splits["train"], bench.splits[self.task.select_on]
-        self.facts["c_sweep"] = fit_logistic_probe(self.task, model.head, train, val)
-        self._report_untrained(bench, lambda split: bench.evaluate(model.head, split), "linear (lbfgs)", began)
+
+        def work() -> None:
+            self.facts["c_sweep"] = fit_logistic_probe(self.task, model.head, train, val)
+            self._report_untrained(bench, lambda split: bench.evaluate(model.head, split), "linear (lbfgs)", began)
+
+        bench.processes.main_works(work)
 
     def _report_untrained(
         self, bench: Workbench, evaluate: Callable[[str], Evaluation], name: str, began: float
@@ -209,7 +236,14 @@ class Results:
         self.write(seconds=time.monotonic() - began)
 
     def finish(
-        self, bench: Workbench, model: TaskModel, module: nn.Module, selector: Selector, *, seconds: float
+        self,
+        bench: Workbench,
+        model: TaskModel,
+        module: nn.Module,
+        selector: Selector,
+        *,
+        runs: Collection[str],
+        seconds: float,
     ) -> None:
         """Evaluate the best epoch of every rule on test and print the run's last lines. Called by every process.
 
@@ -218,38 +252,63 @@ class Results:
             model: takes the checkpoint's weights.
             module: what is evaluated: the model, or its head on cached features.
             selector: knows the best epochs.
+            runs: identities of this run; a file of another one is refused.
             seconds: training time of the whole run.
+
+        Raises:
+            UserError: a file is not there, or belongs to another run.
         """
-        is_main, log = bench.processes.is_main, get_logger()
+        chosen: dict[str, dict[str, Any]] = {}
         by_epoch: dict[int, Evaluation] = {}
-        reports: dict[str, Report] = {}
         for rule in selector.rules:
-            best = selector.best[rule.filename]
-            if best["epoch"] not in by_epoch:
-                checkpoint = load_checkpoint(self.output_dir / rule.filename)
-                load_trained(model, checkpoint, source=rule.filename)
-                by_epoch[best["epoch"]] = bench.evaluate(module, "test")
-            if not is_main:
-                continue
-            evaluation = by_epoch[best["epoch"]]
-            first = rule is selector.rules[0]
-            if first:
-                report = self.show(rule.filename, evaluation, bench.splits["test"], epoch=best["epoch"])
+            path = self.output_dir / rule.filename
+            info = read_info(path) if path.is_file() else None
+            if rule.filename not in selector.best or info is None or info.run not in runs:
+                raise UserError(
+                    f"the best epoch by {rule.filename} cannot be reported: {path} "
+                    f"{'does not exist' if info is None else 'is of another run'}; its writing failed, or it was "
+                    f"removed. Evaluate what is left: --eval --resume CKPT"
+                )
+            best = chosen[rule.filename] = selector.best[rule.filename]
+            if info.epoch != best["epoch"] or info.epoch not in by_epoch:
+                checkpoint = load_checkpoint(path)
+                if info.epoch != best["epoch"]:
+                    get_logger().warning(
+                        "%s holds epoch %d; epoch %d was better, but is not there", path, info.epoch, best["epoch"]
+                    )
+                    chosen[rule.filename] = checkpoint["best"][rule.filename]
+                if info.epoch not in by_epoch:
+                    load_trained(model, checkpoint, source=rule.filename)
+                    by_epoch[info.epoch] = bench.evaluate(module, "test")
+        bench.processes.main_works(lambda: self._report_best(bench, chosen, by_epoch, selector, seconds))
+
+    def _report_best(
+        self,
+        bench: Workbench,
+        chosen: Mapping[str, Mapping[str, Any]],
+        by_epoch: Mapping[int, Evaluation],
+        selector: Selector,
+        seconds: float,
+    ) -> None:
+        log, reports = get_logger(), {}
+        for number, (name, best) in enumerate(chosen.items()):
+            epoch = int(best["epoch"])
+            if number == 0:
+                reports[epoch] = self.show(name, by_epoch[epoch], bench.splits["test"], epoch=epoch)
+            elif epoch in reports:  # the same epoch wins by several rules
+                self.entries[name] = {"epoch": epoch, "test": reports[epoch].as_dict()}
             else:
-                report = self.add(rule.filename, evaluation, epoch=best["epoch"])
-            reports[rule.filename] = report
-            self.entries[rule.filename][self.task.select_on + "_scalars"] = best["metrics"]
+                reports[epoch] = self.add(name, by_epoch[epoch], epoch=epoch)
+            self.entries[name][self.task.select_on + "_scalars"] = best["metrics"]
             log.info(
                 "%s: epoch %d, score %.4f on %s, %s on test",
-                rule.filename,
-                best["epoch"],
+                name,
+                epoch,
                 best["score"],
                 self.task.select_on,
-                self.task.format_epoch(reports[rule.filename]),
+                self.task.format_epoch(reports[epoch]),
             )
-        if is_main:
-            main_file = selector.rules[0].filename
-            self.write(best_epoch=selector.best[main_file]["epoch"], training_seconds=seconds)
-            samples = len(bench.splits["test"])
-            log.info("%s", self.task.summary(selector.best[main_file], reports[main_file], samples))
-            log.info("Training time %s", format_duration(seconds))
+        best = chosen[selector.rules[0].filename]
+        self.write(best_epoch=best["epoch"], training_seconds=seconds)
+        log.info("%s", self.task.summary(best, reports[best["epoch"]], len(bench.splits["test"])))
+        log.info("Training time %s", format_duration(seconds))

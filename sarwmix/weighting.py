@@ -58,7 +58,9 @@ class WeightOptions:
             if value not in allowed:
                 raise UserError(f"--weight_{name} {value!r} is unknown; choose one of {', '.join(allowed)}")
         if not 0.0 < self.exp_scale < 80.0:
-            raise UserError(f"--weight_exp_scale is {self.exp_scale}; expected a number above 0 (published: 1.0)")
+            raise UserError(
+                f"--weight_exp_scale is {self.exp_scale}; expected a number above 0 and below 80 (published: 1.0)"
+            )
         if not 0.0 <= self.clip < 50.0:
             raise UserError(f"--weight_clip is {self.clip}; expected a percentile from 0 (off) to below 50")
         if self.norm == "dataset" and self.domain == "zscore":

@@ -177,6 +177,32 @@ def test_stopped_and_resumed_run_has_the_same_best_checkpoints(
     assert epochs == [0, 1, 2, 3]
 
 
+def test_only_epochs_whose_weights_are_there_are_reported(
+    script: Script, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("--batch_size", 16, "--epochs", 3, "--warmup_epochs", 1, "--lr", 1e-3, "--save_every", 1)
+    script(*options, "--stop_epoch", 2)
+    run = tmp_path / "run"
+    best = load_checkpoint(run / "checkpoint_best.pth")
+    (run / "checkpoint_best.pth").unlink()
+    script(*options, "--resume", "auto")
+    assert "checkpoint_best.pth is missing; its epoch" in capsys.readouterr().out
+    assert metrics_of(run)["best_epoch"] == 2 == load_checkpoint(run / "checkpoint_best.pth")["epoch"]
+
+    # A file that holds an earlier epoch than the best one, whose write failed: its own numbers are told.
+    monkeypatch.setattr("util.checkpoint.CheckpointManager.renew_names", lambda *arguments: None)
+    save_checkpoint(run / "checkpoint_best.pth", best)
+    script(*options, "--resume", "auto")
+    assert f"holds epoch {best['epoch']}, not 2" in capsys.readouterr().out
+    metrics = metrics_of(run)
+    assert metrics["best_epoch"] == metrics["results"]["checkpoint_best.pth"]["epoch"] == best["epoch"]
+    assert metrics["results"]["checkpoint_best.pth"]["val_scalars"] == best["best"]["checkpoint_best.pth"]["metrics"]
+
+    save_checkpoint(run / "checkpoint_best.pth", {**best, "run_id": "0123456789abcdef"})
+    with pytest.raises(UserError, match=r"checkpoint_best\.pth .*cannot be reported"):
+        script(*options, "--resume", "auto")
+
+
 def test_frozen_protocols_share_cached_features(
     script: Script, tmp_path: Path, pretrained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

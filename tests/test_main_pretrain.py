@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import torch
 from conftest import Runner
 
 import main_pretrain
-from util.checkpoint import load_checkpoint
+from util.checkpoint import find_latest, load_checkpoint
 from util.errors import UserError
 from util.files import read_jsonl
 
@@ -130,12 +131,53 @@ def test_resume_refuses_another_run(pretrain: Main, demo_root: Path) -> None:
         (["--norm_pix_loss"], "model_config.norm_pix_loss"),
         (["--split", "train"], "data.split"),
         (["--mask_ratio", "0.25"], "weighting.mask_ratio"),
+        (["--weight_decay", "0.3"], "recipe.weight_decay"),
+        (["--lr", "2e-3"], "schedule.lr"),
     ):
         with pytest.raises(UserError, match=name.replace(".", r"\.")) as refused:
             pretrain("--epochs", 2, "--resume", "auto", *changed)
         assert "--allow_mismatch" in str(refused.value)
+        assert json.loads((out / "args.json").read_text())["mask_ratio"] == 0.5  # still those of the run
     pretrain("--epochs", 2, "--resume", "auto", "--weight_mode", "none", "--allow_mismatch")
     assert len(losses(out)) == 2
+
+
+def test_another_batch_may_keep_the_rate(pretrain: Main) -> None:
+    out = pretrain("--epochs", 2, "--stop_epoch", 1, "--lr", 1e-3)
+    old = load_checkpoint(out / "checkpoint.pth")
+    # What the message about the change prints: the old peak rate, here of a run that had none of --blr.
+    pretrain("--epochs", 2, "--resume", "auto", "--batch_size", 4, "--lr", f"{old['batch']['lr']:.4g}")
+    new = load_checkpoint(out / "checkpoint.pth")
+    assert (new["epoch"], new["batch"]["lr"], new["batch"]["batch_size"]) == (1, 1e-3, 4)
+    assert new["run_id"] != old["run_id"]  # steps count other samples: their numbers do not compare
+    assert new["lineage"] == [old["run_id"]]
+
+
+def test_from_an_older_checkpoint_the_run_goes_its_own_way(pretrain: Main) -> None:
+    out = pretrain("--epochs", 4, "--stop_epoch", 3, "--save_every", 1, "--keep_checkpoints", 3)
+    first = out / "recent" / "epochs_0001_step_000000.pth"
+    pretrain("--epochs", 4, "--stop_epoch", 2, "--save_every", 1, "--keep_checkpoints", 3, "--resume", first)
+    latest = find_latest(out)
+    assert latest is not None
+    assert load_checkpoint(latest)["epoch"] == 1  # not epoch 2 of the branch that was left
+    assert [row["epoch"] for row in read_jsonl(out / "log.txt")] == [0, 1]
+
+
+def test_a_new_run_moves_the_old_one_aside(pretrain: Main, capsys: pytest.CaptureFixture[str]) -> None:
+    out = pretrain("--epochs", 2)
+    old = weights(out)
+    with pytest.raises(UserError, match="another --output_dir"):
+        pretrain("--epochs", 2, "--test_run")
+    assert same(weights(out), old)
+    pretrain("--epochs", 1, "--seed", 3)
+    assert "checkpoints of an earlier run, which are now in" in capsys.readouterr().out
+    assert same(weights(out / "previous" / "1"), old)
+    assert len(losses(out / "previous" / "1")) == 2
+    assert len(losses(out)) == 1
+    assert len(list((out / "recent").iterdir())) == 1
+    pretrain("--epochs", 1, "--seed", 4)
+    assert same(weights(out / "previous" / "1"), old)
+    assert (out / "previous" / "2" / "checkpoint.pth").is_file()
 
 
 def test_finetune_starts_from_weights(pretrain: Main) -> None:
@@ -228,6 +270,9 @@ def test_accumulation_equals_a_larger_batch(pretrain: Main) -> None:
         (["--inference", "nowhere.pth"], "nowhere.pth"),
         (["--resume", "a.pth", "--finetune", "b.pth"], "one of them"),
         (["--stop_epoch", "9000"], "--stop_epoch"),
+        (["--start_epoch", "1024"], "--start_epoch 1024 leaves nothing"),
+        (["--log_dir", __file__], "is a file"),
+        (["--weight_exp_scale", "1000"], "below 80"),
         (["--epochs", "1", "--warmup_epochs", "4"], "warm"),
         (["--split", "training"], "training"),
         (["--statistics", "moon"], "moon"),
@@ -279,14 +324,22 @@ def test_unreadable_patches_while_training(pretrain: Main, demo_root: Path, tmp_
         pretrain("--epochs", 1, "--split", "train+val+test", "--max_bad_samples", 0, data=data, out="none")
 
 
-def test_inference_draws_each_checkpoint(pretrain: Main) -> None:
+def test_inference_draws_each_checkpoint(pretrain: Main, capsys: pytest.CaptureFixture[str]) -> None:
     out = pretrain("--epochs", 2, "--norm_pix_loss", "--save_epochs", 1)
     pretrain(
         "--norm_pix_loss", "--split", "test", "--batch_size", 2,
         "--inference", out / "checkpoint_1.pth", out / "checkpoint.pth",
     )  # fmt: skip
     pictures = sorted((out / "reconstructions").glob("*.png"))
-    assert len(pictures) == 2
+    assert [path.name for path in pictures] == ["run_checkpoint.png", "run_checkpoint_1.png"]
+    losses_drawn = re.findall(r"loss (\S+), 2 samples drawn", capsys.readouterr().out)
+    # The checkpoint knows how its target was standardised: without the flag the picture is the same.
+    pretrain("--split", "test", "--batch_size", 2, "--inference", out / "checkpoint_1.pth", out="other")
+    assert re.findall(r"loss (\S+), 2 samples drawn", capsys.readouterr().out) == losses_drawn[:1]
+    twins = [str(out / "a" / "run" / "x.pth"), str(out / "b" / "run" / "x.pth")]
+    assert [p.name for p in main_pretrain.picture_paths(twins, out)] == ["a_run_x.png", "b_run_x.png"]
+    with pytest.raises(UserError, match="was trained with mean"):
+        pretrain("--statistics", "benv2", "--split", "test", "--batch_size", 2, "--inference", out / "checkpoint.pth")
     import matplotlib.image
 
     assert matplotlib.image.imread(pictures[0]).std() > 0.05

@@ -397,6 +397,22 @@ def test_disk_full_in_the_background_is_reported_and_retried(tmp_path, monkeypat
     assert ck.load_checkpoint(tmp_path / "checkpoint.pth")["epoch"] == 2
 
 
+def test_what_could_not_be_written_is_written_later(tmp_path, monkeypatch, capsys):
+    """The best epoch's weights exist once: they are kept until there is room, and no later epoch takes their name."""
+    setup_logging(rank=0)
+    manager = ck.CheckpointManager(tmp_path)
+    with monkeypatch.context() as patch:
+        _fill_disk(patch)
+        manager.save(_state(1), names=["checkpoint_best.pth"], recent=False)
+        manager._join()
+    assert not (tmp_path / "checkpoint_best.pth").exists()
+    manager.save(_state(2), names=["checkpoint.pth"])
+    manager.wait()
+    assert "checkpoint_best.pth of epoch 1 written after all" in capsys.readouterr().out
+    assert ck.load_checkpoint(tmp_path / "checkpoint_best.pth")["epoch"] == 1
+    assert ck.load_checkpoint(tmp_path / "checkpoint.pth")["epoch"] == 2
+
+
 def test_disk_full_for_good_ends_the_run(tmp_path, monkeypatch):
     setup_logging(rank=0)
     manager = ck.CheckpointManager(tmp_path, max_failures=2)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from util.distributed import Processes
 from util.errors import NonFiniteError, UserError
 from util.files import WriteError
-from util.training import BadSamples, Trainer, accumulation_group
+from util.log import Progress
+from util.training import BadSamples, FiniteGuard, Trainer, accumulation_group
 
 
 def test_accumulation_group_by_hand() -> None:
@@ -34,7 +37,7 @@ def test_a_full_disk_does_not_hide_the_error(monkeypatch, tmp_path) -> None:
     optimizer = torch.optim.SGD(model.parameters())
     trainer = Trainer(model, optimizer, processes=Processes(), output_dir=tmp_path, lr_at=float)
     bad = torch.tensor(float("nan"))
-    trainer.guard.watch(bad, bad, ["patch_7"], 3)
+    trainer.guard.watch([(bad, ["patch_7"])], bad, 3)
     with pytest.raises(NonFiniteError, match=r"step 3 .*patch_7.*nonfinite_rank0\.json"):
         trainer.check()
 
@@ -42,6 +45,57 @@ def test_a_full_disk_does_not_hide_the_error(monkeypatch, tmp_path) -> None:
         raise WriteError("the disk is full")
 
     monkeypatch.setattr("util.training.write_json", full)
-    trainer.guard.watch(bad, bad, ["patch_7"], 3)
+    trainer.guard.watch([(bad, ["patch_7"])], bad, 3)
     with pytest.raises(NonFiniteError, match=r"step 3 .*patch_7.*the disk is full"):
         trainer.check()
+
+
+def test_all_batches_of_a_step_are_suspects() -> None:
+    """The batch that was not finite is named, not the last of its step; without one, all samples of all processes."""
+    good, bad = torch.tensor(1.0), torch.tensor(float("nan"))
+    guard, facts = FiniteGuard(allowed=0), []
+
+    def others(mine: dict[str, list[str]]) -> list[dict[str, list[str]]]:
+        return [mine, {"lost": [], "names": ["e", "f"]}]
+
+    def dump(found: dict) -> str:
+        facts.append(found)
+        return "facts.json"
+
+    guard.watch([(bad, ["a", "b"]), (good, ["c", "d"])], bad, 5)
+    with pytest.raises(NonFiniteError, match="samples of that batch: a, b; facts"):
+        guard.check(others, dump)
+    assert facts[0] == {
+        "step": 5, "loss_finite": False, "names": ["a", "b", "c", "d"], "culprits_by_rank": [["a", "b"], []],
+    }  # fmt: skip
+    guard = FiniteGuard(allowed=0)
+    guard.watch([(good, ["a"])], bad, 5)
+    with pytest.raises(NonFiniteError, match="samples of that batch: a, e, f; facts"):
+        guard.check(others, dump)
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_float16_does_not_hide_what_never_becomes_finite(where: str, tmp_path: Path) -> None:
+    """The scaler leaves out a step with an overflow; a loss that is NaN in any batch, or endless overflow, ends it."""
+    model = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainer = Trainer(
+        model, optimizer, processes=Processes(), output_dir=tmp_path, lr_at=float, accum_iter=2,
+        scaler=torch.amp.GradScaler("cpu"),
+    )  # fmt: skip
+    before = model.weight.detach().clone()
+    factor = torch.tensor(float("nan") if where == "loss" else 1.0)
+    if where == "gradient":
+        model.weight.register_hook(lambda gradient: gradient * float("inf"))
+
+    def loss_of(batch: dict, step: int) -> tuple[torch.Tensor, dict]:
+        loss = model(torch.ones(1, 1)).sum()
+        return (loss * factor if step % 2 == 0 else loss), {}
+
+    batches = [{"name": [f"patch_{i}"], "replaced": []} for i in range(80)]
+    message = "samples of that batch: patch_0;" if where == "loss" else "loss scale of 0.5"
+    with pytest.raises(NonFiniteError, match=message):
+        trainer.run_epoch(batches, loss_of, epoch=0, steps=80, progress=Progress(80, title="", enabled=False))
+    assert torch.equal(model.weight, before)
+    if where == "gradient":
+        assert trainer._sums.as_dicts()["sums"]["overflows"] == 17  # 65,536 / 2^17 = 0.5

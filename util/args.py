@@ -8,7 +8,10 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
+
+from util.errors import UserError
 
 MIXMIM_NAMES = ("mixmim_tiny", "mixmim_base", "mixmim_large", "mixmim_huge")
 AMP_MODES = ("auto", "bf16", "fp16", "off")
@@ -50,6 +53,7 @@ def _number(convert: Callable[[str], Any], accept: Callable[[Any], bool], expect
 
 positive_int = _number(int, lambda value: value > 0, "a whole number above 0")
 non_negative_int = _number(int, lambda value: value >= 0, "a whole number of at least 0")
+seed_number = _number(int, lambda value: 0 <= value < 2**63, "a whole number of at least 0 and below 2^63")
 positive_float = _number(float, lambda value: 0 < value < float("inf"), "a number above 0")
 non_negative_float = _number(float, lambda value: 0 <= value < float("inf"), "a number of at least 0")
 open_fraction = _number(float, lambda value: 0 < value < 1, "a number between 0 and 1 (both excluded)")
@@ -73,12 +77,23 @@ def add_run_args(parser: argparse.ArgumentParser, *, output_dir: str) -> None:
         "--log_dir", default=None, metavar="DIR", help="folder for TensorBoard (not given: <output_dir>/tensorboard)"
     )
     group.add_argument("--device", default="auto", help="auto (CUDA when there is a GPU), cpu, cuda or cuda:N")
-    group.add_argument("--seed", type=non_negative_int, default=0, help="seed of everything that is random")
+    group.add_argument("--seed", type=seed_number, default=0, help="seed of everything that is random")
     group.add_argument(
         "--flops", action="store_true", help="print the operations of one sample's forward pass before training"
     )
     group.add_argument("--test_run", action="store_true",
                        help="a few batches of everything, then stop: checks an installation or a command")  # fmt: skip
+
+
+def check_epochs(args: argparse.Namespace) -> None:
+    """Refuse epochs that the schedule does not have, and a --log_dir that is no folder."""
+    end = args.epochs if args.stop_epoch is None else args.stop_epoch
+    if end > args.epochs:
+        raise UserError(f"--stop_epoch {args.stop_epoch} lies behind the schedule's end, --epochs {args.epochs}")
+    if args.start_epoch is not None and args.start_epoch >= end:
+        raise UserError(f"--start_epoch {args.start_epoch} leaves nothing to train: the last epoch is {end - 1}")
+    if args.log_dir and Path(args.log_dir).exists() and not Path(args.log_dir).is_dir():
+        raise UserError(f"--log_dir {args.log_dir} is a file; give a folder for TensorBoard")
 
 
 def add_resume_args(parser: argparse.ArgumentParser, *, save_every: int) -> None:
@@ -497,22 +512,22 @@ def add_protocol_args(parser: argparse.ArgumentParser) -> None:
                        help="95%% intervals of the test metrics from N resamples of the split")  # fmt: skip
 
 
-def add_finetune_args(parser: argparse.ArgumentParser, *, layer_decay: float, drop_path: float) -> None:
+def add_finetune_args(parser: argparse.ArgumentParser) -> None:
     """Regularisation and augmentation of fine-tuning; flips are always on."""
     group = parser.add_argument_group("regularisation of --protocol finetune")
     group.add_argument(
         "--layer_decay",
         type=positive_float,
-        default=layer_decay,
+        default=None,
         metavar="F",
-        help="learning rate of each layer relative to the next one",
+        help="learning rate of each layer relative to the next one, when the encoder is trained",
     )
     group.add_argument(
         "--drop_path",
         type=half_open_fraction,
-        default=drop_path,
+        default=None,
         metavar="R",
-        help="stochastic depth of the last block, growing from 0",
+        help="stochastic depth of the last block, growing from 0, when the encoder is trained",
     )
     group.add_argument(
         "--smoothing",

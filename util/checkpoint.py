@@ -21,7 +21,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -381,6 +381,14 @@ class _HostCopy:
         return _replaced(value, iter(copies))
 
 
+class _Pending(NamedTuple):
+    """A state and the files it shall be in."""
+
+    state: dict[str, Any]
+    names: tuple[str, ...]
+    recent: bool
+
+
 class CheckpointManager:
     """Writes checkpoints in the background and keeps the last K.
 
@@ -417,6 +425,7 @@ class CheckpointManager:
         self._error: Exception | None = None
         self._thread: threading.Thread | None = None
         self._host = _HostCopy()
+        self._unwritten: _Pending | None = None  # what failed and was not only there to resume from
         for folder in (self.output_dir, self.recent_dir):
             remove_partial_files(folder)
 
@@ -440,6 +449,7 @@ class CheckpointManager:
         self._join()
         if self._error is not None and self._failures >= self._max_failures:
             raise self._error
+        self._write_again()
         plain = _plain(state, "state")
         if self._asynchronous and not wait:
             on_device = [tensor for tensor in _tensors(plain) if tensor.is_cuda]
@@ -450,12 +460,11 @@ class CheckpointManager:
                 ready = torch.cuda.current_stream(on_device[0].device).record_event()
             else:
                 snapshot = self._host.take(plain)
-            self._thread = threading.Thread(
-                target=self._write, args=([snapshot], tuple(names), recent, ready), name="checkpoint-writer"
-            )
+            pending = [_Pending(snapshot, tuple(names), recent)]
+            self._thread = threading.Thread(target=self._write, args=(pending, ready, True), name="checkpoint-writer")
             self._thread.start()
         else:
-            self._write([plain], tuple(names), recent, None)
+            self._write([_Pending(plain, tuple(names), recent)], None, False)
         self.blocked_seconds = time.monotonic() - started
         if wait:
             self.wait()
@@ -488,6 +497,7 @@ class CheckpointManager:
             WriteError: the last write failed.
         """
         self._join()
+        self._write_again()
         if self._error is not None:
             raise self._error
 
@@ -498,38 +508,56 @@ class CheckpointManager:
             self._thread.join()
             self._thread = None
 
-    def _write(
-        self, handed: list[dict[str, Any]], names: tuple[str, ...], recent: bool, ready: torch.cuda.Event | None
-    ) -> None:
-        """Write the state in `handed`, and take it out: a thread keeps its arguments, and this may be GPU memory."""
+    def _write(self, handed: list[_Pending], ready: torch.cuda.Event | None, is_copy: bool) -> None:
+        """Write what is in `handed`, and take it out: a thread keeps its arguments, and this may be GPU memory."""
+        pending = handed.pop()
         try:
-            state = handed.pop()
             if ready is not None:
                 # A stream of its own, so that training does not wait for the transfer; a new thread starts on GPU 0.
-                device = next(tensor.device for tensor in _tensors(state) if tensor.is_cuda)
+                device = next(tensor.device for tensor in _tensors(pending.state) if tensor.is_cuda)
                 side = torch.cuda.Stream(device)
                 side.wait_event(ready)
                 with torch.cuda.stream(side):
-                    state = self._host.take(state)
+                    pending = pending._replace(state=self._host.take(pending.state))
                 side.synchronize()
-            epoch, step = int(state.get("epoch", -1)), int(state.get("step", 0))
-            if recent:
-                first = self.recent_dir / f"epochs_{epoch + 1:04d}_step_{step:06d}.pth"
-                links = names
-            else:
-                first = self.output_dir / names[0]
-                links = names[1:]
-            save_checkpoint(first, state)
-            for name in links:
-                link_file(first, self.output_dir / name)
-            if recent:
-                self._prune(first)
-            self._error = None
-            self._failures = 0
+            self._put(pending)
         except Exception as error:  # noqa: BLE001 - carried to the training thread, which raises it
             self._error = error
             self._failures += 1
+            # The next epoch cannot stand in for the best one; what is only there to resume from is better when newer.
+            if pending.names and is_copy:
+                self._unwritten = pending
             get_logger().error("checkpoint not written (%d in a row): %s", self._failures, error)
+
+    def _put(self, pending: _Pending) -> None:
+        state, names = pending.state, pending.names
+        epoch, step = int(state.get("epoch", -1)), int(state.get("step", 0))
+        if pending.recent:
+            first = self.recent_dir / f"epochs_{epoch + 1:04d}_step_{step:06d}.pth"
+            links = names
+        else:
+            first = self.output_dir / names[0]
+            links = names[1:]
+        save_checkpoint(first, state)
+        for name in links:
+            link_file(first, self.output_dir / name)
+        if pending.recent:
+            self._prune(first)
+        self._error = None
+        self._failures = 0
+
+    def _write_again(self) -> None:
+        """Write what has failed once more, while its copy is still there."""
+        pending, self._unwritten = self._unwritten, None
+        if pending is None:
+            return
+        try:
+            self._put(pending)
+        except Exception as error:  # noqa: BLE001 - the run goes on; who reads the file later checks its epoch
+            self._error = error
+            get_logger().error("%s of epoch %d is lost: %s", ", ".join(pending.names), pending.state["epoch"], error)
+        else:
+            get_logger().info("%s of epoch %d written after all", ", ".join(pending.names), pending.state["epoch"])
 
     def _prune(self, newest: Path) -> None:
         """Keep the K newest files by time of writing, `newest` among them."""
@@ -541,6 +569,29 @@ class CheckpointManager:
         for path in files[self.keep - 1 :]:
             with contextlib.suppress(OSError):
                 path.unlink()
+
+
+def set_aside(output_dir: str | os.PathLike[str], names: Sequence[str]) -> Path | None:
+    """Move the checkpoints of an earlier run, and what belongs to them, out of the way of a new one.
+
+    Args:
+        output_dir: the run's folder.
+        names: further files and folders of a run; those that exist move, too.
+
+    Returns:
+        `<output_dir>/previous/<number>`, where they are now; None when there was no checkpoint.
+    """
+    folder = Path(output_dir)
+    checkpoints = [*sorted(folder.glob("checkpoint*.pth")), *sorted((folder / RECENT).glob("epochs_*_step_*.pth"))]
+    if not checkpoints:
+        return None
+    taken = [int(path.name) for path in (folder / "previous").glob("*") if path.name.isdigit()]
+    target = make_directory(folder / "previous" / str(max(taken, default=0) + 1))
+    moved = [path.name for path in folder.glob("checkpoint*.pth")] + [RECENT, *names]
+    for name in moved:
+        if (folder / name).exists():
+            os.replace(folder / name, target / name)
+    return target
 
 
 def find_latest(output_dir: str | os.PathLike[str]) -> Path | None:

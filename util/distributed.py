@@ -16,7 +16,8 @@ import re
 import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlparse
@@ -30,6 +31,7 @@ from util.log import record_in_file
 from util.memory import keep_freed_memory
 
 DEFAULT_TIMEOUT = 600.0  # seconds one collective may take; longer than any checkpoint load or evaluation on rank 0
+_BEAT = 5.0  # seconds between signs of life of a rank 0 that works alone
 _CONNECT_TIMEOUT = 300.0  # seconds for all processes to find each other
 
 # Texts by which gloo, NCCL and the store report that a peer is gone. Anything else is an error of our own.
@@ -132,6 +134,24 @@ class Processes:
         box = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]
+
+    def main_works(self, work: Callable[[], None]) -> None:
+        """Rank 0 does something that may take longer than one collective may; the others wait. All call it."""
+        if self.world_size == 1:
+            work()
+            return
+        pool = ThreadPoolExecutor(1)
+        try:
+            future = pool.submit(work) if self.is_main else None
+            done = 0
+            while not done:
+                if future is not None:
+                    done = int(bool(wait([future], timeout=_BEAT).done))
+                done = self.maximum([done])[0]
+            if future is not None:
+                future.result()
+        finally:
+            pool.shutdown(wait=False)  # when another process is lost nobody waits for the work
 
     def abort(self, message: str, code: int = EXIT_LOST) -> None:
         """End all processes now, whatever they wait for, with `message` and exit code `code`. Does not return."""
@@ -299,6 +319,7 @@ def _find_start(dist_url: str, world_size: int | None, dist_on_itp: bool) -> _St
     if start is not None:
         return start
     if dist_url != "auto" or "RANK" in os.environ:
+        _parse_url(dist_url, 1)  # a wrong address is the mistake, not the variables that go with a right one
         return _start_from_rank_variables("manual", world_size)
     return _Start("single", 0, 1, 0, 1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 
-from util.checkpoint import load_checkpoint, resolve_resume
+from util.checkpoint import find_latest, load_checkpoint, resolve_resume, set_aside
 from util.distributed import Processes
 from util.errors import UserError
 from util.log import get_logger
@@ -41,6 +42,10 @@ class Batch:
     def as_dict(self) -> dict[str, Any]:
         """Plain values for the checkpoint."""
         return {**asdict(self), "effective": self.effective}
+
+    def steps_like(self, saved: Any) -> bool:
+        """Whether a step of the run that stored `saved` takes as many samples."""
+        return isinstance(saved, Mapping) and self.per_step == saved.get("batch_size", 0) * saved.get("world_size", 0)
 
 
 def new_run_id() -> str:
@@ -97,6 +102,21 @@ def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any], *, path
             "continue all the same; to start a new run from its weights use --finetune instead of --resume"
         )
     get_logger().warning("resuming a different run (--allow_mismatch): %s", text)
+
+
+def _comparable(run: Mapping[str, Any], checkpoint: Mapping[str, Any], batch: Batch) -> dict[str, Any]:
+    """The run's description as the checkpoint would put it.
+
+    A peak rate given by --lr may be the one that followed from --blr before: so a run keeps its rate when the batch
+    changes. Checkpoints of other tools say nothing about the recipe.
+    """
+    wanted = {name: value for name, value in run.items() if name != "recipe" or name in checkpoint}
+    schedule, saved, old = wanted.get("schedule"), checkpoint.get("schedule"), checkpoint.get("batch")
+    if isinstance(schedule, Mapping) and isinstance(saved, Mapping) and isinstance(old, Mapping):
+        same_rate = math.isclose(batch.lr, float(old.get("lr", 0.0)), rel_tol=1e-3)  # as the messages print it
+        if same_rate and schedule.get("lr") is not None:
+            wanted["schedule"] = {**schedule, "lr": saved.get("lr"), "blr": saved.get("blr")}
+    return wanted
 
 
 def restore_rng(checkpoint: Mapping[str, Any], processes: Processes) -> None:
@@ -187,6 +207,7 @@ class Resumed:
     step: int = 0  # forward passes of the epoch already done
     path: Path | None = None  # the checkpoint
     run_id: str = field(default_factory=new_run_id)
+    lineage: tuple[str, ...] = ()  # identities of the runs that it continues
     skipped: int = 0  # steps that were not finite
     bad_samples: list[tuple[str, str]] = field(default_factory=list)  # of this process
     sums: Mapping[str, float] | None = None  # of this process, over the steps of the epoch already done
@@ -196,6 +217,43 @@ class Resumed:
     def at_epoch(self, epoch: int) -> Resumed:
         """The same at the start of another epoch."""
         return replace(self, epoch=epoch, step=0, sums=None, counts=None)
+
+    @property
+    def runs(self) -> tuple[str, ...]:
+        """This run and those that it continues."""
+        return (*self.lineage, self.run_id)
+
+
+# Files of a run that go with its checkpoints when a new run takes the folder.
+_OF_RUN = ("args.json", "log.txt", "metrics.json", "metrics_eval.json", "pictures")
+
+
+def start_afresh(output_dir: str | os.PathLike[str], processes: Processes, *, test_run: bool) -> Resumed:
+    """A new run; the checkpoints of an earlier one in the folder are moved aside, not overwritten.
+
+    Args:
+        output_dir: the run's folder.
+        processes: all; rank 0 moves.
+        test_run: a trial, which must not push a real run aside.
+
+    Raises:
+        UserError: a trial in the folder of a run.
+    """
+    if processes.is_main:
+        folder = Path(output_dir)
+        latest = find_latest(folder) if test_run else None
+        if latest is not None and not load_checkpoint(latest, verify=False).get("test_run"):
+            raise UserError(
+                f"{folder} holds the checkpoints of a run; give --test_run another --output_dir, so that they stay"
+            )
+        aside = set_aside(folder, _OF_RUN)
+        if aside is not None:
+            get_logger().warning(
+                "%s held the checkpoints of an earlier run, which are now in %s; --resume auto would have continued it",
+                folder,
+                aside,
+            )
+    return Resumed(run_id=processes.broadcast_object(new_run_id()))
 
 
 def resume_run(
@@ -209,8 +267,12 @@ def resume_run(
     batch: Batch,
     steps: int,
     allow_mismatch: bool,
+    is_branch: bool = False,
 ) -> Resumed:
     """Bring a run back to where a checkpoint stands.
+
+    It stays the same run, whose newest checkpoint is the one with the most progress, unless it starts from an older one
+    or counts its steps in another way: then what follows is a new run, and what the old one did later is left behind.
 
     Args:
         path: what `find_checkpoint` returned.
@@ -220,12 +282,13 @@ def resume_run(
         optimizer, scaler: restored in place.
         batch, steps: see `resume_position`.
         allow_mismatch: see `check_same_run`.
+        is_branch: whether newer checkpoints of the run may exist (the path was given by hand).
 
     Raises:
         UserError: the checkpoint belongs to another run.
     """
     checkpoint = load_verified(path, processes)
-    check_same_run(checkpoint, run, path=str(path), allow_mismatch=allow_mismatch)
+    check_same_run(checkpoint, _comparable(run, checkpoint, batch), path=str(path), allow_mismatch=allow_mismatch)
     load_model(checkpoint)
     optimizer.load_state_dict(checkpoint["optimizer"])
     if scaler is not None and checkpoint.get("scaler"):
@@ -233,11 +296,15 @@ def resume_run(
     restore_rng(checkpoint, processes)
     epoch, step = resume_position(checkpoint, batch=batch, steps=steps)
     get_logger().info("resumed %s: epoch %d, step %d", path, epoch, step)
+    run_id, lineage = str(checkpoint.get("run_id") or ""), tuple(checkpoint.get("lineage", ()))
+    if is_branch or not run_id or not batch.steps_like(checkpoint.get("batch")):
+        lineage, run_id = (*lineage, run_id) if run_id else lineage, processes.broadcast_object(new_run_id())
     return Resumed(
         epoch=epoch,
         step=step,
         path=path,
-        run_id=str(checkpoint.get("run_id") or new_run_id()),
+        run_id=run_id,
+        lineage=lineage,
         skipped=int(checkpoint.get("skipped_steps", 0)),
         **share_of_counts(checkpoint.get("counted", {}), processes),
         # Model and optimizer would stay in memory a second time.

@@ -69,7 +69,12 @@ class RunSaver:
         self._minutes = minutes
         self._seed = seed
         self._batch = batch
-        self._fixed = {**fixed, "run_id": resumed.run_id, "world_size": processes.world_size}
+        self._fixed = {
+            **fixed,
+            "run_id": resumed.run_id,
+            "lineage": list(resumed.lineage),
+            "world_size": processes.world_size,
+        }
         self._model, self._trainer = model, trainer
         self._changing = changing
         self._stop = StopRequest().install()

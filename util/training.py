@@ -22,6 +22,7 @@ from util.optim import gradient_norm
 from util.resume import Resumed
 from util.schedule import set_learning_rate
 
+SMALLEST_SCALE = 1.0  # of float16 losses; it starts at 65,536 and is halved at each step with an overflow
 SYNC_EVERY = 20  # steps between looks at device values; each look waits for the device once
 
 # What a step computes: from a batch and its number, the loss and further counts to be summed over the epoch.
@@ -79,12 +80,21 @@ class FiniteGuard:
     def __init__(self, allowed: int, skipped: int = 0) -> None:
         self.allowed = allowed
         self.skipped = skipped
-        self._recent: deque[tuple[Tensor, Tensor, list[str], int]] = deque()
+        self._recent: deque[tuple[Tensor, list[tuple[Tensor, list[str]]], int]] = deque()
 
-    def watch(self, loss: Tensor, norm: Tensor, names: list[str], step: int) -> Tensor:
-        """Flag a step before the optimizer runs. Returns ``found_inf`` (1.0 when the step must be skipped)."""
+    def watch(self, losses: Sequence[tuple[Tensor, list[str]]], norm: Tensor, step: int) -> Tensor:
+        """Flag a step before the optimizer runs.
+
+        Args:
+            losses: loss and sample names of each batch of the step.
+            norm: of the gradients, the same on all processes.
+            step: number of its last batch.
+
+        Returns:
+            ``found_inf``: 1.0 when the step must be skipped.
+        """
         bad = (~torch.isfinite(norm)).to(torch.float32)
-        self._recent.append((bad, torch.isfinite(loss.detach()), names, step))
+        self._recent.append((bad, [(torch.isfinite(loss.detach()), names) for loss, names in losses], step))
         return bad
 
     def check(self, all_gather: Callable[[Any], list[Any]], dump: Callable[[dict[str, Any]], str]) -> None:
@@ -102,14 +112,18 @@ class FiniteGuard:
         if not self._recent:
             return
         bad = torch.stack([flag for flag, *_ in self._recent]).tolist()
-        for (_, finite_loss, names, step), is_bad in zip(self._recent, bad, strict=True):
+        for (_, batches, step), is_bad in zip(self._recent, bad, strict=True):
             if not is_bad:
                 continue
             self.skipped += 1
-            mine = [] if bool(finite_loss) else names
-            culprits = all_gather(mine)
-            facts = {"step": step, "loss_finite": bool(finite_loss), "names": names, "culprits_by_rank": culprits}
-            suspects = sorted({name for group in culprits for name in group}) or names
+            names = [name for _, own in batches for name in own]
+            lost = [name for finite, own in batches if not bool(finite) for name in own]
+            everywhere = all_gather({"lost": lost, "names": names})
+            culprits = [part["lost"] for part in everywhere]
+            # Where every loss is finite and a gradient is not, any sample of the step may be the cause.
+            groups = culprits if any(culprits) else [part["names"] for part in everywhere]
+            suspects = sorted({name for group in groups for name in group})
+            facts = {"step": step, "loss_finite": not lost, "names": names, "culprits_by_rank": culprits}
             get_logger().warning("step %d: gradients are not finite; the update was skipped", step)
             if self.skipped > self.allowed:
                 path = dump(facts)
@@ -156,7 +170,7 @@ class _Sums:
         sums, counts: what `as_dicts` gave when the epoch was left in the middle.
     """
 
-    DEVICE = ("loss", "losses", "norm", "norms")  # finite losses, their number; the same of gradient norms
+    DEVICE = ("loss", "losses", "norm", "norms", "overflows")  # finite losses, number; the same of norms; other norms
     HOST = ("samples", "seconds", "waited")
 
     def __init__(
@@ -193,6 +207,7 @@ class _Sums:
         finite = torch.isfinite(norm)
         self.steps[2] += torch.where(finite, norm, 0.0)
         self.steps[3] += finite
+        self.steps[4] += ~finite
 
     def as_dicts(self) -> dict[str, dict[str, float]]:
         """Plain values: sums, and counts that the caller named."""
@@ -286,7 +301,7 @@ class Trainer:
         sums, sync_every = self._sums, sync_interval(self.device)
         began, before = time.perf_counter(), sums.seconds
         seen, lr = 0, self._lr_at(epoch + 1) if start_step == steps else 0.0
-        names: list[str] = []
+        group: list[tuple[Tensor, list[str]]] = []  # loss and names of each batch of the optimizer step
         steps_done, stop = start_step, False
         iterator = iter(batches)
 
@@ -300,20 +315,20 @@ class Trainer:
                 lr = self._lr_at(epoch + step / steps)
                 set_learning_rate(self.optimizer, lr)
                 self.optimizer.zero_grad(set_to_none=True)
-                names = []
-            names += batch["name"]
+                group = []
             with self._apart() if not last else contextlib.nullcontext():
                 loss, counts = loss_of(batch, step)
                 scaled = loss / group_size
                 (scaled if self.scaler is None else self.scaler.scale(scaled)).backward()
 
+            group.append((loss.detach(), batch["name"]))
             sums.add(loss.detach(), counts)
             sums.samples += len(batch["name"])
             sums.seconds = before + time.perf_counter() - began
             seen += len(batch["name"]) * self.processes.world_size
             steps_done = step + 1
             if last:
-                sums.add_norm(self.update(loss, names, step))
+                sums.add_norm(self.update(group, step))
                 if steps_done % sync_every == 0:
                     self.check()
                 stop = on_step(steps_done)
@@ -326,8 +341,12 @@ class Trainer:
         sums.seconds = before + time.perf_counter() - began
         return EpochResult(self._stats(lr), finished=steps_done == steps, steps_done=steps_done)
 
-    def update(self, loss: Tensor, names: list[str], step: int) -> Tensor:
-        """Unscale, measure, clip, update. Returns the gradient norm before clipping."""
+    def update(self, losses: Sequence[tuple[Tensor, list[str]]], step: int) -> Tensor:
+        """Unscale, measure, clip, update. Returns the gradient norm before clipping.
+
+        Args:
+            losses, step: see `FiniteGuard.watch`.
+        """
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         norm = gradient_norm(self._parameters)
@@ -336,20 +355,29 @@ class Trainer:
         if self.scaler is not None:
             # Overflow of float16 gradients is expected now and then: the scaler skips the step and lowers its scale. A
             # loss that is not finite is a fault all the same, on whichever process it appears.
-            worst = loss.detach().clone()
+            worst = torch.stack([loss for loss, _ in losses]).sum()
             if torch.distributed.is_initialized():
                 torch.distributed.all_reduce(worst)
-            self.guard.watch(loss, worst, names, step)
+            self.guard.watch(losses, worst, step)
             self.scaler.step(self.optimizer)
             self.scaler.update()
         else:
-            self.optimizer.found_inf = self.guard.watch(loss, norm, names, step)  # type: ignore[attr-defined]
+            self.optimizer.found_inf = self.guard.watch(losses, norm, step)  # type: ignore[attr-defined]
             self.optimizer.step()
         return norm
 
     def check(self) -> None:
-        """Look at the steps since the last look; see `FiniteGuard.check`."""
+        """Look at the steps since the last look; see `FiniteGuard.check`.
+
+        Raises:
+            NonFiniteError: too many bad steps, or float16 gradients that overflow at any scale.
+        """
         self.guard.check(self.processes.all_gather_objects, self._dump)
+        if self.scaler is not None and self.scaler.get_scale() < SMALLEST_SCALE:
+            raise NonFiniteError(
+                f"float16 gradients are not finite even at a loss scale of {self.scaler.get_scale():.2g}; the weights "
+                "are those before these steps. Use --amp bf16 or off, lower --lr, or set --clip_grad"
+            )
 
     def state(self) -> dict[str, Any]:
         """What this process has counted so far, in plain values for a checkpoint; all processes call it together."""
@@ -375,6 +403,8 @@ class Trainer:
         seconds = max(sums.seconds, 1e-9)
         counts = {name: float(value) for name, value in sums.counts.items()}
         counts["unreadable_samples"] = float(len(self.bad_samples.found))
+        if self.scaler is not None:  # the same on all processes, as gradients are
+            counts["overflowed_steps"] = float(sums.steps[4]) / processes.world_size
         mean = processes.all_reduce_mean({"train_loss": sums.mean_loss(), "data_wait": sums.waited / seconds})
         return {
             "train_loss": mean["train_loss"],
