@@ -131,7 +131,11 @@ def main() -> int | None:
         task=task,
         splits=splits,
         transform=SarTransform(
-            size=args.input_size, mean=statistics.mean, std=statistics.std, preprocessing=spec.preprocessing
+            size=args.input_size,
+            mean=statistics.mean,
+            std=statistics.std,
+            preprocessing=spec.preprocessing,
+            all_finite=all(data.all_finite for data in splits.values()),
         ),
         processes=processes,
         group=processes,

@@ -193,6 +193,7 @@ def make_transform(dataset: SarDataset, size: int, weighting: Any) -> SarTransfo
         std=statistics.std,
         weighting=weighting,
         linear_range_db=(statistics.p01, statistics.p99),
+        all_finite=dataset.all_finite,
     )
 
 

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from util.compilation import compile_modules
+from util.compilation import compile_methods, compile_modules
 from util.errors import UserError
 from util.linear import Linear, gelu_linear, linear, norm_linear
 from util.pos_embed import sincos_table
@@ -659,6 +659,11 @@ class MixMIM(MixMIMEncoder):
         for part in (self.decoder_embed, self.decoder_blocks, self.decoder_pred):
             part.apply(init_linear)
         nn.init.normal_(self.mask_token, std=0.02)
+
+    def compile_blocks(self, backend: str | Callable[..., Any] = "inductor") -> None:
+        """The encoder's and the decoder's blocks, and the loss, which is many small passes over the pixels."""
+        super().compile_blocks(backend)
+        compile_methods(self, ("reconstruction_loss",), backend)
 
     def draw_mask(self, mask_ratio: float = 0.5, generator: torch.Generator | None = None) -> Tensor:
         """One random mask on the CPU: (L,) float with exactly ``int(L * mask_ratio)`` ones.

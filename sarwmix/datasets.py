@@ -164,6 +164,11 @@ class SarDataset(torch.utils.data.Dataset):
         """(C, H, W) of one image."""
         return len(self.spec.bands), self.spec.size, self.spec.size
 
+    @property
+    def all_finite(self) -> bool:
+        """Whether every pixel of every sample is known to be valid, so that nobody needs to look for others."""
+        return False
+
     def __len__(self) -> int:
         return len(self.names)
 
@@ -344,6 +349,10 @@ class SarSubset(SarDataset):
     @property
     def shape(self) -> tuple[int, int, int]:
         return self.parent.shape
+
+    @property
+    def all_finite(self) -> bool:
+        return self.parent.all_finite
 
     def read_into(self, index: int, out: np.ndarray) -> None:
         self.parent.read_into(int(self.positions[index]), out)

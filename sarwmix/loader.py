@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,7 @@ PREFETCH = 4  # batches read ahead
 DEVICE_AHEAD = 2  # batches on their way to the GPU while one is computed
 DEVICE_SHARE = 0.45  # of a GPU's memory that cache="auto" gives to the data; the rest is for model and activations
 DEVICE_MOST = 0.6  # share of a GPU's memory that may be in use after the data have been put there
+_PATIENCE = 10.0  # seconds that a reader thread has to notice that nobody wants its batches
 _SAY_EVERY = 20.0  # seconds between two lines while a cache is filled
 _CACHE_ROWS = 256  # samples read at once while a cache is filled
 
@@ -258,6 +259,7 @@ class ThreadLoader(Loader):
                 del item  # the buffer is free once the caller lets go of it
         finally:
             stopped.set()
+            reader.join(_PATIENCE)  # or it might take a buffer at the same moment as the reader of the next epoch
 
     def _read(
         self, epoch: int, step: int, ready: queue.Queue[Batch | BaseException | None], stopped: threading.Event
@@ -444,6 +446,24 @@ class _RawByBatch(torch.utils.data.Dataset):
             return error
 
 
+_Raw = tuple[torch.Tensor, list[tuple[int, UnreadableSample]]]
+
+
+def _gathered(dataset: SarDataset, pieces: list[np.ndarray], *, pin: bool) -> Iterator[_Raw]:
+    """Images of each piece, in one of two buffers in turn; pinned ones are free again when their copy is done."""
+    shape = (_CACHE_ROWS, *dataset.shape)
+    buffers = [torch.empty(shape, dtype=torch.float32, pin_memory=pin) for _ in range(2)]
+    copied: list[torch.cuda.Event | None] = [None, None]
+    for number, piece in enumerate(pieces):
+        event = copied[number % 2]
+        if event is not None:
+            event.synchronize()
+        images = buffers[number % 2][: len(piece)]
+        yield images, dataset.read_many(piece, images.numpy())
+        if pin:  # the caller has asked for the copy by now
+            copied[number % 2] = torch.cuda.current_stream().record_event()
+
+
 def _read_all(
     dataset: SarDataset, target: torch.Tensor, *, num_workers: int, timeout: float
 ) -> dict[int, UnreadableSample]:
@@ -456,18 +476,22 @@ def _read_all(
         np.arange(first, min(first + _CACHE_ROWS, len(dataset)), dtype=np.int64)
         for first in range(0, len(dataset), _CACHE_ROWS)
     ]
-    workers = torch.utils.data.DataLoader(
-        _RawByBatch(dataset),
-        batch_size=None,
-        sampler=pieces,  # type: ignore[arg-type]  # any iterable of what the data set takes
-        num_workers=0 if dataset.gathers else num_workers,
-        collate_fn=_as_is,
-        worker_init_fn=_one_thread,
-        timeout=timeout if num_workers and not dataset.gathers else 0,
-    )
+    delivered: Iterable[_Raw | UserError]
+    if dataset.gathers:
+        delivered = _gathered(dataset, pieces, pin=target.is_cuda)
+    else:
+        delivered = torch.utils.data.DataLoader(
+            _RawByBatch(dataset),
+            batch_size=None,
+            sampler=pieces,  # type: ignore[arg-type]  # any iterable of what the data set takes
+            num_workers=num_workers,
+            collate_fn=_as_is,
+            worker_init_fn=_one_thread,
+            timeout=timeout if num_workers else 0,
+        )
     bad: dict[int, UnreadableSample] = {}
     said = time.monotonic()
-    for piece, item in zip(pieces, workers, strict=True):
+    for piece, item in zip(pieces, delivered, strict=True):
         if time.monotonic() - said > _SAY_EVERY:
             said = time.monotonic()
             get_logger().info("%d of %d samples read", piece[0], len(dataset))
@@ -478,7 +502,7 @@ def _read_all(
             if dataset.on_error == "raise":
                 raise error
             bad[int(piece[position])] = error
-        target[piece[0] : piece[-1] + 1].copy_(images)
+        target[piece[0] : piece[-1] + 1].copy_(images, non_blocking=True)
     return bad
 
 

@@ -314,7 +314,9 @@ class PackedDataset(SarDataset):
         self.rows = np.concatenate(parts).astype(np.int64)
         names = NameList(self._load("names.npy"), self._load("offsets.npy")).take(self.rows)
         labels = None if manifest.labels == "none" else self._load("labels.npy")[self.rows]
-        self._unreadable = self._load("invalid.npy")[self.rows] < 0
+        invalid = self._load("invalid.npy")[self.rows]
+        self._all_finite = not invalid.any()
+        self._unreadable = invalid < 0
         self._any_unreadable = bool(self._unreadable.any())
         # Rows that follow one another need no lookup.
         first = int(self.rows[0]) if len(self.rows) else 0
@@ -337,6 +339,10 @@ class PackedDataset(SarDataset):
     @property
     def shape(self) -> tuple[int, int, int]:
         return self.manifest.shape[1], self.manifest.shape[2], self.manifest.shape[3]
+
+    @property
+    def all_finite(self) -> bool:
+        return self._all_finite  # counted when it was packed
 
     def read_into(self, index: int, out: np.ndarray) -> None:
         for _, error in self.read_many(np.array([index]), out[None]):

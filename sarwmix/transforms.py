@@ -144,6 +144,7 @@ class SarTransform:
         weighting: None leaves ``weights`` out (fine-tuning, evaluation).
         linear_range_db: registered (1 %, 99 %) percentiles per band in dB; needed for ``--weight_norm dataset``.
         preprocessing: normalisation and geometry; None: z-score and resize.
+        all_finite: every pixel is valid, see `SarDataset.all_finite`; a GPU then saves the passes over masks.
     """
 
     def __init__(
@@ -155,7 +156,9 @@ class SarTransform:
         weighting: WeightOptions | None = None,
         linear_range_db: tuple[Sequence[float], Sequence[float]] | None = None,
         preprocessing: Preprocessing | None = None,
+        all_finite: bool = False,
     ) -> None:
+        self.all_finite = all_finite
         self.size = size
         self.weighting = weighting
         self.preprocessing = preprocessing or Preprocessing()
@@ -243,7 +246,7 @@ class SarTransform:
         valid: Tensor | None = None
         scaled: Tensor | None = None
         zscore = self.preprocessing.normalisation == "zscore"
-        if is_all_finite(image):
+        if self.all_finite or is_all_finite(image):
             num_invalid = torch.zeros((), dtype=torch.int64)
             db = self._resize(image)
             scaled = None if zscore else self._resize(self.scale(image, image))
@@ -282,6 +285,7 @@ class SarTransform:
             renorm=options.renorm,
             valid=valid,
             linear_range=self._range,
+            all_finite=valid is None,
         )
         if valid is not None and options.level == "token":
             weights = spread_to_pixels(weights, valid)  # invalid pixels inside a cell must not count

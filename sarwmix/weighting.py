@@ -81,6 +81,7 @@ def compute_weights(
     renorm: bool = False,
     valid: Tensor | None = None,
     linear_range: tuple[Tensor, Tensor] | None = None,
+    all_finite: bool = False,
 ) -> Tensor:
     """Loss weights of a batch of SAR images.
 
@@ -96,6 +97,7 @@ def compute_weights(
             percentile or mean and get weight 0. In the shared modes a pixel uses its valid bands.
         linear_range: fixed (minimum, maximum) linear power per band, each (bands,), instead of each image's own; values
             outside are clamped.
+        all_finite: without ``valid``: whether all values are known to be finite, so that none is looked for.
 
     Returns:
         Weights like ``sar`` (level pixel) or (..., cells, bands) (level token), float32.
@@ -109,7 +111,7 @@ def compute_weights(
         raise ValueError(f"sar has shape {tuple(sar.shape)}, expected (..., bands, H, W)")
     if valid is not None:
         valid = valid.expand_as(sar)
-    elif not is_all_finite(sar):
+    elif not all_finite and not is_all_finite(sar):
         valid = torch.isfinite(sar)
     if mode == "none":
         weights = torch.ones_like(sar, dtype=torch.float32)

@@ -38,9 +38,8 @@ from util.args import MIXMIM_NAMES, positive_int
 from util.errors import UserError, run_cli
 from util.files import write_json
 
-PARTS = ("step", "memory", "loader", "packing", "startup", "gpu")
+PARTS = ("step", "memory", "loader", "packing", "startup", "evaluation", "gpu")
 MEAN, STD = (-19.1966, -12.5144), (5.4501, 5.0019)
-PEAK_TFLOPS = {"H200": 790.0, "H100": 790.0, "A100": 312.0}  # bf16 dense; others: no utilisation is printed
 
 
 def bootstrap(values: list[float], draws: int = 2000) -> tuple[float, float]:
@@ -275,11 +274,13 @@ def part_loader(args: argparse.Namespace) -> list[dict[str, Any]]:
     import torch
     import torch.nn.functional as F
 
+    from sarwmix.lmdb_source import LmdbPatches, write_lmdb
     from sarwmix.loader import build_loader
     from sarwmix.packed import pack
     from sarwmix.registry import build_dataset
     from sarwmix.transforms import SarTransform, draw_flips
     from sarwmix.weighting import WeightOptions, compute_weights
+    from sarwmix.zarr_source import ZarrPatches, write_zarr
     from util.memory import keep_freed_memory
 
     torch.set_num_threads(1)
@@ -293,6 +294,13 @@ def part_loader(args: argparse.Namespace) -> list[dict[str, Any]]:
         folders = {path.name: path for path in root.glob("*/*") if path.is_dir()}
         if not np.array_equal(tiff.read(5), textbook_sample(folders[tiff.names[5]], tiff.names[5])):
             raise UserError("the fast path and rasterio read different pixels: the comparison would be void")
+        number = {name: index for index, name in enumerate(tiff.names)}
+        write_lmdb(Path(scratch) / "lmdb", tiff.names, lambda name: tiff.read(number[name]))
+        write_zarr(Path(scratch) / "zarr", ((name, tiff.read(index), None) for name, index in number.items()))
+        readers = {
+            "LMDB of safetensors": LmdbPatches(Path(scratch) / "lmdb", ("VH", "VV"), 120),
+            "Zarr": ZarrPatches(Path(scratch) / "zarr", ("VH", "VV"), 120),
+        }
         transform = SarTransform(size=128, mean=MEAN, std=STD, weighting=WeightOptions(level="pixel"))
         count = min(512, len(tiff))
         order = np.random.default_rng(0).permutation(len(tiff))[:count]
@@ -332,6 +340,18 @@ def part_loader(args: argparse.Namespace) -> list[dict[str, Any]]:
             loader.close()
             return spent / seen * 1e6
 
+        def others(reader: Any) -> float:
+            began = time.perf_counter()
+            for first in range(0, count, 64):
+                chosen = order[first : first + 64]
+                images = np.empty((len(chosen), 2, 120, 120), dtype=np.float32)
+                for image, index in zip(images, chosen, strict=True):
+                    reader.read_into(tiff.names[int(index)], image)
+            return (time.perf_counter() - began) / count * 1e6
+
+        for label, reader in readers.items():
+            pair = partial(textbook, False), partial(others, reader)
+            results.append(compare(f"{label}, raw, per patch", *pair, max(3, args.rounds // 2), unit="us"))
         for with_transform in (False, True):
             what = "with transforms" if with_transform else "raw"
             for label, dataset in (("GeoTIFF fast path", tiff), ("packed store", packed)):
@@ -480,63 +500,21 @@ def child_startup(kind: str, root: str, scratch: str) -> dict[str, Any]:
     return {"rows": len(rows)}
 
 
-# ---------------------------------------------------------------------- GPU
+# ---------------------------------------------------------------------- whole loops
 
 
 def part_gpu(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Images/s and model FLOP utilisation of pretraining, eager and compiled, with and without the data path."""
-    import torch
+    """See `benchmark_training.part_gpu`."""
+    from benchmark_training import part_gpu
 
-    from models_mixmim import MixMIM, model_config
-    from sarwmix.transforms import SarTransform, draw_flips
-    from sarwmix.weighting import WeightOptions
-    from util.flops import count_flops
-    from util.optim import build_adamw, gradient_norm, parameter_groups
+    return part_gpu(args.patches, batches=args.batch or [256], model=args.model, scratch=args.scratch)
 
-    if not torch.cuda.is_available():
-        print("gpu: no CUDA device here; this part is ready to run where there is one")
-        return []
-    device = torch.device("cuda")
-    peak = next((v for k, v in PEAK_TFLOPS.items() if k in torch.cuda.get_device_name()), None)
-    torch.backends.cuda.matmul.allow_tf32 = True
-    results = []
-    for batch in args.batch or [256]:
-        for compiled in (False, True):
-            torch.manual_seed(0)
-            model = MixMIM(**model_config(args.model), norm_pix_loss=True)
-            forward = count_flops(model, partial(model, torch.zeros(2, 2, 128, 128)), samples=2)[0]
-            flops = 3 * forward  # backward is twice the forward
-            model.to(device)
-            if compiled:
-                model.compile_blocks()
-            optimizer = build_adamw(parameter_groups(model, weight_decay=0.05), lr=1e-5, betas=(0.9, 0.95))
-            transform = SarTransform(size=128, mean=MEAN, std=STD, weighting=WeightOptions())
-            patches = (torch.randn(batch, 2, 120, 120) * 4 - 15).to(device)
-            generator = torch.Generator().manual_seed(0)
-            torch.cuda.reset_peak_memory_stats()
-            seconds = []
-            for step in range(10 + args.rounds * 2):
-                torch.cuda.synchronize()
-                began = time.perf_counter()
-                sar = transform(patches, draw_flips(batch, generator))
-                with torch.autocast("cuda", torch.bfloat16):
-                    loss = model(sar.images, sar.weights, mask=model.draw_mask(generator=generator)).loss
-                loss.backward()
-                gradient_norm(model.parameters())
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                torch.cuda.synchronize()
-                if step >= 10:
-                    seconds.append(time.perf_counter() - began)
-            rate = batch / statistics.median(seconds)
-            used = flops * rate / 1e12
-            name = f"{args.model}, batch {batch}, bf16, {'compiled' if compiled else 'eager'}"
-            share = f", {100 * used / peak:.1f} % of {peak:.0f} TFLOP/s" if peak else ""
-            memory = torch.cuda.max_memory_allocated() / 2**30
-            print(f"{name}: {rate:,.0f} images/s{share}, {memory:.1f} GiB, loss {float(loss):.4f}", flush=True)
-            results.append({"name": name, "unit": "images/s", "ours": rate, "tflops": used, "gib": memory})
-            del model, optimizer
-    return results
+
+def part_evaluation(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """See `benchmark_training.part_evaluation`."""
+    from benchmark_training import part_evaluation
+
+    return part_evaluation(model="mixmim_tiny", scratch=args.scratch, rounds=args.rounds)
 
 
 # ---------------------------------------------------------------------- command
@@ -605,6 +583,7 @@ def main() -> int | None:
         "loader": part_loader,
         "packing": part_packing,
         "startup": part_startup,
+        "evaluation": part_evaluation,
         "gpu": part_gpu,
     }
     for name in args.part:

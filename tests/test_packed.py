@@ -67,6 +67,8 @@ def finished(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_equal_to_the_source(tree: Path, finished: Path, split: str) -> None:
     source, store = build_dataset("benv2", tree, split), build_dataset("benv2", finished, split)
     assert isinstance(store, PackedDataset)
+    assert store.all_finite  # counted when it was packed
+    assert not source.all_finite  # nobody knows
     assert store.identity() == source.identity()
     indices = np.random.default_rng(0).permutation(len(source))
     ours, theirs = store.get_batch(indices), source.get_batch(indices)

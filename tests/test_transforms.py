@@ -7,6 +7,7 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
+from models_mixmim import MixMIM, model_config
 from sarwmix.registry import Preprocessing
 from sarwmix.transforms import (
     SarTransform,
@@ -23,9 +24,11 @@ from util.errors import UserError
 MEAN, STD = (-19.2, -12.5), (5.4, 5.0)
 
 
-def transform(weighting: WeightOptions | None = None, size: int = 128) -> SarTransform:
+def transform(weighting: WeightOptions | None = None, size: int = 128, all_finite: bool = False) -> SarTransform:
     limits = ((-30.0, -24.0), (-7.0, -1.0))
-    return SarTransform(size=size, mean=MEAN, std=STD, weighting=weighting, linear_range_db=limits)
+    return SarTransform(
+        size=size, mean=MEAN, std=STD, weighting=weighting, linear_range_db=limits, all_finite=all_finite
+    )
 
 
 def patches(batch: int = 3) -> torch.Tensor:
@@ -75,6 +78,26 @@ def test_weights_come_from_db_before_standardisation() -> None:
 def test_token_weights_by_default_shape() -> None:
     assert transform(WeightOptions())(patches()).weights.shape == (3, 16, 2)
     assert transform(WeightOptions(mode="none"))(patches()).weights is None
+
+
+@pytest.mark.parametrize("mode", ["per_channel", "shared_avg", "shared_intensity"])
+@pytest.mark.parametrize("level", ["token", "pixel"])
+def test_looking_for_invalid_pixels_changes_nothing_where_there_are_none(
+    mode: str, level: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU cannot ask cheaply and so treats every batch as if it had some, unless the data set knows better."""
+    options = WeightOptions(mode=mode, level=level)
+    monkeypatch.setattr("sarwmix.transforms.is_all_finite", lambda values: False)
+    monkeypatch.setattr("sarwmix.weighting.is_all_finite", lambda values: False)
+    looked = transform(options)(patches())
+    known = transform(options, all_finite=True)(patches())
+    assert looked.valid is not None
+    assert known.valid is None
+    assert looked.num_invalid == known.num_invalid == 0
+    assert torch.equal(looked.images, known.images)
+    model = MixMIM(**model_config("mixmim_tiny"))
+    found = [model.reconstruction_loss(torch.ones(3, 16, 2048), b.images, b.weights).item() for b in (looked, known)]
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
 
 
 @pytest.mark.parametrize("level", ["token", "pixel"])
