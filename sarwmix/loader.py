@@ -243,11 +243,13 @@ class ThreadLoader(Loader):
         stopped = threading.Event()
         reader = threading.Thread(target=self._read, args=(epoch, step, ready, stopped), name="loader", daemon=True)
         reader.start()
+        patience = _PATIENCE
         try:
             while True:
                 try:
                     item = ready.get(timeout=self._timeout)
                 except queue.Empty:
+                    patience = 0.0
                     raise UserError(
                         f"no batch from {self.dataset.source} within {self._timeout:g} s; the storage hangs"
                     ) from None
@@ -259,7 +261,7 @@ class ThreadLoader(Loader):
                 del item  # the buffer is free once the caller lets go of it
         finally:
             stopped.set()
-            reader.join(_PATIENCE)  # or it might take a buffer at the same moment as the reader of the next epoch
+            reader.join(patience)  # or it might take a buffer at the same moment as the reader of the next epoch
 
     def _read(
         self, epoch: int, step: int, ready: queue.Queue[Batch | BaseException | None], stopped: threading.Event
@@ -449,10 +451,11 @@ class _RawByBatch(torch.utils.data.Dataset):
 _Raw = tuple[torch.Tensor, list[tuple[int, UnreadableSample]]]
 
 
-def _gathered(dataset: SarDataset, pieces: list[np.ndarray], *, pin: bool) -> Iterator[_Raw]:
+def _gathered(dataset: SarDataset, pieces: list[np.ndarray], device: torch.device) -> Iterator[_Raw]:
     """Images of each piece, in one of two buffers in turn; pinned ones are free again when their copy is done."""
     shape = (_CACHE_ROWS, *dataset.shape)
-    buffers = [torch.empty(shape, dtype=torch.float32, pin_memory=pin) for _ in range(2)]
+    on_gpu = device.type == "cuda"
+    buffers = [torch.empty(shape, dtype=torch.float32, pin_memory=on_gpu) for _ in range(2)]
     copied: list[torch.cuda.Event | None] = [None, None]
     for number, piece in enumerate(pieces):
         event = copied[number % 2]
@@ -460,8 +463,8 @@ def _gathered(dataset: SarDataset, pieces: list[np.ndarray], *, pin: bool) -> It
             event.synchronize()
         images = buffers[number % 2][: len(piece)]
         yield images, dataset.read_many(piece, images.numpy())
-        if pin:  # the caller has asked for the copy by now
-            copied[number % 2] = torch.cuda.current_stream().record_event()
+        if on_gpu:  # the caller has asked for the copy by now
+            copied[number % 2] = torch.cuda.current_stream(device).record_event()
 
 
 def _read_all(
@@ -478,7 +481,7 @@ def _read_all(
     ]
     delivered: Iterable[_Raw | UserError]
     if dataset.gathers:
-        delivered = _gathered(dataset, pieces, pin=target.is_cuda)
+        delivered = _gathered(dataset, pieces, target.device)
     else:
         delivered = torch.utils.data.DataLoader(
             _RawByBatch(dataset),
