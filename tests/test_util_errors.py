@@ -31,7 +31,6 @@ def test_success_and_returned_code():
     [
         (errors.UserError("--x 3 is odd; use 2"), 2),
         (errors.NonFiniteError("loss nan"), 3),
-        (errors.LostProcessError("rank 1"), 4),
     ],
 )
 def test_user_errors_print_one_line(capsys, error, code):

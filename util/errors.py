@@ -41,12 +41,6 @@ class NonFiniteError(UserError):
     exit_code = EXIT_NONFINITE
 
 
-class LostProcessError(UserError):
-    """Another process of the job died, or stopped answering."""
-
-    exit_code = EXIT_LOST
-
-
 # Called with (message, exit_code) when the entry point fails. `util.distributed` sets it so that one failing rank
 # ends all ranks instead of leaving them in a collective that nobody will complete. The hook prints the message.
 _failure_hook: Callable[[str, int], None] | None = None

@@ -64,7 +64,6 @@ class RunSaver:
         """
         self._folder = Path(output_dir)
         self._processes = processes
-        self._is_main = is_main
         self._manager = CheckpointManager(output_dir, keep=keep) if is_main else None
         self._minutes = minutes
         self._seed = seed
