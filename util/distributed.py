@@ -178,7 +178,8 @@ def data_parallel(model: torch.nn.Module, processes: Processes) -> torch.nn.Modu
 
     Buffers that are constants (index tables) are not broadcast before each forward pass; running statistics
     (BatchNorm) are, so that all processes go on from those of rank 0. Gradients live in the communication buckets,
-    which saves one copy of all of them.
+    which saves one copy of all of them. `static_graph` stays off: it saves the search for unused parameters, which is
+    off anyway, and does not go with the first steps of gradient accumulation.
     """
     if processes.world_size == 1:
         return model
