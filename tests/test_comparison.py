@@ -13,6 +13,7 @@ import main_finetune
 from sarwmix.comparison import (
     FACT_ARGS,
     IRRELEVANT_ARGS,
+    METRIC_LABELS,
     NOT_OURS,
     Published,
     as_latex,
@@ -292,6 +293,34 @@ def test_the_repository_s_published_numbers_can_be_read() -> None:
     by_key = {key: row.value for key, row in zip(keyed, rows, strict=True) if row.split == "test"}
     assert by_key["benv2", "s1", "finetune", "mobilevit_s", "random", 1.0, "ap_macro"] == 0.6312
     assert by_key["eurosat_sar", "s1", "finetune", "vit_huge_patch14_224", "FG-MAE", 1.0, "aacc"] == 0.431
+    assert by_key["benv2", "s1", "finetune", "mixmim_base", "random", 0.125, "f1_micro"] == 0.5977
+    assert by_key["benv2", "s1", "frozen", "CROMA-B", "CROMA", 0.05, "ap_micro"] == 0.708
+    # a metric that no run has and that has no name could be mistaken for another one
+    assert {row.metric for row in rows} <= METRIC_LABELS.keys()
+    # as our runs report them: accuracy of pairs in %, everything else as a fraction
+    assert all((row.value > 1) == (row.dataset == "sen12flood") for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "metric", "model", "shown"),
+    [
+        ("benv1", "ap_macro", "vit_small_patch16_224", "linear micro AP 0.699, F1 0.582 (FG-MAE; FG-MAE (arXiv"),
+        ("sen1floods11", "miou", "Attention U-Net (s1)", "finetune IoU 0.672 (random; Yadav 2022)"),
+        ("sen1floods11", "miou", "Galileo-B (s1)", "linear 0.794 (Galileo;"),
+        ("sen1floods11", "miou", "SegFormer-B2 (s1)", "finetune IoU 0.652, IoU on bolivia 0.708 (unknown;"),
+        ("sen1floods11", "iou", "Presto (s1)", "finetune F1 0.718 (Presto;"),
+        ("eurosat_sar", "acc", "CROMA-B (s1)", "linear 0.875 (CROMA;"),
+    ],
+)
+def test_published_numbers_are_shown_whatever_their_metric(
+    tmp_path: Path, dataset: str, metric: str, model: str, shown: str
+) -> None:
+    write_run(tmp_path / "run", dataset=dataset, model=model, initialisation="weights.pth")
+    file = tmp_path / "run" / "metrics.json"
+    file.write_text(file.read_text().replace('"ap_macro"', f'"{metric}"'))
+    text = as_markdown(build_tables([read_run(file)], read_published(), metric=metric))
+    # beside the run of the same backbone and sensors where there is one
+    assert [line for line in text.splitlines() if line.startswith(f"| {model} ") and shown in line]
 
 
 def test_missing_unfinished_damaged_and_doubled_runs_are_named(tmp_path: Path) -> None:
