@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from sarwmix import registry
 from util import args as groups
 from util.errors import EXIT_PREEMPTED, UserError, run_cli
-from util.files import make_directory, write_json
+from util.files import make_directory, sha256_file, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -54,6 +54,7 @@ RECIPE = (
     "mixup_switch_prob", "mixup_mode", "reprob", "class_weights",
 )  # fmt: skip
 IMAGE_FLAGS = ("reprob", "mixup", "cutmix")
+START_FACTS = ("initialisation", "initialisation_sha256")  # where the weights came from; kept in checkpoints
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -82,7 +83,7 @@ def main() -> int | None:
     args = get_parser().parse_args()
     check_args(args)
 
-    from sarwmix.protocols import Workbench, check_protocol, open_splits
+    from sarwmix.protocols import Workbench, check_protocol, data_facts, open_splits
     from sarwmix.results import Results
     from sarwmix.tasks import ModelSettings, build_task
     from sarwmix.transforms import SarTransform
@@ -151,6 +152,7 @@ def main() -> int | None:
         "dataset": spec.name,
         "model": args.model,
         "head": args.head or task.heads[0],
+        "pool": getattr(model, "pool_used", None),
         "bands": list(spec.bands),
         "classes": list(spec.classes),
         "statistics": args.statistics or spec.default_statistics,
@@ -159,6 +161,8 @@ def main() -> int | None:
         "train_frac": args.train_frac,
         "samples": {name: len(data) for name, data in splits.items()},
         "sample_size": list(splits["test"].shape[1:]),
+        "precision": str(bench.amp_dtype or "float32").removeprefix("torch."),
+        **data_facts(splits, options),
     }
     results = Results(facts, Path(args.output_dir), task, bootstrap=args.bootstrap, seed=args.seed)
     get_logger().info("%s; %s", processes.describe(), results.line("+".join(splits)))
@@ -171,6 +175,8 @@ def main() -> int | None:
         results.evaluate_checkpoint(bench, model, args.resume, protocol=args.protocol)
     else:
         facts["initialisation"] = args.finetune or (f"timm {args.model}" if args.pretrained else "random")
+        if args.finetune and processes.is_main:  # the file may be written again while or after this run trains
+            facts["initialisation_sha256"] = sha256_file(args.finetune)
         if args.pretrained:
             load_timm_weights(model, settings)
         else:
@@ -352,6 +358,7 @@ def train(
     steps = min(TEST_RUN_STEPS, len(loader)) if args.test_run else len(loader)
     selector, stopping = Selector(task.rules()), EarlyStopping(task.primary, args.patience)
     results.facts["trainable_parameters"] = count_trainable(module)
+    results.facts["effective_batch"] = effective
     run = {
         "kind": "finetune",
         "task": task.name,
@@ -392,6 +399,8 @@ def train(
         selector.load_state_dict(resumed.entries["best"])
         stopping.load_state_dict(resumed.entries.get("patience", {}))
         spent = float(resumed.entries["seconds"])
+        # the file may have changed since, and a run may be resumed without naming it
+        results.facts |= {name: resumed.entries[name] for name in START_FACTS if name in resumed.entries}
     else:
         resumed = start_afresh(output_dir, bench.processes, test_run=args.test_run)
     if args.start_epoch is not None:
@@ -426,7 +435,12 @@ def train(
         batch=batch,
         resumed=resumed,
         # the ground that a sample covers, in pixels of the data: scenes are cut into tiles of that size
-        fixed={**run, "args": groups.args_to_dict(args), "sample_size": results.facts["sample_size"]},
+        fixed={
+            **run,
+            "args": groups.args_to_dict(args),
+            "sample_size": results.facts["sample_size"],
+            **{name: results.facts[name] for name in START_FACTS if name in results.facts},
+        },
         model=model,
         trainer=trainer,
         changing=lambda: {

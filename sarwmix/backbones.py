@@ -140,6 +140,12 @@ class TimmEncoder(nn.Module):
         """See `TaskModel.feature_settings`."""
         return f" {self.name} pool={self.pool}"
 
+    @property
+    def pool_used(self) -> str | None:
+        """How a ViT makes one vector, asked for or by timm's choice; None for models that have no such choice."""
+        used = getattr(self.encoder, "global_pool", None)
+        return self.pool or (used if isinstance(used, str) and used else None)
+
     def forward_features(self, images: Tensor) -> Tensor:
         """(B, in_chans, H, W) standardised -> pooled features (B, D), as timm's own classifier would see them."""
         return self.encoder.forward_head(self.encoder.forward_features(images), pre_logits=True)

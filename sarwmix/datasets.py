@@ -172,6 +172,11 @@ class SarDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.names)
 
+    @property
+    def whole(self) -> SarDataset:
+        """The split of which this is a part, or itself."""
+        return self
+
     def identity(self) -> dict[str, str | int]:
         """Plain values that tell whether two runs see the same samples in the same order, whatever the storage."""
         return {
@@ -354,6 +359,10 @@ class SarSubset(SarDataset):
     def all_finite(self) -> bool:
         return self.parent.all_finite
 
+    @property
+    def whole(self) -> SarDataset:
+        return self.parent.whole
+
     def read_into(self, index: int, out: np.ndarray) -> None:
         self.parent.read_into(int(self.positions[index]), out)
 
@@ -449,6 +458,10 @@ class MaskSubset(MaskDataset):
     @property
     def shape(self) -> tuple[int, int, int]:
         return self.parent.shape
+
+    @property
+    def whole(self) -> SarDataset:
+        return self.parent.whole
 
     def read_pair(self, index: int, image: np.ndarray, label: np.ndarray) -> None:
         self.parent.read_pair(int(self.positions[index]), image, label)

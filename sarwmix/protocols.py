@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,6 +27,9 @@ from util.errors import UserError
 from util.files import make_directory
 from util.flops import count_flops
 from util.log import get_logger
+
+# options that say where names and labels stand, or how thoroughly files are checked
+PLACES = ("metadata", "id_col", "lists", "labels", "check")
 
 
 def check_protocol(task: Task, protocol: str, *, head: str | None) -> None:
@@ -80,6 +84,34 @@ def open_splits(
         for name in set(splits) - {"train"}:
             splits[name] = splits[name].subset(np.arange(min(limit, len(splits[name]))))
     return splits
+
+
+def data_facts(splits: Mapping[str, SarDataset], options: Mapping[str, Any]) -> dict[str, Any]:
+    """What tells from metrics.json alone whether two runs saw the same samples and labels.
+
+    Args:
+        splits: those of the run; of a part (label fractions, test runs) the whole split is named, so that seeds agree.
+        options: of the data set, as given; None: not given.
+
+    Returns:
+        ``splits``: for each the number of samples and hashes of their names and labels; ``data_options``: the label set
+        and every option that is not the default. Places of files are left out: the hashes tell what was found there.
+    """
+    found: dict[str, Any] = {}
+    entries: dict[str, dict[str, Any]] = {}
+    spec = next(iter(splits.values())).spec
+    defaults = registry.option_defaults(spec)
+    for name, value in options.items():
+        if name in defaults and name not in PLACES and value is not None and str(value) != str(defaults[name]):
+            found[name] = value
+    for split, part in splits.items():
+        identity = {key: value for key, value in part.whole.identity().items() if key not in ("dataset", "split")}
+        entries[split] = {key: identity.pop(key) for key in ("count", "names_sha256")}
+        found |= identity  # what a data set adds to its identity: the label set
+        if part.whole.labels is not None:
+            labels = np.ascontiguousarray(part.whole.labels)
+            entries[split]["labels_sha256"] = hashlib.sha256(labels.astype(np.int64).tobytes()).hexdigest()
+    return {"splits": entries, "data_options": found}
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -483,6 +484,13 @@ def build_dataset(name: str, data_path: str | Path, split: str, **options: Any) 
     module_name, function_name = builder.split(":")
     build = getattr(importlib.import_module(module_name), function_name)
     return build(spec, root, split, statistics=statistics, on_error=on_error, **given)
+
+
+def option_defaults(spec: DatasetSpec) -> dict[str, Any]:
+    """What the builder of a data set takes for each option that is not given."""
+    module_name, function_name = spec.builder.split(":")
+    parameters = inspect.signature(getattr(importlib.import_module(module_name), function_name)).parameters
+    return {name: parameters[name].default for name in spec.options}
 
 
 def is_packed(path: str | Path) -> bool:

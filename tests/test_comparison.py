@@ -9,7 +9,11 @@ from typing import Any
 
 import pytest
 
+import main_finetune
 from sarwmix.comparison import (
+    FACT_ARGS,
+    IRRELEVANT_ARGS,
+    METRIC_LABELS,
     NOT_OURS,
     Published,
     as_latex,
@@ -97,6 +101,128 @@ def test_what_is_not_like_for_like_is_marked_and_never_averaged(tmp_path: Path) 
     assert "Not like for like: [a]" in as_markdown([table])
 
 
+@pytest.mark.parametrize(
+    ("flag", "value", "note"),
+    [
+        ("class_weights", [0.1, 0.5], "class_weights 0.1, 0.5 instead of not given"),
+        ("min_lr", 1e-5, "min_lr 1e-05 instead of not given"),
+        ("clip_grad", 1.0, "clip_grad 1 instead of not given"),
+        ("feature_cache", "none", "feature_cache none instead of not given"),
+        ("amp", "bf16", "amp bf16 instead of not given"),
+        ("mixup_prob", 0.5, "mixup_prob 0.5 instead of not given"),
+        ("smoothing", 0.1, "smoothing 0.1 instead of not given"),
+        ("adapt_bands", True, "adapt_bands True instead of not given"),
+        ("data_option", ["seed=1"], "data_options data_option seed=1 instead of none"),
+        ("label_set", "igbp", "data_options label_set igbp instead of none"),
+        ("data_path", "other", "splits not recorded, data in other instead of not recorded"),
+        ("a_flag_of_next_year", 3, "a_flag_of_next_year 3 instead of not given"),
+    ],
+)
+def test_every_flag_counts_unless_it_is_listed(tmp_path: Path, flag: str, value: Any, note: str) -> None:
+    runs = [write_run(tmp_path / str(seed), seed=seed) for seed in range(2)]
+    runs.append(write_run(tmp_path / "other", seed=2, args={flag: value}))
+    (table,) = build_tables([read_run(run) for run in runs])
+    assert [row.cells["linear"].seeds for row in table.rows] == [[0, 1], [2]]
+    assert note in table.notes.values()
+
+
+def test_flags_that_change_no_result_do_not_count(tmp_path: Path) -> None:
+    others = [
+        {"output_dir": "x", "num_workers": 3, "resume": "auto", "save_minutes": 5.0, "device": "cuda"},
+        {"class_weights": None, "adapt_bands": False, "data_option": [], "feature_cache": "somewhere"},  # all off
+        {"optimizer": "sgd"},
+        {"optimizer": None},
+    ]
+    runs = [write_run(tmp_path / str(seed), seed=seed, args=args) for seed, args in enumerate(others)]
+    recipes = [read_run(run).recipe for run in runs]
+    assert recipes[0] == recipes[1]
+    assert recipes[2] == recipes[3]
+    assert recipes[2]["optimizer"] == "sgd"
+    # nothing is listed that the script does not have, say after a flag got another name
+    assert vars(main_finetune.get_parser().parse_args(["--data_path", "x"])).keys() >= IRRELEVANT_ARGS | FACT_ARGS
+
+
+def test_what_the_run_measured_replaces_what_was_asked_for(tmp_path: Path) -> None:
+    """amp auto is bf16 on one machine and float32 on another; equal batches differ with the number of processes."""
+    runs = [
+        write_run(tmp_path / "a", args={"amp": "auto"}, precision="float32", effective_batch=64),
+        write_run(tmp_path / "b", seed=1, args={"amp": "off"}, precision="float32", effective_batch=64),
+        write_run(tmp_path / "c", seed=2, args={"amp": "auto"}, precision="bfloat16", effective_batch=64),
+        write_run(tmp_path / "d", seed=3, args={"amp": "auto"}, precision="float32", effective_batch=512),
+    ]
+    (table,) = build_tables([read_run(run) for run in runs])
+    assert [row.cells["linear"].seeds for row in table.rows] == [[0, 1], [2], [3]]
+    assert {"amp bfloat16 instead of float32", "effective_batch 512 instead of 64"} <= set(table.notes.values())
+
+
+def test_other_labels_or_samples_never_share_a_cell_or_a_row(tmp_path: Path) -> None:
+    def facts(label_set: str, names: str) -> dict[str, Any]:
+        splits = {name: {"count": 20, "names_sha256": names} for name in ("train", "test")}
+        return {"splits": splits, "data_options": {"label_set": label_set, "no_savanna": 0}}
+
+    runs = [
+        write_run(tmp_path / "a", **facts("dfc", "1")),
+        write_run(tmp_path / "b", seed=1, **facts("dfc", "1"), args={"data_path": "packed", "label_set": "dfc"}),
+        write_run(tmp_path / "c", seed=2, **facts("igbp", "1")),
+        write_run(tmp_path / "d", seed=3, **facts("dfc", "2")),
+        write_run(tmp_path / "e", seed=4),  # of an earlier version: cannot be told to be the same
+        write_run(tmp_path / "f", protocol="finetune", **facts("igbp", "1")),
+    ]
+    (table,) = build_tables([read_run(run) for run in runs])
+    found = [{name: cell.seeds for name, cell in row.cells.items()} for row in table.rows]
+    assert found == [{"linear": [0, 1]}, {"linear": [2], "finetune": [0]}, {"linear": [3]}, {"linear": [4]}]
+    notes = table.notes.values()
+    assert "data_options label_set igbp, no_savanna 0 instead of label_set dfc, no_savanna 0" in notes
+    assert len([note for note in notes if note.startswith("splits ")]) == 2
+    marked = [bool(table.marks.get(id(cell))) for row in table.rows for cell in row.cells.values()]
+    assert marked == [False, True, True, True, True]
+    assert "data_options label_set dfc, no_savanna 0" in as_markdown([table])
+
+
+def test_poolings_are_encoders_of_their_own(tmp_path: Path) -> None:
+    runs = [
+        write_run(tmp_path / "a", model="vit", pool="token", args={"pool": None}),
+        write_run(tmp_path / "b", model="vit", pool="token", args={"pool": "token"}, seed=1),
+        write_run(tmp_path / "c", model="vit", pool="avg", args={"pool": "avg"}, seed=2),
+        write_run(tmp_path / "d", model="old", args={"pool": "token"}),  # metrics.json of an earlier version
+        write_run(tmp_path / "e", model="old", args={"pool": "avg"}, seed=1),
+    ]
+    (table,) = build_tables([read_run(run) for run in runs])
+    assert [(row.encoder, row.cells["linear"].seeds) for row in table.rows] == [
+        ("vit", [0, 1]),
+        ("vit + avg", [2]),
+        ("old + token", [0]),
+        ("old + avg", [1]),
+    ]
+
+
+def test_starts_are_told_apart_by_content(tmp_path: Path) -> None:
+    for name, content in (("A", b"one"), ("B", b"two"), ("C", b"one")):
+        (tmp_path / name / "pretrain").mkdir(parents=True)
+        (tmp_path / name / "pretrain/checkpoint.pth").write_bytes(content)
+    starts = [str(tmp_path / name / "pretrain/checkpoint.pth") for name in ("A", "B", "C", "gone")]
+    runs = [write_run(tmp_path / f"run{i}", seed=i, initialisation=start) for i, start in enumerate(starts)]
+    (table,) = build_tables([read_run(run) for run in runs])
+    assert [(row.start, row.cells["linear"].seeds) for row in table.rows] == [
+        ("A/pretrain/checkpoint.pth", [0, 2]),  # C is a copy
+        ("B/pretrain/checkpoint.pth", [1]),
+        ("gone/pretrain/checkpoint.pth", [3]),
+    ]
+    alone = build_tables([read_run(runs[0])])
+    assert alone[0].rows[0].start == "pretrain/checkpoint.pth"
+
+    # the file was written again between two runs, which recorded what they read
+    again = [
+        write_run(tmp_path / f"again{i}", seed=i, initialisation=starts[0], initialisation_sha256=digest * 8)
+        for i, digest in enumerate(("0123abcd", "4567abcd"))
+    ]
+    (table,) = build_tables([read_run(run) for run in again])
+    assert [row.start for row in table.rows] == [
+        "pretrain/checkpoint.pth (content 0123abcd)",
+        "pretrain/checkpoint.pth (content 4567abcd)",
+    ]
+
+
 def published(**changes: Any) -> Published:
     entry = {
         **{"dataset": "benv2", "bands": "s1", "protocol": "finetune", "model": "resnet50", "start": "random"},
@@ -121,7 +247,8 @@ def test_published_numbers_have_their_own_column_and_are_never_ours(tmp_path: Pa
     (table,) = build_tables(runs, others)
     lines = as_markdown([table]).splitlines()
     assert lines[2] == f"| encoder | start | knn | finetune | {NOT_OURS} |"
-    assert lines[4] == "| resnet50 | random | - | 0.300 | finetune 0.628 (random; model card) |"
+    # a number of another metric is named, so that it is neither lost nor mistaken for one of this metric
+    assert lines[4] == "| resnet50 | random | - | 0.300 | finetune 0.628, micro AP 0.800 (random; model card) |"
     assert lines[5] == "| mixmim_tiny | random | 0.200 | - | - |"
     assert lines[6] == "| mobilevit_s (s1) | random | - | - | finetune 0.631 (random; model card) |"
     assert lines[7] == "| resnet50 (all) | random | - | - | finetune 0.703 (random; model card) |"
@@ -129,19 +256,71 @@ def test_published_numbers_have_their_own_column_and_are_never_ours(tmp_path: Pa
     records = as_records([table])
     ours = [record for record in records if record["origin"] == "ours"]
     assert {record["metric"] for record in ours} == {"ap_macro", "ap_micro"}
-    assert [record["mean"] for record in records if record["origin"] == NOT_OURS] == [0.6284, 0.6312, 0.7033]
+    shown = [(record["metric"], record["mean"]) for record in records if record["origin"] == NOT_OURS]
+    assert shown == [("ap_macro", 0.6284), ("ap_micro", 0.8), ("ap_macro", 0.6312), ("ap_macro", 0.7033)]
     (micro,) = build_tables(runs, others, metric="ap_micro")
-    assert "finetune 0.800 (random; model card)" in as_markdown([micro])
+    assert "finetune 0.800, macro AP 0.628 (random; model card)" in as_markdown([micro])
+
+
+def test_published_numbers_stand_beside_their_label_fraction_and_name_their_split(tmp_path: Path) -> None:
+    runs = [
+        read_run(write_run(tmp_path / "a", model="resnet50", train_frac=1.0)),
+        read_run(write_run(tmp_path / "b", model="resnet50", train_frac=0.5)),
+    ]
+    others = [
+        published(value=0.7),
+        published(value=0.6, train_frac=0.5),
+        published(value=0.5, train_frac=0.25),
+        published(model="x", bands="s2", metric="iou", value=0.4, split="bolivia"),
+        published(model="y", metric="iou", value=0.3),
+    ]
+    (table,) = build_tables(runs, others)
+    cells = [line.split(" | ")[-1] for line in as_markdown([table]).splitlines()[4:8]]
+    assert cells == [
+        "finetune 0.700 (random; model card) |",
+        "finetune 0.600 (50 % of the labels; random; model card) |",
+        "finetune IoU 0.300 (random; model card) |",  # the same sensors before others
+        "finetune IoU on bolivia 0.400 (random; model card) |",
+    ]
 
 
 def test_the_repository_s_published_numbers_can_be_read() -> None:
     rows = read_published()
     assert all(row.source and row.metric and 0 < row.value <= 100 for row in rows)
     keyed = [(row.dataset, row.bands, row.protocol, row.model, row.start, row.train_frac, row.metric) for row in rows]
-    assert len(set(keyed)) == len(keyed)
-    by_key = {key: row.value for key, row in zip(keyed, rows, strict=True)}
+    with_split = [(*key, row.split) for key, row in zip(keyed, rows, strict=True)]
+    assert len(set(with_split)) == len(with_split)
+    by_key = {key: row.value for key, row in zip(keyed, rows, strict=True) if row.split == "test"}
     assert by_key["benv2", "s1", "finetune", "mobilevit_s", "random", 1.0, "ap_macro"] == 0.6312
     assert by_key["eurosat_sar", "s1", "finetune", "vit_huge_patch14_224", "FG-MAE", 1.0, "aacc"] == 0.431
+    assert by_key["benv2", "s1", "finetune", "mixmim_base", "random", 0.125, "f1_micro"] == 0.5977
+    assert by_key["benv2", "s1", "frozen", "CROMA-B", "CROMA", 0.05, "ap_micro"] == 0.708
+    # a metric that no run has and that has no name could be mistaken for another one
+    assert {row.metric for row in rows} <= METRIC_LABELS.keys()
+    # as our runs report them: accuracy of pairs in %, everything else as a fraction
+    assert all((row.value > 1) == (row.dataset == "sen12flood") for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "metric", "model", "shown"),
+    [
+        ("benv1", "ap_macro", "vit_small_patch16_224", "linear micro AP 0.699, F1 0.582 (FG-MAE; FG-MAE (arXiv"),
+        ("sen1floods11", "miou", "Attention U-Net (s1)", "finetune IoU 0.672 (random; Yadav 2022)"),
+        ("sen1floods11", "miou", "Galileo-B (s1)", "linear 0.794 (Galileo;"),
+        ("sen1floods11", "miou", "SegFormer-B2 (s1)", "finetune IoU 0.652, IoU on bolivia 0.708 (unknown;"),
+        ("sen1floods11", "iou", "Presto (s1)", "finetune F1 0.718 (Presto;"),
+        ("eurosat_sar", "acc", "CROMA-B (s1)", "linear 0.875 (CROMA;"),
+    ],
+)
+def test_published_numbers_are_shown_whatever_their_metric(
+    tmp_path: Path, dataset: str, metric: str, model: str, shown: str
+) -> None:
+    write_run(tmp_path / "run", dataset=dataset, model=model, initialisation="weights.pth")
+    file = tmp_path / "run" / "metrics.json"
+    file.write_text(file.read_text().replace('"ap_macro"', f'"{metric}"'))
+    text = as_markdown(build_tables([read_run(file)], read_published(), metric=metric))
+    # beside the run of the same backbone and sensors where there is one
+    assert [line for line in text.splitlines() if line.startswith(f"| {model} ") and shown in line]
 
 
 def test_missing_unfinished_damaged_and_doubled_runs_are_named(tmp_path: Path) -> None:

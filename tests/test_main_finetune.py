@@ -26,6 +26,7 @@ from tests.conftest import ROOT, Runner, clean_environment
 from tests.test_bigearthnet import write_csv, write_zarr
 from util.checkpoint import load_checkpoint, save_checkpoint
 from util.errors import EXIT_PREEMPTED, UserError
+from util.files import sha256_file
 from util.training import Trainer
 
 Script = Callable[..., None]
@@ -62,7 +63,9 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_a_run_leaves_what_the_guide_says(script: Script, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_leaves_what_the_guide_says(
+    script: Script, tmp_path: Path, demo_root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     script(*TRAIN, "--bootstrap", 10, "--mixup", 0.8, "--cutmix", 1.0, "--smoothing", 0.1, "--reprob", 0.2)
     output, run = capsys.readouterr().out, tmp_path / "run"
 
@@ -93,6 +96,12 @@ def test_a_run_leaves_what_the_guide_says(script: Script, tmp_path: Path, capsys
     result = metrics_of(run)
     assert result["initialisation"] == "random"
     assert result["samples"] == {"train": 64, "val": 24, "test": 8}
+    assert (result["pool"], result["precision"], result["effective_batch"]) == (None, "float32", 16)
+    assert result["data_options"] == {}
+    for split, entry in result["splits"].items():
+        data = build_dataset("demo", demo_root, split)
+        assert entry["names_sha256"] == data.identity()["names_sha256"]
+        assert len(entry["labels_sha256"]) == 64
     assert set(result["results"]) == {"checkpoint_best.pth", "checkpoint_best_default.pth", "checkpoint_best_mbr.pth"}
     best = result["results"]["checkpoint_best.pth"]
     assert best["epoch"] == result["best_epoch"] == int(lines[start].rsplit(" ", 1)[1])
@@ -203,6 +212,19 @@ def test_only_epochs_whose_weights_are_there_are_reported(
         script(*options, "--resume", "auto")
 
 
+def test_a_resumed_run_keeps_its_start(script: Script, tmp_path: Path, pretrained: Path) -> None:
+    """The checkpoint that it is resumed from knows it, whatever has become of the file, and whether named or not."""
+    start = tmp_path / "pretrained.pth"
+    shutil.copy(pretrained, start)
+    options = (*TRAIN, "--epochs", 2, "--warmup_epochs", 0)
+    script(*options, "--finetune", start, "--stop_epoch", 1)
+    start.unlink()
+    script(*options, "--resume", tmp_path / "run" / "checkpoint.pth")
+    result = metrics_of(tmp_path / "run")
+    assert result["initialisation"] == str(start)
+    assert result["initialisation_sha256"] == sha256_file(pretrained)
+
+
 def test_frozen_protocols_share_cached_features(
     script: Script, tmp_path: Path, pretrained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -217,6 +239,9 @@ def test_frozen_protocols_share_cached_features(
     script("--protocol", "frozen", "--epochs", 2, "--batch_size", 16, *cache, out="frozen")
     script("--protocol", "knn", *cache, "--seed", 3, "--train_frac", 0.5, out="half")
     assert len((tmp_path / "half" / "train_ids.txt").read_text().splitlines()) == 32
+    # the seed decides which half: named is the split that it was taken from, or no two seeds could be averaged
+    assert metrics_of(tmp_path / "half")["splits"] == metrics_of(tmp_path / "knn")["splits"]
+    assert metrics_of(tmp_path / "half")["initialisation_sha256"] == sha256_file(pretrained)
     for run in ("knn", "linear", "lbfgs", "frozen", "half"):
         result = metrics_of(tmp_path / run)
         for entry in result["results"].values():

@@ -71,6 +71,9 @@ def test_train_resume_evaluate(script: Script, tmp_path: Path, dataset: str) -> 
     choice["no_savanna"] = True if "--no_savanna" in options else None
     test = build_dataset(dataset, root, "test", **choice)
     assert metrics["bands"] == list(test.spec.bands)
+    assert metrics["splits"]["test"]["names_sha256"] == test.identity()["names_sha256"]
+    used = {"dfc2020": {"label_set": "igbp", "no_savanna": 1}, "satlas": {"val_frac": 0.4}}
+    assert metrics["data_options"] == used.get(dataset, {})
     scalars = metrics["results"]["checkpoint_best.pth"]["test"]["scalars"]
     with np.load(tmp_path / "run/predictions_test.npz") as arrays:
         found = {key: arrays[key] for key in arrays.files}
