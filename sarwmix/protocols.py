@@ -15,7 +15,15 @@ from torch import nn
 from engine_finetune import Evaluation, evaluate, extract_features
 from sarwmix import registry
 from sarwmix.datasets import IGNORED, MaskDataset, SarDataset, UnreadableSample
-from sarwmix.features import FeatureDataset, feature_key, feature_path, knn_scores, load_features, save_features
+from sarwmix.features import (
+    FeatureDataset,
+    feature_key,
+    feature_path,
+    knn_scores,
+    load_features,
+    pixel_fingerprint,
+    save_features,
+)
 from sarwmix.features import whole_split as all_of
 from sarwmix.label_fraction import take_fraction
 from sarwmix.loader import Loader, build_loader
@@ -143,6 +151,7 @@ class Workbench:
         num_workers: reading processes of each training process.
         pin_memory: page-locked batches.
         cache: where the images of the training split are kept, see `sarwmix.loader.build_loader`.
+        options: of the data set; cached features belong to them.
         said: splits whose skipped samples have been named.
     """
 
@@ -157,6 +166,7 @@ class Workbench:
     num_workers: int = 0
     pin_memory: bool = False
     cache: str = "none"
+    options: Mapping[str, Any] = field(default_factory=dict)
     said: set[str] = field(default_factory=set)
 
     @property
@@ -225,10 +235,16 @@ class Workbench:
     def _features(self, model: nn.Module, split: str, cache: Path) -> FeatureDataset:
         assert self.transform is not None
         data = self.splits[split]
+        facts = {
+            **data.identity(),
+            "bands": list(data.spec.bands),
+            "preprocessing": data.spec.preprocessing.as_dict(),
+            "options": sorted((name, str(value)) for name, value in self.options.items() if value is not None),
+            "pixels": pixel_fingerprint(data),
+        }
         key = feature_key(
             model,
-            # the usual preprocessing leaves no trace, so that features cached before there was another one stay valid
-            data.identity() | {key: data.provenance()[key] for key in ("preprocessing",) if key in data.provenance()},
+            facts,
             data.statistics.as_dict(),
             input_size=self.transform.size,
             precision=str(self.amp_dtype or torch.float32),

@@ -167,6 +167,20 @@ def test_real_chips_beat_the_threshold(tmp_path: Path, monkeypatch: pytest.Monke
     assert result["network"]["iou"] > result["otsu"]["iou"] + 0.15
 
 
+@pytest.mark.parametrize("dataset", ["eurosat_sar", "sen12flood"])
+def test_the_test_split_does_not_choose_the_regularisation(script: Script, tmp_path: Path, dataset: str) -> None:
+    with pytest.raises(UserError, match=f"lbfgs chooses C on a validation split, which {dataset} .* --val_frac 0.1"):
+        script(dataset, tmp_path / "nowhere", "--protocol", "linear", "--probe_solver", "lbfgs")
+
+
+def test_lbfgs_probe_with_a_validation_part(script: Script, tmp_path: Path) -> None:
+    make_neighbour_data("eurosat_sar", tmp_path / "data", samples=6)
+    options = ("--input_size", 64, "--protocol", "linear", "--probe_solver", "lbfgs", "--val_frac", 0.3)
+    metrics = script("eurosat_sar", tmp_path / "data", *options)
+    assert len(metrics["c_sweep"]) == 8
+    assert set(metrics["samples"]) == {"train", "val", "test"}
+
+
 def overwrite(path: Path, value: float) -> None:
     """Give all pixels of a raster one value."""
     with rasterio.open(path, "r+") as file:
