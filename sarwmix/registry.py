@@ -707,7 +707,7 @@ register(
         size=256,
         builder="sarwmix.dfc2020:build",
         description="DFC2020 / SEN12MS land cover: 256 px Sentinel-1 patches with label maps",
-        options=("label_set", "no_savanna", "val_frac", "seed", "check"),
+        options=("label_set", "no_savanna", "val_frac", "seed", "test_folder", "check"),
         band_sets={"s1": BANDS},
         class_options={"no_savanna": ("savanna",)},
         preprocessing=Preprocessing("clip", clip=(-25.0, 0.0), geometry="window"),
