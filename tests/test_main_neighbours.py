@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -165,6 +166,25 @@ def test_real_chips_beat_the_threshold(tmp_path: Path, monkeypatch: pytest.Monke
     result = json.loads((tmp_path / "result.json").read_text())["chips"]["all"]
     assert result["otsu"]["iou"] == pytest.approx(0.409, abs=0.005)
     assert result["network"]["iou"] > result["otsu"]["iou"] + 0.15
+
+
+def test_reben_recipe_standardises_as_published() -> None:
+    """Without the option the data set's own default would be used."""
+    text = (Path(__file__).resolve().parents[1] / "docs/backbones.md").read_text().replace("\\\n", " ")
+    (line,) = (line for line in text.splitlines() if "--dataset benv2" in line and "--model resnet50" in line)
+    args = main_finetune.get_parser().parse_args(shlex.split(line, comments=True)[2:])
+    statistics = get_spec(args.dataset, args.bands).statistics[args.statistics]
+    assert dict(zip(("VH", "VV"), zip(statistics.mean, statistics.std, strict=True), strict=True)) == {
+        "VV": (-12.6439, 5.1335),
+        "VH": (-19.3526, 5.5905),
+    }
+
+
+def test_help_says_which_seed_cuts_splits(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main_finetune.get_parser().parse_args(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "not of how a data set is cut into splits: that is --data_option seed=N" in said
 
 
 @pytest.mark.parametrize("dataset", ["eurosat_sar", "sen12flood"])
