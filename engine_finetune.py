@@ -98,11 +98,13 @@ class Evaluation:
         split: the split's name.
         outputs: what the task keeps of each sample, arrays (N, ...).
         names: N sample names.
+        skipped: names of samples that count nothing, because their image has no valid pixel.
     """
 
     split: str
     outputs: dict[str, np.ndarray]
     names: Sequence[str]
+    skipped: tuple[str, ...] = ()
 
 
 @torch.no_grad()
@@ -155,7 +157,8 @@ def evaluate(
                 f"{shown}. If these are all samples, the weights are damaged (lower --lr and train again); if they are "
                 "a few, look at their pixels; --amp off rules out the precision"
             )
-    return Evaluation(split, outputs, names)
+    skipped = np.flatnonzero(outputs.pop("skipped", np.empty(0)))
+    return Evaluation(split, outputs, names, tuple(names[int(i)] for i in skipped))
 
 
 def gather_in_order(

@@ -146,6 +146,7 @@ def main() -> int | None:
         num_workers=args.num_workers,
         pin_memory=args.pin_mem and processes.device.type == "cuda",
         cache=args.cache,
+        options=options,
     )
     facts = {
         "protocol": args.protocol if args.probe_solver == "sgd" else f"{args.protocol} ({args.probe_solver})",
@@ -218,9 +219,12 @@ def task_options(
     }
     if spec.task == "pair":
         return own | {"val_frac": args.val_frac}
-    # Published splits without a validation part: the best epoch is selected on test unless a part is held out.
-    without_val = "val_frac" in spec.options and options.get("val_frac") is None
-    return own | {"select_on": "test" if without_val else None}
+    return own | {"select_on": "test" if selects_on_test(spec, options) else None}
+
+
+def selects_on_test(spec: registry.DatasetSpec, options: Mapping[str, object]) -> bool:
+    """Published splits without a validation part: test selects the best epoch unless a part of train is held out."""
+    return "val_frac" in spec.options and options.get("val_frac") is None
 
 
 def check_args(args: argparse.Namespace) -> None:
@@ -262,6 +266,11 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError(f"--drop_rate has no place in --protocol {args.protocol}; leave it out")
     if args.probe_solver == "lbfgs" and args.protocol != "linear":
         raise UserError(f"--probe_solver lbfgs belongs to --protocol linear, not to {args.protocol}")
+    if args.probe_solver == "lbfgs" and selects_on_test(registry.get_spec(args.dataset), data_options(args)):
+        raise UserError(
+            f"--probe_solver lbfgs chooses C on a validation split, which {args.dataset} does not have of its own; "
+            "give --val_frac 0.1, which holds out a tenth of train"
+        )
     groups.check_epochs(args)
 
 

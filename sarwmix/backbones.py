@@ -15,6 +15,7 @@ import difflib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from models_mixmim import MODELS, MixMIMEncoder, encoder_config
@@ -117,6 +118,7 @@ class TimmEncoder(nn.Module):
         pool: ``token`` or ``avg`` where asked for, else None: the model's usual pooling.
         stages: entries of the encoder's intermediate outputs that make up `feature_pyramid`.
         blocks: ... that make up `last_blocks`.
+        normed: whether the model can put its last norm on intermediate outputs (Hiera cannot).
     """
 
     def __init__(self, settings: ModelSettings, *, for_pixels: bool) -> None:
@@ -129,11 +131,13 @@ class TimmEncoder(nn.Module):
         self.channels, reductions = _intermediate_outputs(self.encoder)
         self.stages = pyramid_stages(reductions)
         self.blocks = last_four(reductions)
+        self.normed = True
         if for_pixels:
             if not self.channels:
                 raise UserError(f"{self.name} gives no intermediate features; choose another --model for segmentation")
             # Layers behind the last map would be trained by nothing.
             self.encoder.prune_intermediate_layers(len(self.channels) - 1, prune_norm=False, prune_head=True)
+            self._try_maps(settings.input_size)
 
     @property
     def feature_settings(self) -> str:
@@ -167,9 +171,31 @@ class TimmEncoder(nn.Module):
     def _intermediates(self, images: Tensor, indices: Sequence[int]) -> list[Tensor]:
         wanted = sorted(set(indices))
         maps = self.encoder.forward_intermediates(
-            images, indices=wanted, norm=True, output_fmt="NCHW", intermediates_only=True
+            images, indices=wanted, norm=self.normed, output_fmt="NCHW", intermediates_only=True
         )
         return [maps[wanted.index(index)] for index in indices]
+
+    @torch.no_grad()
+    def _try_maps(self, input_size: int) -> None:
+        """Ask for maps once, so that a model that gives none says so before training.
+
+        Raises:
+            UserError: names the model and what timm says.
+        """
+        images = torch.zeros(1, self.in_chans, input_size, input_size)
+        self.encoder.eval()
+        for self.normed in (True, False):
+            try:
+                self._intermediates(images, (*self.stages, *self.blocks))
+                break
+            except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+                if self.normed and "norm" in str(error):
+                    continue
+                raise UserError(
+                    f"{self.name} gives no maps of images of {input_size} px ({error}); choose another --input_size, "
+                    "or another --model for segmentation"
+                ) from error
+        self.encoder.train()
 
     def compile_blocks(self, backend: str | Callable[..., Any] = "inductor") -> None:
         """torch.compile the encoder's ways to features; its ``forward`` is not one of them."""

@@ -20,6 +20,7 @@ from util.errors import UserError
 
 Replaced = list[tuple[str, str]]
 MAX_TRIES = 8  # neighbours tried for an unreadable sample before giving up
+IGNORED = 255  # in label maps: the pixel counts neither in the loss nor in a metric
 
 
 class UnreadableSample(UserError):
@@ -39,6 +40,10 @@ class UnreadableSample(UserError):
 
     def __reduce__(self) -> tuple[type[UnreadableSample], tuple[str, str, str]]:
         return type(self), (self.name, self.path, self.reason)
+
+
+class NoValidPixel(UnreadableSample):
+    """A sample whose files are in order, but one of its bands holds no valid pixel at all."""
 
 
 class NameList(Sequence[str]):
@@ -260,7 +265,7 @@ class SarDataset(torch.utils.data.Dataset):
         bad = self.read_many(indices, out)
         if not bad:
             return indices, []
-        if self.on_error == "raise":
+        if self.on_error != "replace":
             raise bad[0][1]
         used = indices.copy()
         replaced: Replaced = []
@@ -374,6 +379,10 @@ class MaskDataset(SarDataset):
     """Images with a label map each: batches hold ``label`` uint8 (B, H, W), class numbers and 255 for ignored pixels.
 
     A subclass implements :meth:`read_pair`. A sample whose image or map cannot be used counts as one unreadable sample.
+
+    With ``on_error="skip"``, for evaluations, an image without any valid pixel is delivered as NaN with a map that is
+    ignored everywhere, so that it counts in no metric, and batches hold ``skipped`` uint8 (B,), 1 for such samples;
+    other unreadable samples are errors.
     """
 
     def __init__(
@@ -408,18 +417,23 @@ class MaskDataset(SarDataset):
         indices = np.asarray(indices, dtype=np.int64)
         images = np.empty((len(indices), *self.shape), dtype=np.float32) if out is None else out
         labels = np.empty((len(indices), *self.shape[1:]), dtype=np.uint8)
+        skipped = np.zeros(len(indices), dtype=np.uint8)
         used = indices.copy()
         replaced: Replaced = []
         for position, index in enumerate(indices):
             used[position], error = self._read_or_replace(int(index), images[position], labels[position])
-            if error is not None:
+            if error is not None and self.on_error == "skip":
+                skipped[position] = 1
+            elif error is not None:
                 replaced.append((error.name, f"{error.path}: {error.reason}"))
         batch = self.make_batch(torch.from_numpy(images), used, replaced)
         batch["label"] = torch.from_numpy(labels)
+        if self.on_error == "skip":
+            batch["skipped"] = torch.from_numpy(skipped)
         return batch
 
     def _read_or_replace(self, index: int, image: np.ndarray, label: np.ndarray) -> tuple[int, UnreadableSample | None]:
-        """Read a sample, or its next readable neighbour; returns what was read and the error of the sample itself."""
+        """Read a sample, or what stands for it; returns what was read and the error of the sample itself."""
         first: UnreadableSample | None = None
         for step in range(min(MAX_TRIES, len(self) - 1) + 1):
             chosen = (index + step) % len(self)
@@ -427,7 +441,10 @@ class MaskDataset(SarDataset):
                 self.read_pair(chosen, image, label)
                 return chosen, first
             except UnreadableSample as error:
-                if self.on_error == "raise":
+                if self.on_error == "skip" and isinstance(error, NoValidPixel):
+                    image[...], label[...] = np.nan, IGNORED
+                    return chosen, error
+                if self.on_error != "replace":
                     raise
                 first = first or error
         assert first is not None
@@ -476,7 +493,7 @@ def finish_image(image: np.ndarray, name: str, path: str | Path | Callable[[], s
         path: Its file or place, or a function that tells it (called only for the error).
 
     Raises:
-        UnreadableSample: A band holds no valid pixel.
+        NoValidPixel: A band holds no valid pixel.
     """
     finite = np.isfinite(image)
     if finite.all():
@@ -485,4 +502,4 @@ def finish_image(image: np.ndarray, name: str, path: str | Path | Callable[[], s
     empty = ~finite.reshape(len(image), -1).any(axis=1)
     if empty.any():
         place = path() if callable(path) else path
-        raise UnreadableSample(name, place, f"no valid pixel in band {int(np.flatnonzero(empty)[0])} (all NaN)")
+        raise NoValidPixel(name, place, f"no valid pixel in band {int(np.flatnonzero(empty)[0])} (all NaN)")

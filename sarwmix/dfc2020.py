@@ -1,9 +1,9 @@
 """DFC2020 / SEN12MS land cover: Sentinel-1 patches of 256 px with label maps of 10 classes.
 
-Layout: ``ROIs0000_{autumn,spring,winter,summer}/{s1,dfc,lc}_<place>/*.tif`` for training, ``{s1,dfc,lc}_0/*.tif`` (in
-``data_path``, ``ROIs0000_validation`` or ``ROIs0000_test``) for evaluation. Image ``..._s1_<place>_p<n>.tif`` goes
-with label ``..._dfc_<place>_p<n>.tif`` (hand-made, values 1 to 10) or ``..._lc_...`` (MODIS, 17 IGBP classes in
-band 1).
+Layout: ``ROIs0000_{autumn,spring,winter,summer}/{s1,dfc,lc}_<place>/*.tif`` for training, ``{s1,dfc,lc}_0/*.tif`` for
+evaluation, in the first of ``data_path``, ``ROIs0000_validation`` and ``ROIs0000_test`` that has them. Image
+``..._s1_<place>_p<n>.tif`` goes with label ``..._dfc_<place>_p<n>.tif`` (hand-made, values 1 to 10) or ``..._lc_...``
+(MODIS, 17 IGBP classes in band 1).
 
 The two label sets overlap in their values but mean different things, so that files of the other set are refused by
 their values; published runs have mixed them and lost two thirds of their score.
@@ -11,7 +11,7 @@ their values; published runs have mixed them and lost two thirds of their score.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,8 +30,10 @@ from sarwmix.rasters import (
 )
 from sarwmix.registry import DatasetSpec, EmptySplit, Statistics, parse_split, parse_switch
 from util.errors import UserError
+from util.log import get_logger
 
 SEASONS = ("autumn", "spring", "winter", "summer")
+TOP = "."
 TEST_PLACES = ("", "ROIs0000_validation", "ROIs0000_test")
 S1_ORDER = ("VV", "VH")
 IGNORED = 255
@@ -141,8 +143,8 @@ class Dfc2020(MaskDataset):
             )
 
 
-def find_images(data_path: Path) -> tuple[list[str], list[str]]:
-    """Sentinel-1 files of the seasons and of the evaluation folder, as names.
+def find_images(data_path: Path) -> tuple[list[str], dict[str, list[str]]]:
+    """Sentinel-1 files of the seasons, and of each evaluation folder that is there, as names.
 
     Raises:
         UserError: The layout does not match.
@@ -158,14 +160,51 @@ def find_images(data_path: Path) -> tuple[list[str], list[str]]:
         if place.is_dir() and place.name.startswith("s1_")
         for file in list_files(place)
     ]
-    test: list[str] = []
+    tests = {}
     for place in TEST_PLACES:
-        test += [f"{place + '/' if place else ''}s1_0/{file.stem}" for file in list_files(root / place / "s1_0")]
-    if not train and not test:
+        found = [f"{place + '/' if place else ''}s1_0/{file.stem}" for file in list_files(root / place / "s1_0")]
+        if found:
+            tests[place or TOP] = found
+    if not train and not tests:
         raise UserError(
             f"{root} does not hold DFC2020: there is neither ROIs0000_{{{','.join(SEASONS)}}}/s1_*/*.tif nor s1_0/*.tif"
         )
-    return train, test
+    return train, tests
+
+
+def choose_test(tests: Mapping[str, Sequence[str]], test_folder: str | None, data_path: Path) -> list[str]:
+    """The patches of one evaluation folder; several hold much the same patches, which must not count twice.
+
+    Args:
+        tests: Names of the patches by folder, the preferred one first; may be empty.
+        test_folder: The wanted one, or None for the first.
+        data_path: For messages.
+
+    Raises:
+        UserError: The wanted one is not there.
+    """
+    if test_folder is not None and test_folder not in tests:
+        raise UserError(
+            f"option test_folder is {test_folder!r}; {data_path} has evaluation patches (s1_0) in "
+            f"{', '.join(tests) or 'no folder'} (. is {data_path} itself)"
+        )
+    if not tests:
+        return []
+    chosen = test_folder or next(iter(tests))
+    stems = {name.rpartition("/")[2] for name in tests[chosen]}
+    for other, found in tests.items():
+        if other != chosen:
+            get_logger().warning(
+                "dfc2020 test: %d patches of %s/s1_0; %d of %s/s1_0 are left out (%d of them have the same names); "
+                "--data_option test_folder=%s takes those instead",
+                len(stems),
+                chosen,
+                len(found),
+                other,
+                sum(name.rpartition("/")[2] in stems for name in found),
+                other,
+            )
+    return list(tests[chosen])
 
 
 def build(
@@ -179,6 +218,7 @@ def build(
     no_savanna: bool | str = False,
     val_frac: float | str | None = None,
     seed: int | str = 0,
+    test_folder: str | None = None,
     check: str = "sample",
 ) -> SarDataset:
     """Open DFC2020.
@@ -193,6 +233,8 @@ def build(
         no_savanna: Leave class savanna out.
         val_frac: Share of train that becomes val.
         seed: Decides that share.
+        test_folder: Evaluation folder: ``.`` (``data_path`` itself), ``ROIs0000_validation`` or ``ROIs0000_test``; the
+            first of these that is there by default.
         check: ``"sample"`` looks at the values of some label files, ``"none"`` does not.
 
     Raises:
@@ -202,7 +244,9 @@ def build(
         raise UserError(f"--label_set is {label_set!r}; expected dfc (hand-made labels) or igbp (MODIS land cover)")
     if check not in ("sample", "none"):
         raise UserError(f"option check must be sample or none, not {check!r}")
-    train, test = find_images(data_path)
+    train, tests = find_images(data_path)
+    wanted = parse_split(spec, split)
+    test = choose_test(tests, test_folder, data_path) if "test" in wanted else []
     share = fraction("val_frac", val_frac)
     parts: dict[str, list[str]] = {"train": train, "test": test, "val": []}
     if share is not None:
@@ -210,7 +254,7 @@ def build(
         parts["val"] = [name for name, held in zip(train, out, strict=True) if held]
         parts["train"] = [name for name, held in zip(train, out, strict=True) if not held]
     names: list[str] = []
-    for part in parse_split(spec, split):
+    for part in wanted:
         if not parts[part]:
             hint = "--val_frac 0.1 holds out a tenth of train" if part == "val" else "see docs/data_neighbours.md"
             raise EmptySplit(f"split {part!r} of dfc2020 in {data_path} is empty; {hint}")

@@ -21,6 +21,7 @@ from util.errors import UserError
 from util.files import atomic_write, make_directory
 from util.log import get_logger
 
+FINGERPRINT_SAMPLES = 16
 C_GRID = tuple(float(c) for c in np.logspace(-4, 3, 8))  # inverse regularisation strengths tried on validation
 KNN_CHUNK = 1024  # query rows per matrix product
 
@@ -66,7 +67,7 @@ def feature_key(
 
     Args:
         model: its weights without the head.
-        identity: the data set's identity (names and their order).
+        identity: what tells the data apart: names and their order, bands, options, `pixel_fingerprint`.
         statistics: mean and std in use.
         input_size: side of the input.
         precision: autocast type or "float32".
@@ -87,6 +88,23 @@ def feature_key(
     }
     digest.update(repr(sorted(facts.items())).encode())
     return digest.hexdigest()[:20]
+
+
+def pixel_fingerprint(data: SarDataset) -> str:
+    """Hash of the images of up to 16 evenly spread samples, as the transform gets them.
+
+    Names alone do not tell whether the pixels under them are those that features were computed from.
+    """
+    count = min(FINGERPRINT_SAMPLES, len(data))
+    digest = hashlib.sha256()
+    for index in np.unique(np.linspace(0, len(data) - 1, count).astype(np.int64)):
+        batch = data.get_batch(np.array([index]))
+        for key in ("image", "image1", "image2"):
+            if key in batch:
+                image = batch[key].numpy()
+                digest.update(repr((key, image.shape)).encode())
+                digest.update(np.ascontiguousarray(image).tobytes())
+    return digest.hexdigest()
 
 
 def feature_path(folder: str | Path, split: str, key: str) -> Path:

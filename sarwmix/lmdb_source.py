@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -169,12 +170,14 @@ def write_lmdb(
     native: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> int:
-    """Write patches into an LMDB; names that are there already are kept and not read again, so it can be resumed.
+    """Write patches into an LMDB; records that hold all bands already are kept, so it can be resumed.
+
+    A record that lacks a band, or is damaged, is written anew; other tensors in it are kept.
 
     Args:
         path: Folder of the LMDB; made when missing. The data file grows as needed.
         names: The patches, by name.
-        read: Reads one patch, float32 (C, H, W) in dB; called for missing names only.
+        read: Reads one patch, float32 (C, H, W) in dB; called only for what is written.
         bands: Band names in the order of the channels.
         native: Store bands that were enlarged by nearest neighbour in their own size, and whole numbers as uint16.
         progress: Called with the number of names handled so far, after each commit.
@@ -183,7 +186,7 @@ def write_lmdb(
         The number of patches written.
     """
     import lmdb
-    from safetensors.numpy import save
+    from safetensors.numpy import load, save
 
     Path(path).mkdir(parents=True, exist_ok=True)
     environment = lmdb.open(str(path), map_size=_FIRST_MAP_SIZE, meminit=False)
@@ -205,12 +208,13 @@ def write_lmdb(
     try:
         for name in names:
             with environment.begin() as transaction:
-                known = transaction.get(name.encode()) is not None
-            if not known:
+                record = transaction.get(name.encode()) or b""
+            there = tensor_names(record)
+            if not there.issuperset(bands):
                 image = read(name)
                 planes = [native_form(image[i]) if native else image[i].astype(np.float32) for i in range(len(bands))]
                 tensors = {band: np.ascontiguousarray(plane) for band, plane in zip(bands, planes, strict=True)}
-                pending[name.encode()] = save(tensors)
+                pending[name.encode()] = save((load(record) if there else {}) | tensors)
                 written += 1
             handled += 1
             if len(pending) >= _COMMIT_EVERY:
@@ -220,6 +224,22 @@ def write_lmdb(
     finally:
         environment.close()
     return written
+
+
+def tensor_names(record: bytes) -> frozenset[str]:
+    """Names of the tensors of a record; none when it is damaged."""
+    length = int.from_bytes(record[:8], "little")
+    if len(record) < 8 or 8 + length > len(record):
+        return frozenset()
+    return _header_names(record[8 : 8 + length], len(record) - 8 - length)
+
+
+@lru_cache(maxsize=64)  # records of one data set have the same header
+def _header_names(header: bytes, size: int) -> frozenset[str]:
+    try:
+        return frozenset(parse_header(header, size))
+    except (ValueError, KeyError, TypeError):
+        return frozenset()
 
 
 def native_form(plane: np.ndarray) -> np.ndarray:

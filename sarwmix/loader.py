@@ -502,7 +502,7 @@ def _read_all(
             raise item
         images, errors = item
         for position, error in errors:
-            if dataset.on_error == "raise":
+            if dataset.on_error != "replace":
                 raise error
             bad[int(piece[position])] = error
         target[piece[0] : piece[-1] + 1].copy_(images, non_blocking=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,16 @@ from torch import nn
 
 from engine_finetune import Evaluation, evaluate, extract_features
 from sarwmix import registry
-from sarwmix.datasets import SarDataset
-from sarwmix.features import FeatureDataset, feature_key, feature_path, knn_scores, load_features, save_features
+from sarwmix.datasets import IGNORED, MaskDataset, SarDataset, UnreadableSample
+from sarwmix.features import (
+    FeatureDataset,
+    feature_key,
+    feature_path,
+    knn_scores,
+    load_features,
+    pixel_fingerprint,
+    save_features,
+)
 from sarwmix.features import whole_split as all_of
 from sarwmix.label_fraction import take_fraction
 from sarwmix.loader import Loader, build_loader
@@ -63,18 +71,25 @@ def open_splits(
     Args:
         dataset: registered name.
         data_path: root of the data.
-        names: "train" where something is trained, the split that selects, "test".
+        names: "train" where something is trained, the split that selects, "test"; extra splits of the data set, which
+            are left out where they are absent.
         options: of the data set.
         train_frac: share of the training labels; below 1 the chosen names go to train_ids.txt.
         seed: decides the share.
         output_dir: the run's folder.
         limit: evaluate on that many samples only (test runs).
     """
+    spec = registry.get_spec(dataset, options.get("bands"), options)
     splits = {}
     for name in dict.fromkeys(names):
         # Replacing an unreadable sample is for training; in an evaluation it would count another one twice.
-        on_error = "replace" if name == "train" else "raise"
-        splits[name] = registry.build_dataset(dataset, data_path, name, on_error=on_error, **options)
+        on_error = "replace" if name == "train" else "skip" if spec.task == "segmentation" else "raise"
+        try:
+            splits[name] = registry.build_dataset(dataset, data_path, name, on_error=on_error, **options)
+        except registry.EmptySplit as error:
+            if name not in spec.extra_splits:
+                raise
+            get_logger().info("split %s is not evaluated: %s", name, error)
     if "val" not in splits and "train" in splits:
         get_logger().info("the best epoch is selected on the test split, as published; --val_frac 0.1 avoids that")
     if train_frac < 1 and "train" in splits:
@@ -83,6 +98,8 @@ def open_splits(
     if limit is not None:
         for name in set(splits) - {"train"}:
             splits[name] = splits[name].subset(np.arange(min(limit, len(splits[name]))))
+    if isinstance(splits.get("train"), MaskDataset):
+        check_labelled(splits["train"])
     return splits
 
 
@@ -114,6 +131,41 @@ def data_facts(splits: Mapping[str, SarDataset], options: Mapping[str, Any]) -> 
     return {"splits": entries, "data_options": found}
 
 
+def check_labelled(train: SarDataset) -> None:
+    """Refuse training label maps that say nothing: the loss would be 0 from the first step to the last.
+
+    Maps are read until one labelled pixel is found, which is usually in the first.
+
+    Raises:
+        UserError: not one pixel of any sample counts.
+    """
+    assert isinstance(train, MaskDataset)
+    image, label = np.empty(train.shape, dtype=np.float32), np.empty(train.shape[1:], dtype=np.uint8)
+    ignored = invalid = 0
+    unreadable: list[UnreadableSample] = []
+    for index in range(len(train)):
+        try:
+            train.read_pair(index, image, label)
+        except UnreadableSample as error:
+            unreadable.append(error)
+            continue
+        labelled = label != IGNORED
+        if (labelled & np.isfinite(image).all(axis=0)).any():
+            return
+        ignored += not labelled.any()
+        invalid += bool(labelled.any())
+    seen = [
+        f"{ignored} label maps hold nothing but ignored values" if ignored else "",
+        f"{invalid} have labels only where the image has no valid value" if invalid else "",
+        f"{len(unreadable)} cannot be used, such as {unreadable[0]}" if unreadable else "",
+    ]
+    raise UserError(
+        f"not one pixel of the {len(train)} training samples of {train.spec.name} in {train.source} is labelled: "
+        f"{'; '.join(part for part in seen if part)}. Expected label maps with some pixels of "
+        f"{' or '.join(train.spec.classes)}; check the label files and the options that ignore classes"
+    )
+
+
 @dataclass(frozen=True)
 class Workbench:
     """What all steps of a run share.
@@ -131,6 +183,8 @@ class Workbench:
         num_workers: reading processes of each training process.
         pin_memory: page-locked batches.
         cache: where the images of the training split are kept, see `sarwmix.loader.build_loader`.
+        options: of the data set; cached features belong to them.
+        said: splits whose skipped samples have been named.
     """
 
     task: Task
@@ -144,6 +198,8 @@ class Workbench:
     num_workers: int = 0
     pin_memory: bool = False
     cache: str = "none"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    said: set[str] = field(default_factory=set)
 
     @property
     def device(self) -> torch.device:
@@ -177,7 +233,7 @@ class Workbench:
 
     def evaluate(self, model: nn.Module, split: str, loader: Iterable[Mapping[str, Any]] | None = None) -> Evaluation:
         """All outputs of a split; pass batches of a loader to keep its workers between epochs."""
-        return evaluate(
+        evaluation = evaluate(
             model,
             loader if loader is not None else self.loader(split, train=False),
             task=self.task,
@@ -189,6 +245,16 @@ class Workbench:
             all_gather_arrays=self.group.all_gather_arrays,
             amp_dtype=self.amp_dtype,
         )
+        if evaluation.skipped and split not in self.said and self.processes.is_main:
+            self.said.add(split)
+            get_logger().warning(
+                "%d of %d samples of split %s have no valid pixel; they count in no metric: %s",
+                len(evaluation.skipped),
+                len(evaluation.names),
+                split,
+                ", ".join(evaluation.skipped),
+            )
+        return evaluation
 
     def with_features(self, model: nn.Module, cache: Path) -> Workbench:
         """The same bench on the features of a frozen encoder, computed once by all processes and kept in files.
@@ -201,10 +267,16 @@ class Workbench:
     def _features(self, model: nn.Module, split: str, cache: Path) -> FeatureDataset:
         assert self.transform is not None
         data = self.splits[split]
+        facts = {
+            **data.identity(),
+            "bands": list(data.spec.bands),
+            "preprocessing": data.spec.preprocessing.as_dict(),
+            "options": sorted((name, str(value)) for name, value in self.options.items() if value is not None),
+            "pixels": pixel_fingerprint(data),
+        }
         key = feature_key(
             model,
-            # the usual preprocessing leaves no trace, so that features cached before there was another one stay valid
-            data.identity() | {key: data.provenance()[key] for key in ("preprocessing",) if key in data.provenance()},
+            facts,
             data.statistics.as_dict(),
             input_size=self.transform.size,
             precision=str(self.amp_dtype or torch.float32),

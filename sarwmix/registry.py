@@ -39,7 +39,7 @@ COMMON_OPTIONS = ("statistics", "on_error", "bands")
 DECIBEL, REFLECTANCE = "dB", "reflectance x 1e4"
 SAR_BANDS = ("VH", "VV", "HH", "HV")
 PACKED_OPTIONS = ("check",)
-ON_ERROR = ("raise", "replace")
+ON_ERROR = ("raise", "replace", "skip")
 NORMAL_1_PERCENT = 2.3263  # the 1 % quantile of a normal distribution lies this many deviations below its mean
 
 
@@ -445,8 +445,8 @@ def build_dataset(name: str, data_path: str | Path, split: str, **options: Any) 
         data_path: Folder or store with the data, or the directory of a packed store.
         split: One split, or several joined with ``+`` (``"train+val"``).
         **options: Checked by name: ``statistics`` (preset name or path of a JSON file), ``on_error``
-            (``"raise"`` or ``"replace"``), ``bands`` (a band set, or band names) and the options of this data set's
-            builder. None counts as not given.
+            (``"raise"``, ``"replace"``, or ``"skip"`` for label maps, see :class:`sarwmix.datasets.MaskDataset`),
+            ``bands`` (a band set, or band names) and the options of this data set's builder. None counts as not given.
 
     Returns:
         A map-style data set of dict samples, see :class:`sarwmix.datasets.SarDataset`.
@@ -467,6 +467,8 @@ def build_dataset(name: str, data_path: str | Path, split: str, **options: Any) 
     on_error = given.pop("on_error", "raise")
     if on_error not in ON_ERROR:
         raise UserError(f"on_error must be one of {', '.join(ON_ERROR)}, not {on_error!r}")
+    if on_error == "skip" and spec.task != "segmentation":
+        raise UserError(f"on_error skip is for data sets of label maps, {name!r} has none; choose raise or replace")
     if not str(data_path).strip():
         raise UserError(f"data set {name!r} needs a data path, got an empty one")
     root = Path(data_path).expanduser()
@@ -713,7 +715,7 @@ register(
         size=256,
         builder="sarwmix.dfc2020:build",
         description="DFC2020 / SEN12MS land cover: 256 px Sentinel-1 patches with label maps",
-        options=("label_set", "no_savanna", "val_frac", "seed", "check"),
+        options=("label_set", "no_savanna", "val_frac", "seed", "test_folder", "check"),
         band_sets={"s1": BANDS},
         class_options={"no_savanna": ("savanna",)},
         preprocessing=Preprocessing("clip", clip=(-25.0, 0.0), geometry="window"),

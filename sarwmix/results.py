@@ -153,6 +153,8 @@ class Results:
         report = self.task.report(evaluation.outputs, bootstrap=self.bootstrap, seed=self.seed)
         entry = self.entries.setdefault(name, {"epoch": epoch})
         entry[evaluation.split] = report.as_dict()
+        if evaluation.skipped:
+            self.facts.setdefault("skipped", {})[evaluation.split] = list(evaluation.skipped)
         return report
 
     def show(self, name: str, evaluation: Evaluation, data: SarDataset, *, epoch: int | None = None) -> Report:

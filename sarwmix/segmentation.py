@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sarwmix.backbones import build_segmenter
-from sarwmix.datasets import MaskDataset, SarDataset
+from sarwmix.datasets import IGNORED, MaskDataset, SarDataset
 from sarwmix.heads import SEGMENTATION_HEADS, TaskModel
 from sarwmix.loader import Loader
 from sarwmix.metrics import Report, bootstrap_intervals, value_table
@@ -27,7 +27,6 @@ from sarwmix.tasks import ModelSettings, Predictor, Prepared, Task
 from sarwmix.transforms import SarTransform, apply_flips, cut_windows, draw_flips, draw_windows, window_starts
 from util.errors import UserError
 
-IGNORED = 255
 PICTURED = 8  # samples in the picture of a split
 MAP_PIXELS = 1 << 26  # predicted pixels that are kept of a split; of larger ones every second, third, ... is
 
@@ -195,6 +194,8 @@ class SegmentationTask(Task):
             outputs = self.outputs(logits, self.target(batch, device))
             if step is not None:
                 outputs["prediction"] = logits.argmax(dim=1)[:, ::step, ::step].to(torch.uint8)
+            if "skipped" in batch:
+                outputs["skipped"] = batch["skipped"]
             yield batch["index"], outputs
 
     def report(self, gathered: Mapping[str, np.ndarray], *, bootstrap: int = 0, seed: int = 0) -> Report:
@@ -232,13 +233,14 @@ class SegmentationTask(Task):
         absent = tuple(str(row["class"]) for row in per_class if not row["support"])
         intervals = {}
         if bootstrap:
-            flat = matrices.reshape(len(matrices), -1)
+            # Samples without a counted pixel are no part of the sample that is drawn from.
+            flat = matrices[matrices.any(axis=(1, 2))].reshape(-1, confusion.size)
             shape = confusion.shape
 
             def evaluate(counts: np.ndarray) -> dict[str, float]:
                 return confusion_metrics((counts @ flat).reshape(shape))
 
-            intervals = bootstrap_intervals(len(matrices), evaluate, draws=bootstrap, seed=seed)
+            intervals = bootstrap_intervals(len(flat), evaluate, draws=bootstrap, seed=seed)
         return Report(scalars=scalars, per_class=per_class, absent=absent, intervals=intervals)
 
     def rules(self) -> tuple[Rule, ...]:

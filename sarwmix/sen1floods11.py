@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sarwmix.datasets import MaskDataset, SarDataset, UnreadableSample, finish_image
+from sarwmix.datasets import MaskDataset, NoValidPixel, SarDataset, UnreadableSample, finish_image
 from sarwmix.geotiff import GeoTiffError
 from sarwmix.rasters import Grid, band_numbers, check_same_grid, list_files, map_labels, read_raster
 from sarwmix.registry import SAR_BANDS, DatasetSpec, EmptySplit, Statistics, parse_split
@@ -74,8 +74,8 @@ class Sen1Floods11(MaskDataset):
             raise UnreadableSample(name, path, str(error)) from error
         try:
             finish_image(image, name, self.path(name, "S1Hand"))
-        except UnreadableSample as error:
-            raise UnreadableSample(
+        except NoValidPixel as error:
+            raise NoValidPixel(
                 error.name, error.path, f"{error.reason}; --data_option skip={name} leaves the chip out"
             ) from error
 
@@ -211,6 +211,8 @@ def build(
             lost = [file for file in files if not file.is_file()]
             if lost and name not in left_out:
                 absent[name] = lost[0]
+        if absent and len(absent) == len(listed) and part in spec.extra_splits:
+            raise EmptySplit(f"none of the {len(listed)} chips of split {part!r} of sen1floods11 is in {root}")
         if absent and missing == "error":
             first = next(iter(absent.values()))
             raise UserError(

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from sarwmix.tasks import ModelSettings
 
 _WRAPPERS = ("model", "state_dict", "teacher", "model_state_dict")  # under which files keep their weights
+FGMAE_BANDS = ("VV", "VH")  # in the order that FG-MAE's radar encoders were trained on
 _CONSTANT = ("relative_position_index", "attn_mask")  # buffers that follow from sizes, nothing learned
 
 
@@ -78,7 +79,16 @@ def load_start(
     trained_on = [str(band) for band in (checkpoint.get("data") or {}).get("bands") or ()]
     if not adapt_bands:
         check_bands(checkpoint, bands, source=path)
-    if not trained_on:
+    if not trained_on and is_fgmae(checkpoint["model"]) and tuple(bands) != FGMAE_BANDS:
+        log.warning(
+            "%s names no bands. By its entries it is a two-band MAE, as FG-MAE's are, which saw %s, in this order; the "
+            "data set delivers %s. Give --bands %s unless this file was trained in another order",
+            path,
+            ", ".join(FGMAE_BANDS),
+            ", ".join(bands),
+            ",".join(FGMAE_BANDS),
+        )
+    elif not trained_on:
         log.info("%s names no bands; they are taken to be %s, in this order", path, ", ".join(bands))
     before = (checkpoint.get("data") or {}).get("statistics") or {}
     if any(list(before.get(key, statistics[key])) != list(statistics[key]) for key in ("mean", "std")):
@@ -136,6 +146,14 @@ def read_weights(path: str) -> dict[str, Any]:
         if any(name.startswith(prefix) for name in state):
             state = {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
     return {**content, "model": state}
+
+
+def is_fgmae(state: Mapping[str, Tensor]) -> bool:
+    """Whether weights have the entries of FG-MAE's released radar encoders: a ViT of two bands with MAE's decoder."""
+    weight = state.get("patch_embed.proj.weight")
+    two_bands = weight is not None and weight.ndim == 4 and weight.shape[1] == len(FGMAE_BANDS)
+    tokens = "cls_token" in state and "pos_embed" in state
+    return two_bands and tokens and any(name.startswith("decoder_") for name in state)
 
 
 def _read_safetensors(path: str) -> dict[str, Any]:

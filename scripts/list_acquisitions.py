@@ -18,6 +18,7 @@ from util.errors import UserError, run_cli
 from util.files import atomic_write
 
 SUFFIX = "_labels_metadata.json"
+SHOWN = 5  # patch folders without metadata that are named
 COLUMNS = ("s1_name", "scene", "acquisition_time", "s2_name")
 
 
@@ -32,13 +33,22 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
-def find_metadata(root: Path) -> Iterator[Path]:
-    """Metadata files of all patches, sorted by name, in patch folders or scene folders with patch folders."""
+def find_metadata(root: Path, without: list[str]) -> Iterator[Path]:
+    """Metadata files of all patches, sorted by name, in patch folders or scene folders with patch folders.
+
+    Args:
+        root: BigEarthNet-S1.
+        without: Gets the names of patch folders that have no metadata file: with images, or named as patches are.
+    """
     for folder, folders, files in os.walk(root):
         folders.sort()
-        for name in sorted(files):
-            if name.endswith(SUFFIX):
-                yield Path(folder) / name
+        found = sorted(name for name in files if name.endswith(SUFFIX))
+        for name in found:
+            yield Path(folder) / name
+        patch = Path(folder).name
+        has_images = any(name.lower().endswith(".tif") for name in files)
+        if not found and not folders and (has_images or patch.startswith(("S1A_", "S1B_"))):
+            without.append(patch)
 
 
 def read_row(path: Path) -> tuple[str, str, str, str]:
@@ -65,7 +75,8 @@ def main() -> None:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
     count = bad = 0
-    for path in find_metadata(root):
+    without: list[str] = []
+    for path in find_metadata(root, without):
         try:
             writer.writerow(read_row(path))
         except UserError as error:
@@ -78,12 +89,19 @@ def main() -> None:
         if count % 50_000 == 0:
             print(f"{count:,} patches", flush=True)
     if not count:
-        raise UserError(f"{root} holds no *{SUFFIX}; expected <patch>/<patch>{SUFFIX}, as in BigEarthNet-S1 v1")
+        raise UserError(
+            f"{root} holds no usable *{SUFFIX} ({len(without)} patch folders have none, {bad} files are damaged); "
+            f"expected <patch>/<patch>{SUFFIX}, as in BigEarthNet-S1 v1"
+        )
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(out, "w") as file:
         file.write(text.getvalue())
-    print(f"{out}: {count:,} patches" + (f", {bad} left out" if bad else ""))
+    if without:
+        shown = ", ".join(without[:SHOWN]) + (f" and {len(without) - SHOWN} more" if len(without) > SHOWN else "")
+        print(f"warning: {len(without):,} patch folders have no *{SUFFIX} and are left out: {shown}", flush=True)
+    left_out = bad + len(without)
+    print(f"{out}: {count:,} patches" + (f", {left_out:,} left out" if left_out else ""))
 
 
 if __name__ == "__main__":

@@ -162,6 +162,26 @@ def test_what_cannot_be_built_is_said(settings: ModelSettings, message: str) -> 
         build_classifier(settings, 3)
 
 
+@pytest.mark.parametrize("head", ["upernet", "fused"])
+def test_an_encoder_that_cannot_norm_its_maps_labels_pixels(head: str) -> None:
+    """timm's Hiera asserts that no norm is asked for."""
+    torch.manual_seed(0)
+    model = build_segmenter(ModelSettings("hiera_tiny_224", 64, 2, head=head), 3)
+    assert model.training
+    assert all(module.training for module in model.modules())
+    logits = model(torch.randn(2, 2, 64, 64))
+    assert logits.shape == (2, 3, 64, 64)
+    logits.square().mean().backward()
+    assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+    assert model.normed is False
+    assert build_segmenter(ModelSettings("vit_tiny_patch16_224", 64, 2, head=head), 3).normed is True
+
+
+def test_an_encoder_without_maps_of_this_size_is_refused_when_built() -> None:
+    with pytest.raises(UserError, match="maxvit_tiny_rw_224 gives no maps of images of 100 px .*divisible"):
+        build_segmenter(ModelSettings("maxvit_tiny_rw_224", 100, 2, head="fused"), 3)
+
+
 def test_heads_that_do_not_label_pixels() -> None:
     with pytest.raises(UserError, match="--head linear does not label pixels; choose one of upernet, fused"):
         build_segmenter(ModelSettings("mixmim_tiny", 128, 2, head="linear"), 3)

@@ -73,5 +73,15 @@ def test_acquisitions_of_scene_folders_and_bad_files(
     run(monkeypatch, list_acquisitions, "--data_path", root, "--out", out, "--skip_bad")
     assert len(out.read_text().splitlines()) == 7
     assert "left out" in capsys.readouterr().out
+    damaged.unlink()
+    run(monkeypatch, list_acquisitions, "--data_path", root, "--out", out)
+    assert len(out.read_text().splitlines()) == 7
+    said = capsys.readouterr().out
+    assert f"warning: 1 patch folders have no *_labels_metadata.json and are left out: {damaged.parent.name}\n" in said
+    assert said.endswith("a.csv: 6 patches, 1 left out\n")
+    for path in root.rglob("*.json"):
+        path.unlink()
+    with pytest.raises(UserError, match=r"holds no usable .*\(7 patch folders have none, 0 files are damaged"):
+        run(monkeypatch, list_acquisitions, "--data_path", root, "--out", out)
     with pytest.raises(UserError, match="holds no"):
         run(monkeypatch, list_acquisitions, "--data_path", root.parent / "BigEarthNet-S2", "--out", out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from sarwmix.features import (
     fit_logistic_probe,
     knn_scores,
     load_features,
+    pixel_fingerprint,
     save_features,
 )
 from sarwmix.heads import LinearProbe
@@ -121,6 +123,42 @@ def test_features_are_computed_once_and_used_again(tmp_path: Path) -> None:
     second = bench.with_features(model, tmp_path)
     for name in bench.splits:
         assert np.array_equal(first.splits[name].features, second.splits[name].features)  # type: ignore[attr-defined]
+
+
+def test_features_of_other_pixels_bands_or_options_are_computed_anew(tmp_path: Path) -> None:
+    """The same sample names in every case."""
+    bench, model = workbench(), MeanModel()
+    first = bench.with_features(model, tmp_path)
+    kept = len(list(tmp_path.iterdir()))
+    changed = workbench()
+    for data in changed.splits.values():
+        data.images += 1  # type: ignore[attr-defined]
+    second = changed.with_features(model, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2 * kept
+    for name in bench.splits:
+        new = second.splits[name].features  # type: ignore[attr-defined]
+        assert not np.allclose(first.splits[name].features, new)  # type: ignore[attr-defined]
+    replace(bench, options={"band_order": "VH,VV", "seed": None}).with_features(model, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 3 * kept
+    replace(bench, options={"seed": None}).with_features(model, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 3 * kept
+    for data in bench.splits.values():
+        data.spec = replace(data.spec, bands=data.spec.bands[::-1])
+    bench.with_features(model, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 4 * kept
+
+
+def test_fingerprint_sees_sixteen_samples_over_the_whole_split() -> None:
+    seen = []
+    for changed in range(40):
+        data = MemoryDataset(40)
+        before = pixel_fingerprint(data)
+        data.images[changed, 0, 0, 0] = np.nan
+        if pixel_fingerprint(data) != before:
+            seen.append(changed)
+    assert len(seen) == 16
+    assert {0, 39} <= set(seen)
+    assert pixel_fingerprint(MemoryDataset(3)) == pixel_fingerprint(MemoryDataset(3))
 
 
 def test_head_on_cached_features_equals_the_model_on_images(tmp_path: Path) -> None:

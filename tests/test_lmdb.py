@@ -66,6 +66,26 @@ def test_writing_resumes_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert np.array_equal(read(tmp_path / "a", name), patch_image(i))
 
 
+def test_records_that_lack_a_band_are_written_again(tmp_path: Path) -> None:
+    def optical(name: str, bands: int) -> np.ndarray:
+        values = np.arange(bands, dtype=np.float32)[:, None, None] + NAMES.index(name)
+        return np.broadcast_to(values, (bands, 120, 120)).copy()
+
+    def write(names: list[str], *bands: str) -> int:
+        return write_lmdb(tmp_path / "a", names, lambda name: optical(name, len(bands)), bands=bands, native=True)
+
+    put(tmp_path / "a", NAMES[5], save({"B02": np.zeros((120, 120), np.float32)})[:-8])  # cut short
+    assert write(NAMES[:2], "B02", "B03") == 2
+    assert write(NAMES, "B03", "B02", "B01") == 6
+    assert write(NAMES, "B03", "B01") == 0
+    assert write(NAMES[:1], "B11") == 1
+    with lmdb.open(str(tmp_path / "a"), readonly=True, lock=False) as environment, environment.begin() as transaction:
+        first, last = (load(transaction.get(NAMES[i].encode())) for i in (0, 5))
+    assert set(first) == {"B01", "B02", "B03", "B11"}
+    assert set(last) == {"B01", "B02", "B03"}
+    assert [int(last[band][0, 0]) for band in ("B03", "B02", "B01")] == [5, 6, 7]
+
+
 def test_other_types_and_order_of_tensors(tmp_path: Path) -> None:
     image = patch_image(1)
     put(tmp_path / "a", NAMES[0], save({"VV": image[1].astype(np.float64), "VH": image[0], "extra": np.zeros(3)}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -168,6 +169,89 @@ def test_real_chips_beat_the_threshold(tmp_path: Path, monkeypatch: pytest.Monke
     result = json.loads((tmp_path / "result.json").read_text())["chips"]["all"]
     assert result["otsu"]["iou"] == pytest.approx(0.409, abs=0.005)
     assert result["network"]["iou"] > result["otsu"]["iou"] + 0.15
+
+
+def test_reben_recipe_standardises_as_published() -> None:
+    """Without the option the data set's own default would be used."""
+    text = (Path(__file__).resolve().parents[1] / "docs/backbones.md").read_text().replace("\\\n", " ")
+    (line,) = (line for line in text.splitlines() if "--dataset benv2" in line and "--model resnet50" in line)
+    args = main_finetune.get_parser().parse_args(shlex.split(line, comments=True)[2:])
+    statistics = get_spec(args.dataset, args.bands).statistics[args.statistics]
+    assert dict(zip(("VH", "VV"), zip(statistics.mean, statistics.std, strict=True), strict=True)) == {
+        "VV": (-12.6439, 5.1335),
+        "VH": (-19.3526, 5.5905),
+    }
+
+
+def test_help_says_which_seed_cuts_splits(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main_finetune.get_parser().parse_args(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "not of how a data set is cut into splits: that is --data_option seed=N" in said
+
+
+@pytest.mark.parametrize("dataset", ["eurosat_sar", "sen12flood"])
+def test_the_test_split_does_not_choose_the_regularisation(script: Script, tmp_path: Path, dataset: str) -> None:
+    with pytest.raises(UserError, match=f"lbfgs chooses C on a validation split, which {dataset} .* --val_frac 0.1"):
+        script(dataset, tmp_path / "nowhere", "--protocol", "linear", "--probe_solver", "lbfgs")
+
+
+def test_lbfgs_probe_with_a_validation_part(script: Script, tmp_path: Path) -> None:
+    make_neighbour_data("eurosat_sar", tmp_path / "data", samples=6)
+    options = ("--input_size", 64, "--protocol", "linear", "--probe_solver", "lbfgs", "--val_frac", 0.3)
+    metrics = script("eurosat_sar", tmp_path / "data", *options)
+    assert len(metrics["c_sweep"]) == 8
+    assert set(metrics["samples"]) == {"train", "val", "test"}
+
+
+def overwrite(path: Path, value: float) -> None:
+    """Give all pixels of a raster one value."""
+    with rasterio.open(path, "r+") as file:
+        file.write(np.full_like(file.read(), value))
+
+
+def test_floods_without_bolivia_and_with_an_empty_chip(script: Script, tmp_path: Path) -> None:
+    """As the official test list has it: the chip is named and changes no metric."""
+    root, options = tmp_path / "floods", ("--input_size", 128, "--epochs", 1, "--bootstrap", 20)
+    make_neighbour_data("sen1floods11", root, samples=3)
+    empty = build_dataset("sen1floods11", root, "test").names[0]
+    folder = root / "data/flood_events/HandLabeled"
+    overwrite(folder / f"S1Hand/{empty}_S1Hand.tif", np.nan)
+    trained = script("sen1floods11", root, *options)
+    log = tmp_path / "run/run.log"
+    assert f"1 of 2 samples of split test have no valid pixel; they count in no metric: {empty}" in log.read_text()
+    assert trained["skipped"] == {"test": [empty]}
+
+    for path in folder.glob("*/Bolivia_*"):
+        path.unlink()
+    evaluate = (*options, "--eval", "--resume", tmp_path / "run/checkpoint_best.pth")
+    found = script("sen1floods11", root, *evaluate)
+    assert "split bolivia is not evaluated: none of the 1 chips" in log.read_text()
+    (root / "splits/flood_handlabeled/flood_bolivia_data.csv").unlink()
+    expected = script("sen1floods11", root, *evaluate, "--data_option", f"skip={empty}")
+    assert "split bolivia is not evaluated: split 'bolivia' of sen1floods11" in log.read_text()
+    ((entry,), (alone,)) = (list(metrics["results"].values()) for metrics in (found, expected))
+    assert set(entry) == {"epoch", "val", "test"}
+    for other in (alone["test"], trained["results"]["checkpoint_best.pth"]["test"]):
+        # another batch size rounds the loss differently
+        assert entry["test"] == {**other, "scalars": pytest.approx(other["scalars"], rel=1e-6)}
+    assert "skipped" not in expected
+
+
+def test_labels_that_are_all_ignored_are_refused_before_training(script: Script, tmp_path: Path) -> None:
+    root = tmp_path / "floods"
+    make_neighbour_data("sen1floods11", root, samples=3)
+    train, folder = build_dataset("sen1floods11", root, "train"), root / "data/flood_events/HandLabeled"
+    for name in list(train.names)[:2]:
+        overwrite(folder / f"LabelHand/{name}_LabelHand.tif", -1)
+    overwrite(folder / f"S1Hand/{train.names[2]}_S1Hand.tif", np.nan)
+    message = (
+        "not one pixel of the 3 training samples of sen1floods11 .* is labelled: 2 label maps hold nothing but ignored "
+        f"values; 1 cannot be used, such as sample {train.names[2]} .*no water or water"
+    )
+    with pytest.raises(UserError, match=message):
+        script("sen1floods11", root, "--input_size", 128)
+    assert not (tmp_path / "run/log.txt").exists()
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from sarwmix.neighbour_demo import make_neighbour_data
 from sarwmix.rasters import Grid, band_numbers, plain_band_name, read_raster
 from sarwmix.registry import build_dataset, get_spec
 from util.errors import UserError
+from util.log import get_logger
 
 REALDATA = Path(__file__).resolve().parents[2] / "shared" / "realdata" / "sen1floods11"
 HAND = "data/flood_events/HandLabeled"
@@ -218,6 +219,31 @@ def test_mixed_label_sets_are_refused_by_their_values(copy: Any) -> None:
         build_dataset("dfc2020", root, "train", label_set="modis")
 
 
+def test_dfc_evaluates_on_one_folder_alone(copy: Any, caplog: pytest.LogCaptureFixture) -> None:
+    root = copy("dfc2020")
+    alone = build_dataset("dfc2020", root, "test")
+    assert not caplog.records
+    for kind in ("s1_0", "dfc_0"):
+        for folder in ("ROIs0000_validation", "ROIs0000_test"):
+            shutil.copytree(root / kind, root / folder / kind)
+    next((root / "ROIs0000_test/s1_0").iterdir()).unlink()
+    with caplog.at_level("WARNING", logger=get_logger().name):
+        get_logger().addHandler(caplog.handler)
+        test = build_dataset("dfc2020", root, "test")
+        get_logger().removeHandler(caplog.handler)
+    assert [name.partition("/")[0] for name in test.names] == ["s1_0"] * len(alone)
+    said = "\n".join(dict.fromkeys(record.getMessage() for record in caplog.records))
+    assert f"{len(alone)} patches of ./s1_0; {len(alone)} of ROIs0000_validation/s1_0 are left out" in said
+    assert f"; {len(alone) - 1} of ROIs0000_test/s1_0 are left out ({len(alone) - 1} of them have the same" in said
+    chosen = build_dataset("dfc2020", root, "test", test_folder="ROIs0000_test")
+    assert len(chosen) == len(alone) - 1
+    assert all(name.startswith("ROIs0000_test/") for name in chosen.names)
+    assert not any("s1_0" in name for name in build_dataset("dfc2020", root, "train").names)
+    shutil.rmtree(root / "ROIs0000_test")
+    with pytest.raises(UserError, match=r"'ROIs0000_test'; .* in \., ROIs0000_validation \(\. is"):
+        build_dataset("dfc2020", root, "test", test_folder="ROIs0000_test")
+
+
 def test_dfc_layout(tmp_path: Path, copy: Any) -> None:
     with pytest.raises(UserError, match="does not hold DFC2020"):
         build_dataset("dfc2020", tmp_path, "train")
@@ -345,7 +371,9 @@ def test_reben_bands_are_enlarged_by_nearest_neighbour(made: Any) -> None:
     assert build_dataset("benv2", root / "BigEarthNet-S2", "train", bands="s2", metadata=root / "metadata.parquet")
 
 
-def test_reben_lmdb_holds_the_same_values(made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reben_lmdb_holds_the_same_values(
+    made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     import lmdb
     from safetensors.numpy import load
 
@@ -353,8 +381,11 @@ def test_reben_lmdb_holds_the_same_values(made: Any, tmp_path: Path, monkeypatch
 
     root = made("benv2")
     command = ["pack", "--dataset", "benv2", "--data_path", str(root), "--format", "lmdb", "--out", str(tmp_path / "x")]
-    monkeypatch.setattr("sys.argv", [*command, "--data_option", "bands=all_full"])
-    pack_dataset.main()
+    # Twice, the second time with more bands: records that lack some are written again.
+    for bands in ("all", "all_full"):
+        monkeypatch.setattr("sys.argv", [*command, "--data_option", f"bands={bands}"])
+        pack_dataset.main()
+        assert "written now, 0 were there" in capsys.readouterr().out
     with lmdb.open(str(tmp_path / "x"), readonly=True, lock=False) as store, store.begin() as reading:
         records = {key.decode(): load(bytes(value)) for key, value in reading.cursor()}
     sar = next(record for key, record in records.items() if key.startswith("S1"))

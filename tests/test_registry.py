@@ -30,6 +30,10 @@ def test_contract_numbers() -> None:
     assert "normal approximation" in default.origin
     reben = benv2.statistics["reben"]
     assert (reben.mean, reben.std) == ((-19.3526, -12.6439), (5.5905, 5.1335))
+    for choice in ("s1", "s1_full"):
+        assert registry.get_spec("benv2", choice).statistics["reben"] is reben
+    turned = registry.get_spec("benv2", "VV,VH").statistics["reben"]
+    assert (turned.mean, turned.std) == ((-12.6439, -19.3526), (5.1335, 5.5905))
     benv1 = registry.get_spec("benv1")
     published = benv1.statistics[benv1.default_statistics]
     assert benv1.default_statistics == "published"

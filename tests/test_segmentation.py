@@ -13,7 +13,7 @@ from sklearn.metrics import f1_score, jaccard_score, precision_score, recall_sco
 from torch import Tensor, nn
 
 from engine_finetune import evaluate
-from sarwmix.datasets import MaskDataset, UnreadableSample
+from sarwmix.datasets import MaskDataset, NoValidPixel, UnreadableSample
 from sarwmix.loader import build_loader
 from sarwmix.pictures import label_map_figure
 from sarwmix.registry import Preprocessing, Statistics, get_spec
@@ -246,6 +246,44 @@ def test_unreadable_samples_are_replaced_or_refused() -> None:
     assert np.array_equal(batch["label"][1].numpy(), data.labels_of[4])
     part = data.subset(np.array([4, 0]))
     assert np.array_equal(part.get_batch(np.array([0]))["label"][0].numpy(), data.labels_of[4])
+
+
+class EmptyMaps(Maps):
+    """Sample 3 has labels, but no valid pixel."""
+
+    def read_pair(self, index: int, image: np.ndarray, label: np.ndarray) -> None:
+        super().read_pair(index, image, label)
+        if index == 3:
+            raise NoValidPixel(self.names[index], "somewhere", "no valid pixel")
+
+
+def test_an_image_without_a_valid_pixel_counts_nothing_in_an_evaluation() -> None:
+    task, model = SegmentationTask(["land", "water"]), Pixels()
+    with pytest.raises(NoValidPixel, match="chip_3"):
+        EmptyMaps().get_batch(np.array([3]))
+    assert EmptyMaps(on_error="replace").get_batch(np.array([3]))["index"].tolist() == [4]
+    data = EmptyMaps(on_error="skip")
+    batch = data.get_batch(np.array([3, 0]))
+    assert batch["index"].tolist() == [3, 0]
+    assert batch["replaced"] == []
+    assert batch["skipped"].tolist() == [1, 0]
+    assert torch.isnan(batch["image"][0]).all()
+    assert (batch["label"][0] == 255).all()
+
+    loader = build_loader(data, batch_size=2, shuffle=False, drop_last=False, seed=0, num_workers=0)
+    found = evaluate(
+        model, loader, task=task, transform=make_transform(), device=CPU, split="test", names=data.names,
+        all_gather=lambda value: [value], all_gather_arrays=lambda values: [values],
+    )  # fmt: skip
+    assert found.skipped == ("chip_3",)
+    assert set(found.outputs) == set(run(Maps(), model, task))
+    without = Maps().subset(np.array([0, 1, 2, 4]))
+    assert isinstance(without, MaskDataset)
+    expected = task.report(run(without, model, task), bootstrap=50)
+    assert task.report(found.outputs, bootstrap=50) == expected
+    assert task.report(run(Maps(), model, task)).scalars != expected.scalars
+    with pytest.raises(UnreadableSample, match="chip_1"):
+        EmptyMaps(bad=[1], on_error="skip").get_batch(np.array([0, 1]))
 
 
 def test_pictures(tmp_path: Path) -> None:

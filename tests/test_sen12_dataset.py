@@ -13,6 +13,7 @@ from sen12_fixtures import SIZE, make_raw, run
 
 from sarwmix.datasets import UnreadableSample
 from sarwmix.loader import build_loader
+from sarwmix.pair_images import single_images
 from sarwmix.registry import build_dataset, get_spec
 from sarwmix.sen12flood.dataset import PairDataset, held_out_sequences, power_to_db
 from sarwmix.sen12flood.demo import DemoOptions
@@ -273,3 +274,38 @@ def test_kept_intermediate_store_can_be_read(tmp_path: Path) -> None:
     run(raw, tmp_path, size=32, keep_intermediate=True)
     kept = open_pairs(tmp_path / "work" / "sen12flood_work" / "aligned")
     assert torch.equal(kept[0]["image1"], open_pairs(tmp_path / "out")[0]["image1"])
+
+
+# Bands and batches --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["npy", "store"])
+@pytest.mark.parametrize("bands", ["VV,VH", "VV", "VH"])
+def test_bands_are_chosen_and_ordered_by_name(prepared: dict[str, Path], layout: str, bands: str) -> None:
+    usual, chosen = open_pairs(prepared[layout]), open_pairs(prepared[layout], bands=bands)
+    places = [("VH", "VV").index(band) for band in bands.split(",")]
+    assert chosen.shape == (len(places), SIZE, SIZE)
+    assert chosen.statistics.mean == tuple(usual.statistics.mean[place] for place in places)
+    expected, found = (data.get_batch(np.array([1, 0])) for data in (usual, chosen))
+    for key in ("image1", "image2"):
+        assert torch.equal(found[key], expected[key][:, places])
+        assert torch.equal(chosen[2][key], usual[2][key][places])
+        assert not torch.equal(expected[key][:, 0], expected[key][:, 1])
+    single, all_bands = single_images(chosen), single_images(usual)
+    np.testing.assert_array_equal(single.read(1), all_bands.read(1)[places])
+    if layout == "store":
+        rows = chosen.rows[:2, 0]
+        assert torch.equal(chosen.read_rows(rows), usual.read_rows(rows)[:, places])
+        assert torch.equal(usual.read_rows(rows)[0], usual[0]["image1"])
+
+
+@pytest.mark.parametrize("layout", ["npy", "store"])
+def test_both_images_of_a_batch_are_contiguous(prepared: dict[str, Path], layout: str) -> None:
+    data = open_pairs(prepared[layout])
+    buffer = np.full((2, 2, 2, SIZE, SIZE), np.nan, dtype=np.float32)
+    for batch in (data.get_batch(np.array([1, 0])), data.get_batch(np.array([1, 0]), buffer)):
+        assert batch["image1"].is_contiguous()
+        assert batch["image2"].is_contiguous()
+        assert torch.equal(batch["image1"][0], data[1]["image1"])
+        assert torch.equal(batch["image2"][1], data[0]["image2"])
+    assert torch.equal(torch.from_numpy(buffer[1]), batch["image2"])

@@ -249,9 +249,9 @@ def test_subset_of_a_store_shares_features_too(prepared: dict[str, Path]) -> Non
 # Pictures -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("right", [True, False])
-def test_pictures(prepared: dict[str, Path], tmp_path: Path, right: bool) -> None:
-    task, data = PairTask(CLASSES), open_pairs(prepared["npy"])
+@pytest.mark.parametrize(("right", "bands"), [(True, None), (False, None), (False, "VV"), (True, "VV,VH")])
+def test_pictures(prepared: dict[str, Path], tmp_path: Path, right: bool, bands: str | None) -> None:
+    task, data = PairTask(CLASSES), open_pairs(prepared["npy"], bands=bands)
     assert data.labels is not None
     flood = np.where(data.labels == 1, 0.9, 0.1) if right else np.linspace(0.05, 0.95, len(data))
     values = gathered(data.labels.tolist(), flood.tolist())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from sarwmix.heads import TaskModel
 from sarwmix.tasks import ModelSettings
 from sarwmix.weights import load_pretrained, load_start, load_timm_weights, read_weights
 from util.errors import UserError
+from util.log import get_logger
 from util.pos_embed import resize_position_table
 
 VIT = ModelSettings("vit_tiny_patch16_224", 32, 2)
@@ -69,6 +71,28 @@ def test_fgmae_file_into_a_vit(fgmae: Path) -> None:
     for name, value in encoder_state().items():
         assert torch.equal(model.encoder.state_dict()[name], value), name
     assert torch.equal(model.head.weight, head)
+
+
+def test_fgmae_for_bands_in_another_order_is_warned_about(
+    fgmae: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(get_logger(), "propagate", True)
+    caplog.set_level("INFO", logger=get_logger().name)
+
+    def said(path: Path, bands: list[str]) -> list[tuple[str, str]]:
+        caplog.clear()
+        model = build_classifier(replace(VIT, in_chans=len(bands)), 5)
+        load_start(model, str(path), bands=bands, statistics=STATISTICS)
+        return [(r.levelname, r.getMessage()) for r in caplog.records if "names no bands" in r.getMessage()]
+
+    ((level, text),) = said(fgmae, ["VH", "VV"])
+    assert level == "WARNING"
+    assert "FG-MAE's are, which saw VV, VH, in this order; the data set delivers VH, VV. Give --bands VV,VH" in text
+    assert [level for level, _ in said(fgmae, ["VV", "VH"])] == ["INFO"]
+    torch.save({"model": encoder_state()}, tmp_path / "timm.pth")  # no decoder: not one of FG-MAE's
+    assert [level for level, _ in said(tmp_path / "timm.pth", ["VH", "VV"])] == ["INFO"]
+    torch.save({"model": mae_state(), "data": {"bands": ["VH", "VV"]}}, tmp_path / "ours.pth")
+    assert said(tmp_path / "ours.pth", ["VH", "VV"]) == []
 
 
 def test_position_table_of_another_input_size_is_resized(fgmae: Path) -> None:

@@ -77,7 +77,13 @@ def add_run_args(parser: argparse.ArgumentParser, *, output_dir: str) -> None:
         "--log_dir", default=None, metavar="DIR", help="folder for TensorBoard (not given: <output_dir>/tensorboard)"
     )
     group.add_argument("--device", default="auto", help="auto (CUDA when there is a GPU), cpu, cuda or cuda:N")
-    group.add_argument("--seed", type=seed_number, default=0, help="seed of everything that is random")
+    group.add_argument(
+        "--seed",
+        type=seed_number,
+        default=0,
+        help="seed of everything that is random in the run (weights, order, augmentation, --train_frac); not of how a "
+        "data set is cut into splits: that is --data_option seed=N",
+    )
     group.add_argument(
         "--flops", action="store_true", help="print the operations of one sample's forward pass before training"
     )
@@ -382,7 +388,8 @@ def add_data_detail_args(parser: argparse.ArgumentParser, *, split: str | None =
     group.add_argument("--statistics", default=None, metavar="NAME|JSON", help="registered preset, or a file of ours")
     group.add_argument("--data_option", action="append", default=[], metavar="NAME=VALUE",
                        help="option of the data set, e.g. unit=linear for s1_scenes; may be repeated; a wrong name "
-                            "lists them")  # fmt: skip
+                            "lists them; seed=N cuts eurosat_sar, dfc2020, satlas and s1_scenes into other splits, "
+                            "--seed does not")  # fmt: skip
 
 
 def add_scene_args(parser: argparse.ArgumentParser) -> None:
@@ -439,7 +446,7 @@ def add_pair_args(parser: argparse.ArgumentParser) -> None:
         "--legacy_tiling", action="store_true", help="cut tiles as the published code does, for its released checkpoint"
     )
     group.add_argument("--val_frac", type=open_fraction, default=None, metavar="F",
-                       help="hold out this share of the training sequences to select the best epoch; "
+                       help="hold out this share of the training sequences or samples to select the best epoch; "
                             "not given: select on test, as published")  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from util.seeding import derive_seed
 
 ZERO_POWER = 1e-6  # what a pixel of zero power counts as: -60 dB
 PREPARE = "run scripts/prepare_sen12flood.sh"
+STORED = ("VH", "VV")  # bands of the files of both layouts, in their order
 
 
 def power_to_db(power: Tensor) -> Tensor:
@@ -36,9 +37,9 @@ def power_to_db(power: Tensor) -> Tensor:
 class PairDataset(SarDataset):
     """Pairs of images of one place.
 
-    A sample is ``image1``, ``image2`` float32 (2, S, S), VH and VV in **linear power** as stored, ``label`` int64
-    (1: the second image shows a flood), ``valid1``, ``valid2`` bool (finite and not negative), ``name``. A batch has no
-    masks: :func:`power_to_db` marks invalid pixels.
+    A sample is ``image1``, ``image2`` float32 (C, S, S), the bands of ``spec`` in **linear power** as stored, ``label``
+    int64 (1: the second image shows a flood), ``valid1``, ``valid2`` bool (finite and not negative), ``name``. A batch
+    has no masks: :func:`power_to_db` marks invalid pixels.
 
     Args:
         spec: The registry's entry.
@@ -68,6 +69,7 @@ class PairDataset(SarDataset):
         self.root = root
         self.size = size
         self.stored = stored
+        self._channels = [STORED.index(band) for band in spec.bands]
         # Row of the first and second image in the store; (N, 2).
         self.rows = np.array([(pair.row1, pair.row2) for pair in pairs], dtype=np.int64)
         self._folders = NameList.of([pair.split for pair in pairs])
@@ -96,19 +98,20 @@ class PairDataset(SarDataset):
         return self._images
 
     def read_rows(self, rows: np.ndarray) -> Tensor:
-        """Images of the store, (B, 2, S, S) float32 linear power."""
-        return torch.from_numpy(np.ascontiguousarray(self.images[rows]))
+        """Images of the store, (B, C, S, S) float32 linear power."""
+        return torch.from_numpy(np.ascontiguousarray(self.images[np.asarray(rows)[:, None], self._channels]))
 
     def read_into(self, index: int, out: np.ndarray) -> None:
-        """Fill ``out`` (2, 2, S, S): time, band, row, column."""
+        """Fill ``out`` (2, C, S, S): time, band, row, column; each image lies in one piece, both together need not."""
         if self.stored:
             for place, row in enumerate(self.rows[index]):
-                out[place] = self.images[row]
+                for channel, band in enumerate(self._channels):
+                    out[place, channel] = self.images[row, band]
         else:
             self._read_file(index, out)
         # One pass tells whether all is well: NaN, inf and -inf all leave a sum that is not finite.
         if not np.isfinite(out.sum(dtype=np.float64)):
-            usable = np.isfinite(out).reshape(4, -1).any(axis=1)
+            usable = np.isfinite(out).any(axis=(2, 3))
             if not usable.all():
                 raise UnreadableSample(self.names[index], self.root, "an image has a band without any finite pixel")
 
@@ -122,33 +125,45 @@ class PairDataset(SarDataset):
                 if version != (1, 0):
                     raise UnreadableSample(name, path, f"has .npy version {version}, expected (1, 0); {again}")
                 shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
-                wanted = (2, *self.shape)
+                wanted = (2, len(STORED), self.size, self.size)
                 if shape != wanted or fortran or dtype != np.dtype("<f4"):
                     raise UnreadableSample(
                         name, path, f"holds {dtype} of shape {shape}, expected float32 of shape {wanted}; {again}"
                     )
-                count = stream.readinto(out.reshape(-1).view(np.uint8).data)
+                count = sum(self._read_image(stream, image) for image in out)
         except FileNotFoundError:
             raise UnreadableSample(name, path, f"does not exist; {again}") from None
         except (OSError, ValueError) as error:
             raise UnreadableSample(name, path, f"is no readable .npy file ({error}); {again}") from error
-        if count != out.nbytes:
-            raise UnreadableSample(name, path, f"is truncated: {count} of {out.nbytes} bytes of pixels; {again}")
+        whole = 4 * int(np.prod(wanted))
+        if count != whole:
+            raise UnreadableSample(name, path, f"is truncated: {count} of {whole} bytes of pixels; {again}")
+
+    def _read_image(self, stream: BinaryIO, out: np.ndarray) -> int:
+        """Read the next image of a file into ``out`` (C, S, S); returns how many bytes were there."""
+        if self.spec.bands == STORED and out.flags.c_contiguous:
+            return _read_bytes(stream, out)
+        image = np.empty((len(STORED), self.size, self.size), dtype=np.float32)
+        count = _read_bytes(stream, image)
+        out[...] = image[self._channels]
+        return count
 
     # Samples and batches -----------------------------------------------------------------------------------------
 
     def get_batch(self, indices: np.ndarray, out: np.ndarray | None = None) -> dict[str, Any]:
-        """``image1``, ``image2`` float32 (B, 2, S, S) linear power, ``label`` int64 (B,), ``name``, ``index``,
-        ``replaced``; ``out``, if given, is float32 (B, 2, 2, S, S)."""
+        """``image1``, ``image2`` float32 (B, C, S, S) linear power, ``label`` int64 (B,), ``name``, ``index``,
+        ``replaced``; ``out``, if given, is float32 (2, B, C, S, S)."""
         indices = np.asarray(indices, dtype=np.int64)
-        pairs = np.empty((len(indices), 2, *self.shape), dtype=np.float32) if out is None else out
-        used, replaced = self.fill(indices, pairs)
-        return self.make_batch(torch.from_numpy(pairs), used, replaced)
+        # All first images, then all second ones: either half is contiguous and goes to a GPU without another copy.
+        images = np.empty((2, len(indices), *self.shape), dtype=np.float32) if out is None else out
+        used, replaced = self.fill(indices, images.swapaxes(0, 1))
+        return self.make_batch(torch.from_numpy(images), used, replaced)
 
     def make_batch(self, images: Tensor, used: np.ndarray, replaced: Replaced) -> dict[str, Any]:
+        """The batch dict around images (2, B, C, S, S) that have been read."""
         batch = super().make_batch(images, used, replaced)
-        pairs = batch.pop("image")
-        return {"image1": pairs[:, 0], "image2": pairs[:, 1], **batch}
+        both = batch.pop("image")
+        return {"image1": both[0], "image2": both[1], **batch}
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         position = int(index) + (len(self) if int(index) < 0 else 0)
@@ -177,6 +192,11 @@ class PairDataset(SarDataset):
             stored=self.stored,
             on_error=self.on_error,
         )
+
+
+def _read_bytes(stream: BinaryIO, out: np.ndarray) -> int:
+    """Fill a contiguous array from a file; returns how many bytes were there."""
+    return stream.readinto(out.reshape(-1).view(np.uint8).data)  # type: ignore[attr-defined]  # of buffered files
 
 
 def held_out_sequences(pairs: Sequence[PairRow], fraction: float) -> set[str]:

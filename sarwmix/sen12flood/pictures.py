@@ -15,7 +15,7 @@ SIDE = 384  # pixels of an image on the picture are at most this many; larger im
 
 
 def wrong_pairs_figure(path: Path, data: PairDataset, wrong: np.ndarray, flood: np.ndarray, loss: np.ndarray) -> None:
-    """Draw wrongly classified pairs, highest loss first: VH and VV of both dates side by side, and the change in VV.
+    """Draw wrongly classified pairs, highest loss first: all bands of both dates side by side, and the change in VV.
 
     Where no pair is wrong, the pairs with the highest loss are drawn, and the heading says so.
 
@@ -28,6 +28,8 @@ def wrong_pairs_figure(path: Path, data: PairDataset, wrong: np.ndarray, flood: 
     """
     from matplotlib import colormaps
 
+    bands = data.spec.bands
+    changing = "VV" if "VV" in bands else bands[0]
     count = int(wrong.sum())
     candidates = np.flatnonzero(wrong) if count else np.arange(len(data))
     shown = candidates[np.argsort(-loss[candidates], kind="stable")][:SHOWN]
@@ -37,11 +39,11 @@ def wrong_pairs_figure(path: Path, data: PairDataset, wrong: np.ndarray, flood: 
     drawn = f"the {rows} of them with the highest loss" if count else f"the {rows} right ones with the highest loss"
     figure.suptitle(
         f"{found}{drawn}\n"
-        f"dB, VH {GREY_DB['VH'][0]:g} to {GREY_DB['VH'][1]:g}, VV {GREY_DB['VV'][0]:g} to {GREY_DB['VV'][1]:g}; "
+        f"dB, {', '.join(f'{band} {GREY_DB[band][0]:g} to {GREY_DB[band][1]:g}' for band in bands)}; "
         "change from -10 (blue: second image darker) to 10 dB (red); light blue: not covered",
         fontsize=9,
     )
-    axes = figure.subplots(rows, 5, squeeze=False)
+    axes = figure.subplots(rows, 2 * len(bands) + 1, squeeze=False)
     for line in axes:
         for axis in line:
             axis.set_xticks([])
@@ -54,16 +56,19 @@ def wrong_pairs_figure(path: Path, data: PairDataset, wrong: np.ndarray, flood: 
         step = max(1, -(-data.size // SIDE))
         db = _db(pair[:, :, ::step, ::step])
         folder, first, second, label = parse_pair_name(data.names[int(index)])
-        names = data.spec.classes
+        classes = data.spec.classes
         line[0].set_ylabel(
-            f"{folder}: is {names[label]}\nP(flood) {flood[index]:.3f}\nloss {loss[index]:.2f}", fontsize=8
+            f"{folder}: is {classes[label]}\nP(flood) {flood[index]:.3f}\nloss {loss[index]:.2f}", fontsize=8
         )
-        for place, (time, band) in enumerate(((0, 0), (1, 0), (0, 1), (1, 1))):
-            low, high = GREY_DB[data.spec.bands[band]]
-            line[place].imshow(db[time, band], cmap=grey, vmin=low, vmax=high, interpolation="nearest")
-            line[place].set_title(f"{data.spec.bands[band]}  {_date((first, second)[time])}", fontsize=8)
-        line[4].imshow(db[1, 1] - db[0, 1], cmap=change, vmin=-10, vmax=10, interpolation="nearest")
-        line[4].set_title("VV second - first", fontsize=8)
+        for band, name in enumerate(bands):
+            low, high = GREY_DB[name]
+            for time in (0, 1):
+                axis = line[2 * band + time]
+                axis.imshow(db[time, band], cmap=grey, vmin=low, vmax=high, interpolation="nearest")
+                axis.set_title(f"{name}  {_date((first, second)[time])}", fontsize=8)
+        first_db, second_db = db[:, bands.index(changing)]
+        line[-1].imshow(second_db - first_db, cmap=change, vmin=-10, vmax=10, interpolation="nearest")
+        line[-1].set_title(f"{changing} second - first", fontsize=8)
     figure.tight_layout(rect=(0, 0, 1, 0.97))
     save_figure(figure, path)
 
