@@ -10,7 +10,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 import torch
@@ -116,6 +116,23 @@ class NameList(Sequence[str]):
         return value.hexdigest()
 
 
+EMPTY_BAND = "an image has a band without any finite pixel"  # why such a sample cannot be used
+
+
+class SharedImages(NamedTuple):
+    """Images that several samples have in common, for a cache that keeps each of them once.
+
+    Attributes:
+        keys: Entries of a batch that hold images.
+        rows: int64 (N, number of keys), row of each sample's images.
+        read: Images of given rows, float32 (B, C, H, W).
+    """
+
+    keys: tuple[str, ...]
+    rows: np.ndarray
+    read: Callable[[np.ndarray], torch.Tensor]
+
+
 class SarDataset(torch.utils.data.Dataset):
     """Map-style data set of SAR patches in dB.
 
@@ -168,6 +185,11 @@ class SarDataset(torch.utils.data.Dataset):
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W) of one image."""
         return len(self.spec.bands), self.spec.size, self.spec.size
+
+    @property
+    def shared_images(self) -> SharedImages | None:
+        """For data sets whose samples share images; None: each has its own, in the batch's ``image``."""
+        return None
 
     @property
     def all_finite(self) -> bool:

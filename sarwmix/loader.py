@@ -19,13 +19,14 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
-from sarwmix.datasets import MAX_TRIES, SarDataset, UnreadableSample
+from sarwmix.datasets import EMPTY_BAND, MAX_TRIES, SarDataset, SharedImages, UnreadableSample
 from util.errors import UserError
 from util.log import get_logger
 
@@ -38,6 +39,7 @@ DEVICE_MOST = 0.6  # share of a GPU's memory that may be in use after the data h
 _PATIENCE = 10.0  # seconds that a reader thread has to notice that nobody wants its batches
 _SAY_EVERY = 20.0  # seconds between two lines while a cache is filled
 _CACHE_ROWS = 256  # samples read at once while a cache is filled
+_SHARED_ROWS = 32  # ... of images that samples share: these are large
 
 
 def epoch_order(count: int, *, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
@@ -193,6 +195,21 @@ def _on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch
         start()
         del source
         yield batch
+
+
+_In = TypeVar("_In")
+_Out = TypeVar("_Out")
+
+
+def ahead(read: Callable[[_In], _Out], items: Sequence[_In]) -> Iterator[_Out]:
+    """``read`` of each item in turn, the next one in a thread while the caller works on the last."""
+    with ThreadPoolExecutor(1) as reader:
+        pending = reader.submit(read, items[0]) if items else None
+        for number in range(len(items)):
+            assert pending is not None
+            result = pending.result()
+            pending = reader.submit(read, items[number + 1]) if number + 1 < len(items) else None
+            yield result
 
 
 class BufferPool:
@@ -509,6 +526,16 @@ def _read_all(
     return bad
 
 
+def _read_shared(shared: SharedImages, rows: np.ndarray, target: torch.Tensor) -> np.ndarray:
+    """Fill ``target`` (M, C, H, W) with the images of ``rows``; bool (M,): each of their bands has a finite pixel."""
+    usable = []
+    for first in range(0, len(rows), _SHARED_ROWS):
+        piece = target[first : first + _SHARED_ROWS]
+        piece.copy_(shared.read(rows[first : first + _SHARED_ROWS]))
+        usable.append(torch.isfinite(piece).flatten(2).any(dim=2).all(dim=1))
+    return torch.cat(usable).cpu().numpy()
+
+
 class DeviceLoader(Loader):
     """Batches gathered from images that all lie in the memory of a device (of the host, with device "cpu")."""
 
@@ -517,8 +544,23 @@ class DeviceLoader(Loader):
     ) -> None:
         super().__init__(dataset, plan)
         self.device = device
-        self.images = torch.empty((len(dataset), *dataset.shape), dtype=torch.float32, device=device)
-        self.bad = _read_all(dataset, self.images, num_workers=num_workers, timeout=timeout)
+        shared = dataset.shared_images
+        if shared is None:
+            self.images = torch.empty((len(dataset), *dataset.shape), dtype=torch.float32, device=device)
+            self.bad = _read_all(dataset, self.images, num_workers=num_workers, timeout=timeout)
+            self.places = {"image": np.arange(len(dataset))}
+        else:
+            rows, places = np.unique(shared.rows, return_inverse=True)
+            places = places.reshape(shared.rows.shape)
+            self.images = torch.empty((len(rows), *dataset.shape), dtype=torch.float32, device=device)
+            usable = _read_shared(shared, rows, self.images)[places].all(axis=1)
+            self.bad = {
+                int(i): UnreadableSample(dataset.names[int(i)], dataset.source, EMPTY_BAND)
+                for i in np.flatnonzero(~usable)
+            }
+            if self.bad and dataset.on_error == "raise":
+                raise next(iter(self.bad.values()))
+            self.places = {key: places[:, number] for number, key in enumerate(shared.keys)}
         self.used = _replacements(len(dataset), self.bad)
         labels = dataset.batch_labels(self.used)
         self.labels = None if labels is None else labels.to(device)
@@ -531,12 +573,15 @@ class DeviceLoader(Loader):
     def _batches(self, epoch: int, step: int) -> Iterator[Batch]:
         # The order of the epoch goes to the device once, so that a step needs no copy at all.
         order = self.plan.order_of_rank(epoch)
-        sources = torch.from_numpy(self.used[order]).to(self.device)
+        sources = {
+            key: torch.from_numpy(np.ascontiguousarray(place[self.used[order]])).to(self.device)
+            for key, place in self.places.items()
+        }
         places = torch.from_numpy(order).to(self.device)
         size = self.plan.batch_size
         for number in range(step, self.plan.steps):
             piece = slice(number * size, (number + 1) * size)
-            batch: Batch = {"image": self.images.index_select(0, sources[piece])}
+            batch: Batch = {key: self.images.index_select(0, source[piece]) for key, source in sources.items()}
             if self.labels is not None:
                 batch["label"] = self.labels.index_select(0, places[piece])
             indices = order[piece]
@@ -576,15 +621,16 @@ def choose_cache(cache: str, dataset: SarDataset, device: torch.device | None) -
     if cache == "device" and device is None:
         raise UserError("cache=device needs a device")
     plain = isinstance(dataset, SarDataset) and type(dataset).get_batch is SarDataset.get_batch
-    if cache in ("host", "device") and not plain:
+    shared = dataset.shared_images if isinstance(dataset, SarDataset) else None
+    if cache in ("host", "device") and not plain and (shared is None or cache == "host"):
         raise UserError(f"cache={cache} does not suit {type(dataset).__name__}: its batches are made in its own way")
-    size = 4 * len(dataset) * int(np.prod(dataset.shape))
+    size = _cache_bytes(dataset)
     on_gpu = device is not None and device.type == "cuda"
     free, total = torch.cuda.mem_get_info(device) if on_gpu else (0, 0)
     if cache == "auto":
         # What lies there already (other splits, the model) counts too, so that 40 % stay for the computation.
         fits = size <= DEVICE_SHARE * total and total - free + size <= DEVICE_MOST * total
-        return "device" if on_gpu and plain and fits else "none"
+        return "device" if on_gpu and (plain or shared is not None) and fits else "none"
     if not on_gpu or cache == "host":
         free = _free_host_memory()
     if cache != "none" and size > free:
@@ -593,6 +639,13 @@ def choose_cache(cache: str, dataset: SarDataset, device: torch.device | None) -
             "use cache=none"
         )
     return cache
+
+
+def _cache_bytes(dataset: SarDataset) -> int:
+    """What the images of a data set take in memory."""
+    shared = dataset.shared_images if isinstance(dataset, SarDataset) else None
+    images = len(dataset) if shared is None else len(np.unique(shared.rows))
+    return 4 * images * int(np.prod(dataset.shape))
 
 
 def _free_host_memory() -> int:
@@ -656,7 +709,7 @@ def build_loader(
         raise UserError(f"number of loader workers must be 0 or more, not {num_workers}")
     place = None if device is None else torch.device(device)
     choice = choose_cache(cache, dataset, place)
-    size = 4 * len(dataset) * int(np.prod(dataset.shape)) / 1e9
+    size = _cache_bytes(dataset) / 1e9
     if choice == "device":
         assert place is not None
         get_logger().info("reading %d samples (%.2f GB) into the memory of %s", len(dataset), size, place)

@@ -18,7 +18,8 @@ from sen12_fixtures import make_raw, run
 
 from engine_finetune import gather_in_order
 from models_sen12_ft import MixMIMPair
-from sarwmix.loader import build_loader
+from sarwmix.datasets import UnreadableSample
+from sarwmix.loader import DeviceLoader, build_loader
 from sarwmix.mixup import Mixup
 from sarwmix.registry import build_dataset
 from sarwmix.sen12flood.dataset import PairDataset
@@ -236,6 +237,37 @@ def test_each_distinct_image_is_encoded_once(prepared: dict[str, Path], monkeypa
     seen.clear()
     outputs(PairTask(CLASSES), model, open_pairs(prepared["npy"]), batch=3)
     assert sum(seen) == 2 * len(data)  # pair files: nothing tells which images are the same
+
+
+def test_a_store_in_device_memory_gives_the_same_batches(prepared: dict[str, Path]) -> None:
+    """Each image lies there once, whatever the number of pairs that show it."""
+    data = open_pairs(prepared["store"])
+    options = {"batch_size": 5, "shuffle": True, "drop_last": True, "seed": 3}
+    cached = build_loader(data, cache="device", device="cpu", **options)
+    assert isinstance(cached, DeviceLoader)
+    assert len(cached.images) == len(np.unique(data.rows)) < 2 * len(data)
+    for ours, theirs in zip(cached, build_loader(data, **options), strict=True):
+        assert ours.keys() == theirs.keys()
+        for key in ("image1", "image2", "label", "index"):
+            assert torch.equal(ours[key], theirs[key]), key
+        assert ours["name"] == theirs["name"]
+    with pytest.raises(UserError, match="cache=device does not suit"):
+        build_loader(open_pairs(prepared["npy"]), cache="device", device="cpu", **options)
+
+
+def test_an_image_without_pixels_is_found_in_device_memory(prepared: dict[str, Path], monkeypatch) -> None:
+    data = open_pairs(prepared["store"])
+    images = np.array(data.images)
+    lost = int(data.rows[2, 1])
+    images[lost, 1] = np.nan
+    monkeypatch.setattr(data, "_images", images)
+    options = {"batch_size": 4, "shuffle": False, "drop_last": False, "cache": "device", "device": "cpu"}
+    with pytest.raises(UnreadableSample, match="band without any finite pixel"):
+        build_loader(data, **options)
+    data.on_error = "replace"
+    batches = list(build_loader(data, **options))
+    replaced = [name for batch in batches for name, _ in batch["replaced"]]
+    assert replaced == [data.names[i] for i in np.flatnonzero((data.rows == lost).any(axis=1))]
 
 
 def test_subset_of_a_store_shares_features_too(prepared: dict[str, Path]) -> None:

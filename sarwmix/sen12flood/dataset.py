@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sarwmix.datasets import NameList, Replaced, SarDataset, UnreadableSample
+from sarwmix.datasets import EMPTY_BAND, NameList, Replaced, SarDataset, SharedImages, UnreadableSample
 from sarwmix.registry import DatasetSpec, Statistics, parse_split
 from sarwmix.sen12flood import layout as files
 from sarwmix.sen12flood.layout import PairRow
@@ -84,6 +84,10 @@ class PairDataset(SarDataset):
         """Whether equal rows mean the same image, so that an evaluation can encode each image once."""
         return self.stored
 
+    @property
+    def shared_images(self) -> SharedImages | None:
+        return SharedImages(("image1", "image2"), self.rows, self.read_rows) if self.stored else None
+
     # Reading -----------------------------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
@@ -113,7 +117,7 @@ class PairDataset(SarDataset):
         if not np.isfinite(out.sum(dtype=np.float64)):
             usable = np.isfinite(out).any(axis=(2, 3))
             if not usable.all():
-                raise UnreadableSample(self.names[index], self.root, "an image has a band without any finite pixel")
+                raise UnreadableSample(self.names[index], self.root, EMPTY_BAND)
 
     def _read_file(self, index: int, out: np.ndarray) -> None:
         name = self.names[index]

@@ -14,7 +14,7 @@ from models_mixmim import MODELS, encoder_config
 from models_sen12_ft import PATCH_OPS, MixMIMPair
 from sarwmix.backbones import is_mixmim
 from sarwmix.datasets import SarDataset
-from sarwmix.loader import Loader
+from sarwmix.loader import Loader, ahead
 from sarwmix.metrics import Report
 from sarwmix.sen12flood.dataset import PairDataset, power_to_db
 from sarwmix.tasks import ModelSettings, Predictor, SingleLabelTask
@@ -160,22 +160,28 @@ class PairTask(SingleLabelTask):
         last_use = {int(row): place for place, index in enumerate(mine) for row in data.rows[index]}
         features: dict[int, Tensor] = {}
         assert data.labels is not None
-        for start in range(0, len(mine), batch_size):
-            indices = mine[start : start + batch_size]
-            rows = data.rows[indices]  # (B, 2)
-            new = [int(row) for row in np.unique(rows) if int(row) not in features]
-            # As many images at once as a training batch of pairs holds.
-            for begin in range(0, len(new), 2 * batch_size):
-                some = new[begin : begin + 2 * batch_size]
-                power = data.read_rows(np.asarray(some)).to(device, non_blocking=True)
+        batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
+        fresh = _first_uses([data.rows[indices] for indices in batches], most=2 * batch_size)
+        on_gpu = device.type == "cuda"
+
+        def read(rows: np.ndarray) -> Tensor:
+            power = data.read_rows(rows)
+            return power.pin_memory() if on_gpu else power
+
+        images = ahead(read, [rows for pieces in fresh for rows in pieces])
+        done = 0
+        for indices, pieces in zip(batches, fresh, strict=True):
+            for some in pieces:
+                power = next(images).to(device, non_blocking=True)
                 encoded = model.call("encode_image", transform.images(power))  # (images, T, D)
-                features.update(zip(some, encoded, strict=True))
+                features.update(zip(some.tolist(), encoded, strict=True))
+            rows = data.rows[indices]  # (B, 2)
             first = torch.stack([features[int(row)] for row in rows[:, 0]])
             second = torch.stack([features[int(row)] for row in rows[:, 1]])
             logits = model.call("classify", first, second).float()
             target = torch.from_numpy(data.labels[indices]).to(device)
             yield torch.from_numpy(indices), self.outputs(logits, target)
-            done = start + len(indices)
+            done += len(indices)
             features = {row: value for row, value in features.items() if last_use[row] >= done}
 
     def metrics(self, truth: np.ndarray, predicted: np.ndarray, counts: np.ndarray | None = None) -> dict[str, float]:
@@ -237,6 +243,18 @@ class PairTask(SingleLabelTask):
             wrong_pairs_figure(path, data, predicted != truth, scores[:, FLOOD], gathered["loss"])
             written.append(path)
         return written
+
+
+def _first_uses(batches: Sequence[np.ndarray], *, most: int) -> list[list[np.ndarray]]:
+    """For each batch of rows (B, 2) those not met before, in pieces of at most ``most``: as many images at once as a
+    training batch of pairs holds."""
+    seen: set[int] = set()
+    pieces = []
+    for rows in batches:
+        new = np.array([row for row in np.unique(rows) if int(row) not in seen], dtype=np.int64)
+        seen.update(int(row) for row in new)
+        pieces.append([new[begin : begin + most] for begin in range(0, len(new), most)])
+    return pieces
 
 
 def pair_metrics(truth: np.ndarray, predicted: np.ndarray, counts: np.ndarray | None = None) -> dict[str, float]:
