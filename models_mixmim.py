@@ -75,6 +75,7 @@ MODELS: dict[str, dict[str, Any]] = {
     },
 }
 
+_MOST_WINDOWS = 65535  # the fused kernels launch a block for each, and CUDA allows as many in that dimension
 _ENCODER_KEYS = ("embed_dim", "depths", "num_heads", "window_size")
 
 
@@ -159,7 +160,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     """
     if bias is None:
         return F.scaled_dot_product_attention(q, k, v)
-    if q.is_cuda and not torch.compiler.is_compiling():
+    if q.is_cuda and not torch.compiler.is_compiling() and q.shape[0] * q.shape[1] <= _MOST_WINDOWS:
         return _fused_attention(q, k, v, bias.to(q.dtype))
     # The fused kernels of CPU refuse a bias that needs a gradient; the compiler fuses these operators by itself.
     scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-2, -1))
