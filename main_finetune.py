@@ -470,4 +470,4 @@ def train(
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_cli(main, resumable=True)

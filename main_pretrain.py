@@ -419,4 +419,4 @@ def draw_reconstructions(
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_cli(main, resumable=True)
