@@ -234,7 +234,10 @@ guard() {
         sleep 1 2>/dev/null
     done
     kill -TERM -- "-$2" 2>/dev/null || kill -TERM "$2" 2>/dev/null || return 0
-    sleep 10 2>/dev/null
+    for _ in 1 2 3 4 5 6 7 8 9 10; do
+        kill -0 "$2" 2>/dev/null || return 0
+        sleep 1 2>/dev/null
+    done
     kill -KILL -- "-$2" 2>/dev/null || kill -KILL "$2" 2>/dev/null || true
 }
 
