@@ -220,10 +220,10 @@ seconds() {
     awk -F: '{ total = 0; for (i = 1; i <= NF; i++) total = total * 60 + $i; print total }' <<<"$1"
 }
 
-# guard SCRIPT RUN LIMIT: ask the run to save LIMIT seconds from now (0: never), and end it when the script was killed
-# and could not do so itself.
+# guard SCRIPT RUN LIMIT: ask the run to save LIMIT seconds from now (0: never). When the script was killed and cannot
+# look after the run, ask it at once, and end it after 10 s.
 guard() {
-    local limit="$3"
+    local limit="$3" signal
     while kill -0 "$1" 2>/dev/null; do
         kill -0 "$2" 2>/dev/null || return 0
         if [ "$limit" -gt 0 ] && [ "$SECONDS" -ge "$limit" ]; then
@@ -233,12 +233,13 @@ guard() {
         fi
         sleep 1 2>/dev/null
     done
-    kill -TERM -- "-$2" 2>/dev/null || kill -TERM "$2" 2>/dev/null || return 0
-    for _ in 1 2 3 4 5 6 7 8 9 10; do
-        kill -0 "$2" 2>/dev/null || return 0
-        sleep 1 2>/dev/null
+    for signal in USR1 TERM KILL; do
+        kill "-$signal" "$2" 2>/dev/null || return 0
+        for _ in 1 2 3 4 5 6 7 8 9 10; do
+            sleep 1 2>/dev/null
+            kill -0 "$2" 2>/dev/null || return 0
+        done
     done
-    kill -KILL -- "-$2" 2>/dev/null || kill -KILL "$2" 2>/dev/null || true
 }
 
 # run_and_forward LIMIT COMMAND...: run it; SIGTERM, SIGUSR1 and, LIMIT seconds from now (0: never), the coming end of
@@ -295,7 +296,7 @@ time_to_save() {
 explain_exit() {
     case "$1" in
         0) say "finished; results in $OUT" ;;
-        75) say "stopped on request after saving; the same command continues (exit code 75)" ;;
+        75) say "stopped on request; the same command continues (exit code 75)" ;;
         *) say "ended with exit code $1; see the message above and docs/cluster.md" ;;
     esac
 }

@@ -477,7 +477,8 @@ def test_the_run_ends_when_its_script_is_killed(tools, tmp_path):
     began = time.monotonic()
     job.kill()
     job.wait()
-    job.communicate(timeout=20)  # the pipe closes when the run, too, is gone; alone it would last for 30 s
+    output, _ = job.communicate(timeout=20)  # the pipe closes when the run, too, is gone; alone it would last for 30 s
+    assert "asked to save" in output
     assert time.monotonic() - began < 10
 
 
