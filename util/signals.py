@@ -39,18 +39,18 @@ class StopRequest:
         self._previous: dict[int, object] = {}
 
     def install(self, signals: tuple[signal.Signals, ...] = STOP_SIGNALS) -> StopRequest:
-        """Install the handlers (main thread only) and return self. A request to the previous ones is taken over."""
+        """Install the handlers (main thread only) and return self; takes over a request that found nothing to save."""
         for number in signals:
             self._previous[number] = signal.signal(number, self._handle)
         for earlier in self._earlier():
-            if earlier.requested:
+            if earlier.signal_name is not None:
                 self.signal_name, self._since = earlier.signal_name, earlier._since
         return self
 
     def restore(self) -> None:
         """Put the previous handlers back. They know of the request: what repeats it must not be a new one to them."""
         for earlier in self._earlier():
-            if self.requested:
+            if self.signal_name is not None:
                 earlier.signal_name, earlier._since = self.signal_name, self._since
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
@@ -58,7 +58,7 @@ class StopRequest:
 
     def _earlier(self) -> list[StopRequest]:
         owners = [getattr(handler, "__self__", None) for handler in self._previous.values()]
-        return [owner for owner in owners if isinstance(owner, StopRequest)]
+        return [owner for owner in owners if isinstance(owner, StopRequest) and owner._leave]
 
     @property
     def requested(self) -> bool:
