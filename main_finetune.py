@@ -521,4 +521,4 @@ def train(
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_cli(main, resumable=True)

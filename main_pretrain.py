@@ -447,4 +447,4 @@ def check_statistics(checkpoint: dict[str, Any], dataset: SarDataset, path: str)
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_cli(main, resumable=True)

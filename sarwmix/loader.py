@@ -29,6 +29,7 @@ import torch
 from sarwmix.datasets import EMPTY_BAND, MAX_TRIES, SarDataset, SharedImages, UnreadableSample
 from util.errors import UserError
 from util.log import get_logger
+from util.signals import held_signals, ignore_stop_signals
 
 Batch = dict[str, Any]
 CACHES = ("none", "host", "device", "auto")
@@ -341,8 +342,9 @@ class _ByBatch(torch.utils.data.Dataset):
             return error
 
 
-def _one_thread(worker: int) -> None:
+def _start_worker(worker: int) -> None:
     torch.set_num_threads(1)  # a worker copies bytes; its threads would only take cores from the training process
+    ignore_stop_signals()  # sent to a whole job they would end the workers before the run has saved
 
 
 def _as_is(batch: Any) -> Any:
@@ -372,7 +374,7 @@ class WorkerLoader(Loader):
             num_workers=num_workers,
             pin_memory=pin_memory,
             collate_fn=_as_is,
-            worker_init_fn=_one_thread,
+            worker_init_fn=_start_worker,
             persistent_workers=True,
             prefetch_factor=PREFETCH,
             timeout=timeout,
@@ -381,7 +383,8 @@ class WorkerLoader(Loader):
     def _batches(self, epoch: int, step: int) -> Iterator[Batch]:
         self._schedule.epoch = epoch
         self._schedule.start = step
-        source = iter(self._workers)
+        with held_signals():
+            source = iter(self._workers)
         while True:
             try:
                 batch = next(source)
@@ -506,12 +509,14 @@ def _read_all(
             sampler=pieces,  # type: ignore[arg-type]  # any iterable of what the data set takes
             num_workers=num_workers,
             collate_fn=_as_is,
-            worker_init_fn=_one_thread,
+            worker_init_fn=_start_worker,
             timeout=timeout if num_workers else 0,
         )
     bad: dict[int, UnreadableSample] = {}
     said = time.monotonic()
-    for piece, item in zip(pieces, delivered, strict=True):
+    with held_signals():
+        items = iter(delivered)
+    for piece, item in zip(pieces, items, strict=True):
         if time.monotonic() - said > _SAY_EVERY:
             said = time.monotonic()
             get_logger().info("%d of %d samples read", piece[0], len(dataset))

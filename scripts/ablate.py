@@ -140,8 +140,8 @@ def run(jobs: list[Job], launcher: str) -> list[Job]:
 
 
 def _hand_on(process: subprocess.Popen[bytes], number: int, frame: FrameType | None) -> None:
-    """A request to stop goes to the job, which saves and leaves with code 75."""
-    process.terminate()
+    """A request to stop goes to the job, which saves and leaves with code 75; as SIGUSR1, which mpirun hands on."""
+    process.send_signal(signal.SIGUSR1)
 
 
 def last_line(path: Path) -> str:

@@ -6,7 +6,8 @@
 
 # What a site or a run sets. Precedence: flag, environment, site file (SITE_FILE, default site.env in the repository).
 SETTINGS=(TASK_TYPE MODEL EPOCH DATASET DATA_PATH OUT CHECKPOINT NPROC NODES GPUS_PER_NODE WALLTIME SAVE_MARGIN CHAIN
-    PYTHON MPIRUN MPIRUN_FLAGS SITE_SETUP PBS_GROUP PBS_QUEUE SBATCH_ACCOUNT SBATCH_PARTITION SRUN_MPI)
+    CPUS_PER_TASK PYTHON MPIRUN MPIRUN_FLAGS MPI_EXPORT SITE_SETUP PBS_GROUP PBS_QUEUE PBS_SELECT QSUB_FLAGS
+    SBATCH_ACCOUNT SBATCH_PARTITION SBATCH_FLAGS SRUN_MPI)
 
 # shellcheck disable=SC2034  # used by the scripts that source this one
 LAUNCH_HELP='Settings (flag | environment | site file):
@@ -21,8 +22,9 @@ LAUNCH_HELP='Settings (flag | environment | site file):
   --nproc N       NPROC        processes on this machine or node (default: GPUs, 1 without)
   --dry_run                    print what would run, run nothing
   -- FLAGS...                  passed to the program, e.g. -- --batch_size 256 --norm_pix_loss
-Site: PYTHON, MPIRUN, MPIRUN_FLAGS, SITE_SETUP (shell commands that prepare a shell, e.g. module load ...), SITE_FILE.
-scripts/site.env.example lists them with examples.'
+Site: PYTHON, MPIRUN, MPIRUN_FLAGS, MPI_EXPORT (variables for the processes on all nodes: NAME or NAME=VALUE, separated
+by blanks), SITE_SETUP (shell commands that prepare a shell, e.g. module load ...), SITE_FILE. What the site file or
+SITE_SETUP exports reaches all nodes, too. scripts/site.env.example lists them with examples.'
 
 # load_site_file: read SITE_FILE; what the environment already sets wins.
 load_site_file() {
@@ -35,9 +37,37 @@ load_site_file() {
     for name in "${SETTINGS[@]}"; do
         if [ -n "${!name+set}" ]; then before[$name]="${!name}"; fi
     done
+    remember_exports
     # shellcheck disable=SC1090
     . "$file"
+    note_exports
     for name in "${!before[@]}"; do printf -v "$name" '%s' "${before[$name]}"; done
+}
+
+# remember_exports, note_exports: the variables that the lines between them exported or changed go into NEW_EXPORTS.
+declare -A EXPORTS_BEFORE=()
+NEW_EXPORTS=()
+remember_exports() {
+    local name
+    EXPORTS_BEFORE=()
+    for name in $(compgen -e); do EXPORTS_BEFORE[$name]="${!name-}"; done
+}
+note_exports() {
+    local name
+    for name in $(compgen -e); do
+        case " ${SETTINGS[*]} PATH LD_LIBRARY_PATH OMP_NUM_THREADS PWD OLDPWD SHLVL _ " in *" $name "*) continue ;; esac
+        if [ -n "${!name-}" ] && [ "${EXPORTS_BEFORE[$name]-}" != "${!name}" ]; then NEW_EXPORTS+=("$name"); fi
+    done
+}
+
+# split_words NAME: the words of the setting NAME go into WORDS. Blanks separate; quotes and backslashes work as in a
+# shell; nothing is expanded or run ($, *, ~ and backquotes are plain characters).
+split_words() {
+    local lines
+    WORDS=()
+    [[ "${!1:-}" = *[![:space:]]* ]] || return 0
+    lines="$(xargs printf '%s\n' <<<"${!1}" 2>/dev/null)" || die "$1 is '${!1}': a quote is not closed"
+    mapfile -t WORDS <<<"$lines"
 }
 
 # parse_flags ARGS...: --name value for every setting, --dry_run, and what follows -- into PROGRAM_FLAGS.
@@ -78,7 +108,7 @@ whole_number() {
 # prepare_settings: defaults and checks.
 prepare_settings() {
     : "${TASK_TYPE:=pretrain}" "${MODEL:=mixmim_base}" "${DATASET:=benv2}" "${EPOCH:=}" "${CHECKPOINT:=}" "${NPROC:=}"
-    : "${MPIRUN_FLAGS:=}" "${SITE_SETUP:=}"
+    : "${MPIRUN_FLAGS:=}" "${MPI_EXPORT:=}" "${SITE_SETUP:=}"
     need DATA_PATH "the root of the data"
     : "${OUT:=runs/${TASK_TYPE}_${DATASET}_${MODEL}}"
     if [ -n "$EPOCH" ]; then whole_number EPOCH 1; fi
@@ -92,9 +122,11 @@ prepare_settings() {
 # find_programs: the site's shell commands, then Python and mpirun.
 find_programs() {
     if [ -n "$SITE_SETUP" ]; then
+        remember_exports
         set +u
         eval "$SITE_SETUP"
         set -u
+        note_exports
     fi
     if [ -z "${PYTHON:-}" ]; then
         if [ -x "$REPO_ROOT/.venv/bin/python" ]; then PYTHON="$REPO_ROOT/.venv/bin/python"; else PYTHON=python3; fi
@@ -154,14 +186,25 @@ training_command() {
 # mpirun_prefix PROCESSES: sets LAUNCHER, mpirun with what every site needs.
 mpirun_prefix() {
     local name
+    local -A given=()
     # --bind-to none: Open MPI would pin a process and its reading workers to one core.
     LAUNCHER=("$MPIRUN" -np "$1" --bind-to none)
     if [ "$(id -u)" = 0 ]; then LAUNCHER+=(--allow-run-as-root); fi
-    for name in PATH LD_LIBRARY_PATH OMP_NUM_THREADS; do
-        if [ -n "${!name:-}" ]; then LAUNCHER+=(-x "$name"); fi
+    split_words MPI_EXPORT
+    for name in "${WORDS[@]}"; do
+        [[ "$name" =~ ^[A-Za-z_][A-Za-z_0-9]*(=|$) ]] || die "MPI_EXPORT names '$name', expected NAME or NAME=VALUE"
+        if [[ "$name" = *=* ]]; then printf -v "${name%%=*}" '%s' "${name#*=}"; fi
+        name="${name%%=*}"
+        [ -n "${!name+set}" ] || die "MPI_EXPORT names $name, which is not set; set it or leave the name away"
+        export "${name?}"
+        NEW_EXPORTS+=("$name")
     done
-    # shellcheck disable=SC2206  # several flags in one variable, as documented
-    LAUNCHER+=($MPIRUN_FLAGS)
+    for name in PATH LD_LIBRARY_PATH OMP_NUM_THREADS "${NEW_EXPORTS[@]}"; do
+        if [ -n "${!name:-}" ] && [ -z "${given[$name]:-}" ]; then LAUNCHER+=(-x "$name"); fi
+        given[$name]=1
+    done
+    split_words MPIRUN_FLAGS
+    LAUNCHER+=("${WORDS[@]}")
 }
 
 # quoted WORDS...: one line that a shell reads back as the same words.
@@ -177,40 +220,83 @@ seconds() {
     awk -F: '{ total = 0; for (i = 1; i <= NF; i++) total = total * 60 + $i; print total }' <<<"$1"
 }
 
+# guard SCRIPT RUN LIMIT: ask the run to save LIMIT seconds from now (0: never). When the script was killed and cannot
+# look after the run, ask it at once, and end it after 10 s.
+guard() {
+    local limit="$3" signal
+    while kill -0 "$1" 2>/dev/null; do
+        kill -0 "$2" 2>/dev/null || return 0
+        if [ "$limit" -gt 0 ] && [ "$SECONDS" -ge "$limit" ]; then
+            printf 'the end of the job is near: asking the run to save and stop\n' >&2
+            kill -USR1 "$2" 2>/dev/null
+            limit=0
+        fi
+        sleep 1 2>/dev/null
+    done
+    for signal in USR1 TERM KILL; do
+        kill "-$signal" "$2" 2>/dev/null || return 0
+        for _ in 1 2 3 4 5 6 7 8 9 10; do
+            sleep 1 2>/dev/null
+            kill -0 "$2" 2>/dev/null || return 0
+        done
+    done
+}
+
 # run_and_forward LIMIT COMMAND...: run it; SIGTERM, SIGUSR1 and, LIMIT seconds from now (0: never), the coming end of
-# the job reach it as SIGUSR1, upon which it saves and leaves with 75. Returns the command's exit code.
+# the job reach it as SIGUSR1, upon which it saves and leaves with 75; Ctrl-C reaches it as SIGINT. Returns the
+# command's exit code; TERMINATED is 1 when SIGTERM has come.
+# The command gets a session of its own: who ends a job signals the process group or session, and mpirun ends the
+# processes at SIGTERM instead of handing it on.
 run_and_forward() {
-    local limit="$1" child timer="" code=0
+    local limit="$1" child guard code=0
+    local -a own_session=()
     shift
-    "$@" &
+    if command -v setsid >/dev/null; then own_session=(setsid); fi
+    # shellcheck disable=SC2034  # read by the scripts that source this one
+    TERMINATED=0
+    # A shell without job control lets its background processes ignore Ctrl-C; this one shall get it from the trap.
+    (
+        trap - INT QUIT
+        exec "${own_session[@]}" "$@"
+    ) </dev/null &
     child=$!
     # shellcheck disable=SC2064
-    trap "kill -USR1 $child 2>/dev/null" TERM USR1
-    if [ "$limit" -gt 0 ]; then
-        (
-            trap - TERM USR1
-            sleep "$limit" &
-            trap 'kill $! 2>/dev/null; exit 0' TERM
-            wait $!
-            printf 'the end of the job is near: asking the run to save and stop\n' >&2
-            kill -USR1 "$child" 2>/dev/null
-        ) &
-        timer=$!
-    fi
+    trap "kill -USR1 $child 2>/dev/null" USR1
+    # shellcheck disable=SC2064
+    trap "TERMINATED=1; kill -USR1 $child 2>/dev/null" TERM
+    # shellcheck disable=SC2064
+    trap "kill -INT $child 2>/dev/null" INT
+    export -f guard
+    "${own_session[@]}" bash -c 'guard "$@"' guard $$ "$child" "$limit" </dev/null >/dev/null &
+    guard=$!
     while true; do
         code=0
         wait "$child" || code=$?
         kill -0 "$child" 2>/dev/null || break # a trapped signal ends `wait` early; the command still runs
     done
-    trap - TERM USR1
-    if [ -n "$timer" ]; then kill "$timer" 2>/dev/null || true; fi
+    trap - TERM USR1 INT
+    kill "$guard" 2>/dev/null || true
     return "$code"
+}
+
+# another_run_helps CODE: whether a run that ended so may get further when it is started again. Not when it has
+# finished (0), was refused (2) or had numbers that are not finite (3).
+another_run_helps() {
+    case "$1" in 0 | 2 | 3) return 1 ;; esac
+}
+
+# time_to_save LEFT: seconds from now at which a job with LEFT seconds is asked to save; at least 1, as 0 is never.
+time_to_save() {
+    local wait=$(($1 - SAVE_MARGIN))
+    if [ "$wait" -lt 1 ]; then wait=$(($1 / 2)); fi
+    if [ "$wait" -lt 1 ]; then wait=1; fi
+    echo "$wait"
 }
 
 explain_exit() {
     case "$1" in
         0) say "finished; results in $OUT" ;;
-        75) say "stopped on request after saving; the same command continues (exit code 75)" ;;
+        75) say "stopped on request; the same command continues (exit code 75)" ;;
         *) say "ended with exit code $1; see the message above and docs/cluster.md" ;;
     esac
 }

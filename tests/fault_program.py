@@ -2,11 +2,13 @@
 
     python fault_program.py '{"kind": "kill", "rank": 1, "batch": 5}' --dataset demo ...
 
-``slow`` (seconds) makes every batch late, so that a signal finds the run in mid-epoch.
+``slow`` (seconds) makes every batch late, so that a signal finds the run in mid-epoch; ``scan`` (seconds) makes opening
+the data take that long.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
@@ -88,11 +90,28 @@ def inject(fault: dict[str, Any]) -> None:
         MixMIM.forward = poisoned  # type: ignore[method-assign, assignment]
 
 
+def slow_scan(seconds: float) -> None:
+    """Opening the data takes that long, as the scan of a large folder does."""
+    import main_pretrain
+
+    original = main_pretrain.open_data
+
+    def open_data(args: argparse.Namespace) -> Any:
+        print("scanning", flush=True)
+        time.sleep(seconds)
+        return original(args)
+
+    main_pretrain.open_data = open_data
+
+
 if __name__ == "__main__":
     use_micro_model()
-    inject(json.loads(sys.argv[1]))
+    chosen = json.loads(sys.argv[1])
+    inject(chosen)
+    if "scan" in chosen:
+        slow_scan(chosen["scan"])
     sys.argv = ["main_pretrain.py", *sys.argv[2:]]
     import main_pretrain
     from util.errors import run_cli
 
-    run_cli(main_pretrain.main)
+    run_cli(main_pretrain.main, resumable=True)

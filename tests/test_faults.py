@@ -5,6 +5,7 @@ Training is real (main_pretrain, generated data) with a microscopic model; see f
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -24,6 +25,7 @@ from fault_program import MICRO
 
 from util.checkpoint import load_checkpoint, verify_checkpoint
 from util.files import read_jsonl
+from util.signals import REPEAT_SECONDS
 
 PROGRAM = str(Path(__file__).with_name("fault_program.py"))
 FLAGS = ["--model", "mixmim_tiny", "--batch_size", "4", "--num_workers", "0", "--epochs", "3", "--warmup_epochs", "1",
@@ -102,6 +104,15 @@ def rank_processes(out: Path) -> dict[int, int]:
         if b"OMPI_COMM_WORLD_RANK" in environment:
             found[int(environment[b"OMPI_COMM_WORLD_RANK"])] = int(folder.name)
     return found
+
+
+def every_rank_and_worker(out: Path) -> Iterator[int]:
+    """Process ids of the Python processes that work on this output folder."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            words = (folder / "cmdline").read_bytes().split(b"\0")
+            if str(out).encode() in words and b"python" in words[0]:
+                yield int(folder.name)
 
 
 def same(a: Path, b: Path) -> bool:
@@ -244,13 +255,17 @@ def test_a_signal_from_outside_and_a_second_one(start: Start, tmp_path: Path) ->
     assert code == 75, output
     assert time.monotonic() - sent < 30
     verify_checkpoint(tmp_path / "run" / "checkpoint.pth")
-    job = start("--resume", "auto", fault={"slow": 5.0})  # the step takes long: only a second signal ends it at once
+    job = start("--resume", "auto", fault={"slow": 12.0})  # the step takes long: only a later signal ends it at once
     read_until(job, "training epochs")
     time.sleep(1.0)
-    for rank in (0, 1):
-        for _ in range(2):
-            os.kill(rank_processes(tmp_path / "run").get(rank, job.pid), signal.SIGTERM)
-            time.sleep(0.2)
+    ranks = rank_processes(tmp_path / "run")
+    assert sorted(ranks) == [0, 1]
+    for _ in range(2):
+        for process in ranks.values():
+            os.kill(process, signal.SIGTERM)
+    time.sleep(REPEAT_SECONDS + 0.5)
+    assert job.poll() is None  # what comes within seconds is the same request
+    os.kill(ranks[1], signal.SIGTERM)
     sent = time.monotonic()
     code, output = finish(job)
     assert code not in (0, 75)
@@ -258,22 +273,74 @@ def test_a_signal_from_outside_and_a_second_one(start: Start, tmp_path: Path) ->
     assert "leaving at once" in output
 
 
+@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGUSR1", marks=pytest.mark.slow)])
+def test_a_signal_to_the_whole_group_saves(start: Start, tmp_path: Path, name: str) -> None:
+    """The loader's worker gets it, too, and goes on until the run has saved."""
+    job = start("--num_workers", 1, processes=1, fault={"slow": 0.3})
+    read_until(job, "Epoch 1/3")
+    assert len(left_behind(tmp_path / "run")) == 2
+    os.killpg(job.pid, getattr(signal, name))
+    code, output = finish(job, timeout=30)
+    assert code == 75, output
+    info = verify_checkpoint(tmp_path / "run" / "checkpoint.pth")
+    assert info is not None
+    assert 0 < info.step < 22
+    assert left_behind(tmp_path / "run") == []
+
+
+def test_loader_workers_end_with_a_killed_parent(start: Start, tmp_path: Path) -> None:
+    job = start("--num_workers", 1, processes=1, fault={"slow": 0.3})
+    read_until(job, "Epoch 1/3")
+    assert len(left_behind(tmp_path / "run")) == 2
+    job.kill()
+    until = time.monotonic() + 20
+    while left_behind(tmp_path / "run"):
+        assert time.monotonic() < until
+        time.sleep(0.2)
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_signal_before_training_ends_with_75(start: Start, tmp_path: Path, processes: int) -> None:
+    job = start(processes=processes, fault={"scan": 60})
+    read_until(job, "scanning")
+    time.sleep(0.5)
+    ranks = rank_processes(tmp_path / "run") or {0: job.pid}
+    assert len(ranks) == processes
+    sent = time.monotonic()
+    os.kill(ranks[processes - 1], signal.SIGUSR1)
+    code, output = finish(job, timeout=50)
+    assert code == 75, output
+    assert "SIGUSR1: stopped where there was nothing to save" in output
+    assert time.monotonic() - sent < 20
+    assert left_behind(tmp_path / "run") == []
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGTERM to all"])
 def test_a_signal_to_the_launch_script_saves(demo_root: Path, tmp_path: Path, name: str) -> None:
-    """run_local.sh hands the request through mpirun to every rank."""
+    """run_local.sh hands the request through mpirun to every rank; or everybody but mpirun gets it at once.
+
+    The second is what a queue system does: the ranks and the workers get the signal, and then once more through mpirun.
+    """
     python = tmp_path / "python"
     python.write_text(f'#!/bin/bash\nshift\nexec {sys.executable} {PROGRAM} \'{{"slow": 0.3}}\' "$@"\n')
     python.chmod(0o755)
     settings = {"PYTHON": str(python), "MPIRUN": mpirun_command(1)[0], "NPROC": "2", "DATA_PATH": str(demo_root)}
     settings |= {"DATASET": "demo", "MODEL": "mixmim_tiny", "EPOCH": "3", "OUT": str(tmp_path / "run")}
-    flags = ["--batch_size", "4", "--num_workers", "0", "--warmup_epochs", "1", "--lr", "1e-3"]
+    flags = ["--batch_size", "4", "--num_workers", "1", "--warmup_epochs", "1", "--lr", "1e-3"]
     job = subprocess.Popen(
         ["bash", str(ROOT / "scripts" / "run_local.sh"), "--", *flags], env=clean_environment(settings), cwd=tmp_path,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
     read_until(job, "Epoch 1/3")
-    job.send_signal(getattr(signal, name))
+    if name == "SIGTERM to all":
+        processes = list(every_rank_and_worker(tmp_path / "run"))
+        assert len(processes) == 4
+        for process in processes:
+            os.kill(process, signal.SIGTERM)
+        os.killpg(job.pid, signal.SIGTERM)
+    else:
+        job.send_signal(getattr(signal, name))
     sent = time.monotonic()
     code, output = finish(job)
     assert code == 75, output

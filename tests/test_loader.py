@@ -309,6 +309,19 @@ def test_killed_worker_is_an_error() -> None:
     loader.close()
 
 
+def test_a_stuck_worker_does_not_keep_a_program_that_fails() -> None:
+    """Workers leave SIGTERM to the parent; when the parent itself sends it they end."""
+    code = (
+        "from tests.test_loader import *\n"
+        "class Stuck(Numbers):\n"
+        "    def read_into(self, index, out): time.sleep(600)\n"
+        "list(build_loader(Stuck(8), batch_size=1, shuffle=False, drop_last=False, num_workers=1, timeout=0.5))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "the storage hangs" in done.stderr
+
+
 def test_workers_stay_from_epoch_to_epoch() -> None:
     loader = make("workers")
 

@@ -81,9 +81,14 @@ def machines(tmp_path: Path) -> Iterator[Enter]:
 def test_qsub_run_on_two_nodes_equals_two_processes_on_one(machines: Enter, demo_root: Path, tmp_path: Path) -> None:
     (tmp_path / "nodes").write_text("node1\nnode2\n")
     python = tmp_path / "python"  # the launcher's python, with the small model of the fault tests
-    python.write_text(f'#!/bin/bash\nshift\nhostname >>{tmp_path}/ran\nexec {sys.executable} {PROGRAM} "{{}}" "$@"\n')
+    python.write_text(
+        f'#!/bin/bash\nshift\necho "$(hostname) $FROM_SITE" >>{tmp_path}/ran\n'
+        f'exec {sys.executable} {PROGRAM} "{{}}" "$@"\n'
+    )
     python.chmod(0o755)
+    (tmp_path / "site.env").write_text("export FROM_SITE=ib0\n")
     settings = {
+        "PBS_JOBID": "12.pbs1", "PBS_ENVIRONMENT": "PBS_BATCH", "SITE_FILE": str(tmp_path / "site.env"),
         "PBS_NODEFILE": str(tmp_path / "nodes"), "GPUS_PER_NODE": "1", "PYTHON": str(python), "DATASET": "demo",
         "DATA_PATH": str(demo_root), "MODEL": "mixmim_tiny", "EPOCH": "2", "OUT": str(tmp_path / "two"),
         "MPIRUN": mpirun_command(1)[0],
@@ -91,7 +96,7 @@ def test_qsub_run_on_two_nodes_equals_two_processes_on_one(machines: Enter, demo
     done = machines(f"bash scripts/qsub_run.sh -- {' '.join(FLAGS)}", **settings)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "pretrain on 2 node(s) x 1 process(es)" in done.stdout
-    assert sorted((tmp_path / "ran").read_text().split()) == ["node1", "node2"]
+    assert sorted((tmp_path / "ran").read_text().splitlines()) == ["node1 ib0", "node2 ib0"]
     assert (tmp_path / "reached").read_text().split() == ["node2"]
 
     command = [*mpirun_command(2), sys.executable, PROGRAM, "{}", "--dataset", "demo", "--data_path", str(demo_root)]

@@ -29,6 +29,7 @@ import torch.distributed as dist
 from util.errors import EXIT_LOST, UserError, set_failure_hook
 from util.log import record_in_file
 from util.memory import keep_freed_memory
+from util.signals import held_signals
 
 DEFAULT_TIMEOUT = 600.0  # seconds one collective may take; longer than any checkpoint load or evaluation on rank 0
 _BEAT = 5.0  # seconds between signs of life of a rank 0 that works alone
@@ -504,17 +505,18 @@ def setup_processes(
     Raises:
         UserError: the launcher's information is incomplete or contradictory, or the device does not exist.
     """
-    start = _find_start(dist_url, world_size, dist_on_itp)
-    processes = Processes(
-        rank=start.rank,
-        world_size=start.world_size,
-        local_rank=start.local_rank,
-        local_world_size=start.local_world_size,
-        launcher=start.launcher,
-        _communicator=start.communicator,
-    )
-    if start.world_size > 1:
-        set_failure_hook(_FailureHook(processes))
+    with held_signals():  # who left in between would leave the others waiting in MPI
+        start = _find_start(dist_url, world_size, dist_on_itp)
+        processes = Processes(
+            rank=start.rank,
+            world_size=start.world_size,
+            local_rank=start.local_rank,
+            local_world_size=start.local_world_size,
+            launcher=start.launcher,
+            _communicator=start.communicator,
+        )
+        if start.world_size > 1:
+            set_failure_hook(_FailureHook(processes))
     if world_size is not None and world_size != start.world_size:
         raise UserError(
             f"--world_size {world_size}, but {start.world_size} processes were started ({start.launcher}); "

@@ -10,7 +10,8 @@ code meaning
 2    refused: wrong input, option, file or environment; the message says what to do
 3    training stopped because loss or gradients were not finite
 4    a process was lost or hung; the job was ended for all
-75   stopped on request (SIGTERM, SIGUSR1) after saving; `--resume auto` continues
+75   stopped on request (SIGTERM, SIGUSR1) after saving, or with nothing to save; `--resume auto`
+     continues
 128+ left at once on a second signal (128 + signal number)
 ==== ===========================================================================================
 """
@@ -41,6 +42,14 @@ class NonFiniteError(UserError):
     exit_code = EXIT_NONFINITE
 
 
+class StoppedEarly(SystemExit):
+    """A stop request came while there is nothing to save. No `Exception`: nothing may take it for a failure."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(EXIT_PREEMPTED)
+        self.message = message
+
+
 # Called with (message, exit_code) when the entry point fails. `util.distributed` sets it so that one failing rank
 # ends all ranks instead of leaving them in a collective that nobody will complete. The hook prints the message.
 _failure_hook: Callable[[str, int], None] | None = None
@@ -63,19 +72,27 @@ def _fail(message: str, code: int) -> None:
     sys.exit(code)
 
 
-def run_cli(main: Callable[[], int | None]) -> None:
+def run_cli(main: Callable[[], int | None], *, resumable: bool = False) -> None:
     """Run an entry point and turn its outcome into an exit code.
 
     Args:
         main: the entry point; returns an exit code, or `None` for success.
+        resumable: it may be started again after SIGTERM or SIGUSR1; until it listens to them itself, they end it with
+            `EXIT_PREEMPTED`.
 
     Raises:
         SystemExit: always. `UserError` prints `error: ...` without a traceback; anything else keeps its traceback.
     """
     try:
+        if resumable:
+            from util.signals import StopRequest
+
+            StopRequest(leave=True).install()
         code = main() or EXIT_OK
     except UserError as error:
         _fail(f"error: {error}", error.exit_code)
+    except StoppedEarly as stopped:
+        _fail(stopped.message, EXIT_PREEMPTED)
     except SystemExit as leaving:
         # Fine for a lone process (argparse leaves so). One of several must not slip away: the others would wait for it.
         if _failure_hook is None:
