@@ -12,7 +12,7 @@ code meaning
 4    a process was lost or hung; the job was ended for all
 75   stopped on request (SIGTERM, SIGUSR1) after saving, or with nothing to save; `--resume auto`
      continues
-128+ left at once on a second signal (128 + signal number)
+128+ left at once on a later signal (128 + signal number)
 ==== ===========================================================================================
 """
 
