@@ -7,9 +7,11 @@ Arrays come in as numpy, and a file appears whole or not at all.
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 import os
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -42,7 +44,7 @@ BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE = (
 )  # Okabe and Ito
 CYCLE = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK)
 DASHES = ("-", "--", "-.", ":")
-GREY, LIGHT = "#999999", "#dddddd"
+GREY, LIGHT, OTHER = "#999999", "#dddddd", "#bbbbbb"
 MAP_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, YELLOW, BLACK, GREY, "#882255", "#117733", "#ffffff")
 """Classes of a label map that have no colour by their name; two classes are drawn in light grey and blue."""
 CLASS_COLOURS = {
@@ -126,6 +128,50 @@ def _bar(
 def _wrap(text: str, inches: float, size: float) -> str:
     """Break a text so that it fits; a glyph of DejaVu Sans Bold is about 0.65 of its size wide, 72 points an inch."""
     return "\n".join(textwrap.wrap(text, max(10, int(inches * 72 / (0.65 * size))))) or text
+
+
+@functools.lru_cache(maxsize=4096)
+def _glyph_width(character: str) -> float:
+    """Width of a character of the figures' font, as a share of the font size."""
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import TextToPath
+
+    return float(TextToPath().get_text_width_height_descent(character, FontProperties(size=100), False)[0]) / 100
+
+
+def text_width(text: str, size: float) -> float:
+    """Width in inches of one line in the regular font of a size in points, rounded up."""
+    # Whole pixels for each glyph make small text up to 8 % wider than its outlines.
+    return 1.08 * sum(_glyph_width(character) for character in text) * size / 72
+
+
+def _break_lines(text: str, inches: float, size: float) -> list[str]:
+    """Lines that fit: broken at blanks, in long names behind _ - / and, where that is not enough, anywhere."""
+    lines = [""]
+    for piece in re.findall(r"\s*[^\s_/-]*[_/-]*", text):
+        if text_width(lines[-1] + piece, size) <= inches:
+            lines[-1] += piece
+            continue
+        piece = piece.lstrip()
+        lines += [""] if lines[-1] else []
+        for character in piece:
+            if lines[-1] and text_width(lines[-1] + character, size) > inches:
+                lines.append("")
+            lines[-1] += character
+    return [line for line in lines if line]
+
+
+def fit_text(text: str, inches: float, size: float, *, lines: int) -> str:
+    """Break a text into at most so many lines of a width; a longer one loses its middle.
+
+    Names end with what tells them apart, and captions with a number, so the end is kept.
+    """
+    cut, broken = len(text), _break_lines(text, inches, size)
+    while len(broken) > lines and cut > 2:
+        cut -= 1
+        head, tail = text[: cut - cut // 2].rstrip(), text[len(text) - cut // 2 :].lstrip()
+        broken = _break_lines(f"{head}...{tail}", inches, size)
+    return "\n".join(broken)
 
 
 def cell_grid(mask: FloatArray) -> FloatArray:
@@ -347,10 +393,9 @@ def contact_sheet(
             show_image(axes, images[number, band], "gray", _grey(label))
             if row == 0:
                 axes.set_title(label, fontsize=8, pad=2)
-        lines = textwrap.wrap(captions[number], int(block * 72 / (0.62 * 5.8)))
-        lines = lines if len(lines) <= 3 else [*lines[:2], lines[2][:-3] + "..."]
         x = gap + column * (block + gap)
-        figure.text(x / width, (y - 0.03) / height, "\n".join(lines), fontsize=5.8, va="top")
+        lines = fit_text(captions[number], block, 5.8, lines=3)
+        figure.text(x / width, (y - 0.03) / height, lines, fontsize=5.8, va="top")
     each = min(2.6, (width - 0.4) / len(bands))
     for number, label in enumerate(bands):
         _bar(figure, (0.2 + number * each, 0.2, each - 0.4, 0.1), "gray", _grey(label), f"{label} backscatter (dB)")
@@ -374,8 +419,8 @@ def histogram_figure(
         marks: Band -> name of a vertical line -> its place, dB (mean, percentiles, registered mean...).
         title: Heading.
     """
-    figure = new_figure(8.0, 2.9 * len(counts) + 0.5)
-    figure.suptitle(_wrap(title, 7.4, 10), fontsize=10, weight="bold", x=0.02, ha="left")
+    figure = new_figure(9.4, 2.9 * len(counts) + 0.5)
+    figure.suptitle(_wrap(title, 8.8, 10), fontsize=10, weight="bold", x=0.02, ha="left")
     axes = figure.subplots(len(counts), 1, sharex=True, squeeze=False)[:, 0]
     middle = (edges[1:] + edges[:-1]) / 2
     for one, (band, values), colour in zip(axes, counts.items(), CYCLE, strict=False):
@@ -390,7 +435,8 @@ def histogram_figure(
         ):
             one.axvline(place, color=line, linestyle=dash, linewidth=1.3, label=f"{name} {place:.2f} dB")
         one.set_ylabel(f"{band}: pixels (%)")
-        one.legend(fontsize=7.5, frameon=False, loc="upper left")
+        # Beside the axes: inside, a line would cross the text.
+        one.legend(fontsize=7.5, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
         one.margins(y=0.1)
         one.set_ylim(bottom=0)
         one.grid(alpha=0.25)
@@ -468,6 +514,7 @@ def curves_figure(
     title: str,
     marks: Mapping[str, float] | None = None,
     log_panels: Sequence[str] = (),
+    ticks: Sequence[float] | None = None,
 ) -> Path:
     """Draw curves below one another on a common axis (loss, learning rate, throughput over epochs).
 
@@ -478,13 +525,25 @@ def curves_figure(
         title: Heading.
         marks: Text -> place of vertical lines (end of warm-up, the cut).
         log_panels: Panels with a logarithmic axis.
+        ticks: The places of the common axis that are named, all of them; it is logarithmic where they span much. By
+            default it counts in whole numbers.
     """
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
-    figure = new_figure(8.4, 2.5 * len(panels) + 0.9)
-    figure.suptitle(_wrap(title, 7.8, 10), fontsize=10, weight="bold", x=0.02, ha="left")
-    axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
+    wide = 8.4
+    shown = {name: fit_text(name, wide - 0.8, 7.5, lines=1) for name in names}
+    # The legend stands below all panels, in as many columns as its longest name leaves room for.
+    each = max((text_width(text, 7.5) for text in shown.values()), default=0.0) + 0.6
+    columns = max(1, min(len(names), int((wide - 0.2) / each)))
+    below = 0.148 * -(-len(names) // columns) + 0.06
+    heading = _wrap(title, wide - 0.6, 10)
+    above = 0.2 + 0.17 * (heading.count("\n") + 1)
+    height = 2.5 * len(panels) + 0.3 + above + below
+    figure = new_figure(wide, height)
+    figure.text(0.15 / wide, 1 - 0.12 / height, heading, fontsize=10, weight="bold", va="top")
+    axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     for one, (label, curves) in zip(axes, panels.items(), strict=True):
         for name, (x, y) in curves.items():
             number = names.index(name)
@@ -492,12 +551,10 @@ def curves_figure(
             one.plot(
                 x_values,
                 y_values,
-                color=CYCLE[number % len(CYCLE)],
-                label=name,
                 linewidth=1.5,
-                linestyle=DASHES[(number // len(CYCLE)) % len(DASHES)],
                 marker="o" if len(x_values) <= 30 else None,
                 markersize=3,
+                **_line_style(number),
             )
         one.set_ylabel("\n".join(textwrap.wrap(label, 26)), fontsize=8.5)
         one.tick_params(labelsize=8)
@@ -506,8 +563,16 @@ def curves_figure(
             one.set_yscale("log")
         for place in (marks or {}).values():
             one.axvline(place, color="#777777", linestyle=":", linewidth=1.0)
+    if ticks is not None:
+        if min(ticks) > 0 and max(ticks) >= 4 * min(ticks):
+            axes[-1].set_xscale("log")
+        axes[-1].xaxis.set_major_locator(FixedLocator(sorted(ticks)))
+        axes[-1].xaxis.set_minor_locator(NullLocator())
+        axes[-1].xaxis.set_major_formatter("{x:g}")
+    else:
+        axes[-1].xaxis.set_major_locator(MaxNLocator(9, integer=True, min_n_ticks=1))
     start, end = axes[0].get_xlim()
-    for number, (text, place) in enumerate((marks or {}).items()):
+    for number, (text, place) in enumerate(sorted((marks or {}).items(), key=lambda mark: mark[1])):
         # Neighbouring marks on different heights, so that their texts do not cover each other; inside the axes.
         late = place > start + 0.75 * (end - start)
         axes[0].annotate(
@@ -520,14 +585,22 @@ def curves_figure(
             color="#444444",
             ha="right" if late else "left",
         )
-    if len(names) > 1:
-        axes[0].legend(
-            fontsize=7.5, frameon=False, loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=min(len(names), 3)
-        )
     axes[-1].set_xlabel(x_label)
-    axes[-1].xaxis.set_major_locator(MaxNLocator(9, integer=True))
-    figure.tight_layout()
+    handles = [
+        Line2D([], [], label=text, linewidth=1.5, **_line_style(number)) for number, text in enumerate(shown.values())
+    ]
+    figure.legend(
+        handles=handles, fontsize=7.5, frameon=False, loc="lower left", bbox_to_anchor=(0.1 / wide, 0.04 / height),
+        ncols=columns, borderaxespad=0.0, borderpad=0.0, labelspacing=0.35, columnspacing=1.0, handletextpad=0.5,
+        handlelength=3.0,
+    )  # fmt: skip
+    figure.tight_layout(rect=(0, below / height, 1, 1 - above / height))
     return save_figure(figure, path)
+
+
+def _line_style(number: int) -> dict[str, Any]:
+    """Colour and dashes of a curve; they repeat after 28."""
+    return {"color": CYCLE[number % len(CYCLE)], "linestyle": DASHES[(number // len(CYCLE)) % len(DASHES)]}
 
 
 def _multi_hot(y: ArrayLike, classes: int) -> NDArray[np.bool_]:
@@ -573,7 +646,8 @@ def _curve_figure(
     for one, (name, labels, scores) in zip(axes, panels, strict=True):
         label = "\n".join(textwrap.wrap(name, 34))
         positives = int(labels.sum())
-        if positives == 0 or positives == labels.size:
+        # Without negatives precision is 1 at every threshold, so is AP, and there is no ROC curve.
+        if positives == 0 or (kind == "roc" and positives == labels.size):
             one.text(0.5, 0.5, "no positive" if positives == 0 else "no negative", ha="center", va="center", fontsize=8)
             value = "undefined"
         elif kind == "pr":
@@ -780,22 +854,20 @@ def label_map_figure(
         bands: C band names.
         labels: (B, H, W) class numbers.
         predictions: (B, H, W) class numbers.
-        classes: K names, at most 10.
+        classes: K names.
         captions: B texts.
         ignored: Class number of ignored pixels.
         title: Heading.
 
     Raises:
-        ValueError: Shapes that do not fit, or more classes than colours.
+        ValueError: Shapes that do not fit.
     """
     from matplotlib.patches import Patch
 
-    if len(classes) > len(MAP_COLOURS):
-        raise ValueError(f"{len(classes)} classes, but {len(MAP_COLOURS)} colours")
     if not len(images) == len(labels) == len(predictions) == len(captions):
         raise ValueError(f"{len(images)} images, {len(labels)} labels, {len(predictions)} predictions")
     binary = len(classes) == 2
-    colours = (LIGHT, BLUE) if binary else _class_colours(classes)
+    colours = class_colours(classes)
     greys = [band for band in bands if band in GREY_DB]
     colour = all(band in bands for band in RGB_BANDS)
     views: list[str] = [*greys, *(["true colour"] if colour else [])] or [bands[0]]
@@ -862,14 +934,19 @@ def label_map_figure(
     return save_figure(figure, path)
 
 
-def _class_colours(classes: Sequence[str]) -> tuple[str, ...]:
-    """A colour of its own for each class: by its name where that is known."""
+def class_colours(classes: Sequence[str]) -> tuple[str, ...]:
+    """A colour for each class of a map: by its name where that is known.
+
+    The second of two classes stands out. Classes beyond the number of colours share a grey.
+    """
+    if len(classes) == 2:
+        return LIGHT, BLUE
     chosen: list[str] = []
     for name in classes:
         named = [shade for word, shade in CLASS_COLOURS.items() if name.lower().startswith(word)]
         rest = [shade for shade in MAP_COLOURS if shade not in chosen and shade not in CLASS_COLOURS.values()]
         free = [shade for shade in (*named, *rest, *MAP_COLOURS) if shade not in chosen]
-        chosen.append(free[0])
+        chosen.append(free[0] if free else OTHER)
     return tuple(chosen)
 
 
