@@ -17,14 +17,13 @@ from numpy.typing import NDArray
 
 from sarwmix import pictures
 from sarwmix.datasets import SarDataset
+from sarwmix.pictures import CYCLE
 from sarwmix.prediction import Options, Source, _nothing, _tiles, radar_channels, resolve_unit, starts
 from sarwmix.pretrained import Pretrained
-from sarwmix.quicklook import CLASS_COLOURS
 from sarwmix.scenes import Scene, SceneReader
 from util.errors import UserError
 from util.log import Progress
 
-PROJECTIONS = ("pca", "tsne")
 FITTED = {"pca": 20_000, "tsne": 5_000}  # samples drawn, chosen at random when there are more
 PANELS = 12  # classes drawn for samples with several labels
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
@@ -293,8 +292,8 @@ def _single_map(
             here = colour == number
             axes.scatter(
                 points[here, 0], points[here, 1], s=size, alpha=0.8, linewidths=0,
-                color=CLASS_COLOURS[number % 8], marker=MARKERS[(number // 8) % len(MARKERS)],
-                label="\n".join(_wrapped(f"{name} ({here.sum():,})", 32)),
+                color=CYCLE[number % len(CYCLE)], marker=MARKERS[(number // len(CYCLE)) % len(MARKERS)],
+                label=pictures.fit_text(f"{name} ({here.sum():,})", 2.1, 7.5, lines=2),
             )  # fmt: skip
         axes.legend(
             loc="upper left", bbox_to_anchor=(1.02, 1.0), fontsize=7.5, frameon=False, markerscale=1.6, title="class"
@@ -332,18 +331,12 @@ def _multilabel_map(
         axes.scatter(points[here, 0], points[here, 1], s=size, color=pictures.BLUE, alpha=0.8, linewidths=0)
         axes.set_xticks([])
         axes.set_yticks([])
-        axes.set_title("\n".join(_wrapped(f"{classes[number]} ({support[number]:,})", 44)), fontsize=7, pad=3)
+        name = pictures.fit_text(f"{classes[number]} ({support[number]:,})", 2.55, 7, lines=2)
+        axes.set_title(name, fontsize=7, pad=3)
     more = f" The {PANELS} most frequent of {int((support > 0).sum())} classes." if len(order) == PANELS else ""
     figure.text(0.15 / width, 0.1 / height, f"Blue: has the class. Grey: has not.{more}", fontsize=8)
     _head(figure, title, note)
     return figure
-
-
-def _wrapped(text: str, width: int) -> list[str]:
-    import textwrap
-
-    lines = textwrap.wrap(text, width)
-    return lines if len(lines) <= 2 else [lines[0], lines[1][: width - 3] + "..."]
 
 
 def _head(figure: Any, title: str, note: str) -> None:

@@ -52,7 +52,7 @@ CLASS_COLOURS = {
     "grass": GREEN, "savanna": ORANGE, "shrub": "#882255", "wetland": PURPLE, "snow": "#ffffff", "barren": GREY,
     "background": GREY,
 }  # fmt: skip
-"""Word that begins a class name -> its colour. None of them is the vermilion of errors."""
+"""Beginning of a word of a class name -> its colour. None of them is the vermilion of errors."""
 RGB_BANDS = ("B04", "B03", "B02")
 RGB_WHITE = 3000.0
 """Reflectance x 1e4 that is drawn white."""
@@ -941,13 +941,16 @@ def class_colours(classes: Sequence[str]) -> tuple[str, ...]:
     """
     if len(classes) == 2:
         return LIGHT, BLUE
-    chosen: list[str] = []
-    for name in classes:
-        named = [shade for word, shade in CLASS_COLOURS.items() if name.lower().startswith(word)]
-        rest = [shade for shade in MAP_COLOURS if shade not in chosen and shade not in CLASS_COLOURS.values()]
-        free = [shade for shade in (*named, *rest, *MAP_COLOURS) if shade not in chosen]
-        chosen.append(free[0] if free else OTHER)
-    return tuple(chosen)
+    chosen: dict[int, str] = {}
+    for number, name in enumerate(classes):  # first these, so that no other class takes the blue of water
+        named = [shade for word, shade in CLASS_COLOURS.items() if re.search(rf"\b{word}", name.lower())]
+        free = [shade for shade in named if shade not in chosen.values()]
+        if free:
+            chosen[number] = free[0]
+    rest = [shade for shade in MAP_COLOURS if shade not in chosen.values()]
+    # Colours that mean something by a name come last.
+    rest.sort(key=lambda shade: shade in CLASS_COLOURS.values())
+    return tuple(chosen.get(number) or (rest.pop(0) if rest else OTHER) for number in range(len(classes)))
 
 
 def _rgb(colour: str) -> FloatArray:

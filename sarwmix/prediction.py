@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from sarwmix.pictures import class_colours
 from sarwmix.pretrained import Pretrained
 from sarwmix.quicklook import Thumbnail, classification_figure, flood_figure, segmentation_figure
 from sarwmix.registry import DECIBEL, REFLECTANCE, unit_of
@@ -710,7 +711,7 @@ def _predict_pixels(model: Pretrained, sources: list[Source], work: Path, option
     areas = np.zeros(count, dtype=np.int64)
     shape = (scene.height, scene.width)
     tags = _tags(model, TILE=str(tile), STRIDE=str(stride))
-    colours = {number: (*_rgb(number, count), 255) for number in range(count)}
+    colours = {number: (*_rgb(colour), 255) for number, colour in enumerate(class_colours(model.classes))}
     rasters = [
         Raster(work / f"{scene.name}_classes.tif", scene, cell=1, shape=(1, *shape), dtype="uint8",
                names=["; ".join(f"{number} {name}" for number, name in enumerate(model.classes))],
@@ -773,12 +774,10 @@ def _predict_pixels(model: Pretrained, sources: list[Source], work: Path, option
     }
 
 
-def _rgb(number: int, count: int) -> tuple[int, int, int]:
+def _rgb(colour: str) -> tuple[int, int, int]:
     from matplotlib.colors import to_rgb
 
-    from sarwmix.quicklook import class_colour
-
-    red, green, blue = (round(255 * value) for value in to_rgb(class_colour(number, count)))
+    red, green, blue = (round(255 * value) for value in to_rgb(colour))
     return red, green, blue
 
 

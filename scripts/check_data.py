@@ -100,16 +100,18 @@ def draw(found: Examination, folder: Path, seed: int) -> list[Path]:
             )
         )
     maps = bool(found.facts.labelled.shape[1])
+    what = "pairs" if registry.get_spec(dataset.spec.name).task == "pair" else "samples"
     if found.classes:
         written.append(
             pictures.bar_figure(
                 folder / "labels.png",
                 labels=dataset.spec.classes,
-                unit="pixels" if maps else "samples",
+                unit="pixels" if maps else what,
                 decimals=0,
                 values={split: list(counts.values()) for split, counts in found.classes.items()},
-                title=f"{dataset.spec.name}: {'pixels' if maps else 'samples'} of each class "
-                f"({len(dataset):,} {'samples' if maps else 'in all'})",
+                # Pairs are counted, not the images that they share.
+                title=f"{dataset.spec.name}: {'pixels' if maps else what} of each class "
+                f"({sum(found.counts.values()):,} {'samples' if maps else f'{what} in all'})",
             )
         )
     if not sar:

@@ -12,7 +12,7 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from sarwmix import pictures
+from sarwmix import pictures, quicklook
 from sarwmix.labels import CLASSES_19
 
 
@@ -266,9 +266,28 @@ def test_class_without_negatives(tmp_path: Path, figures: list[Figure]) -> None:
 
 
 def test_class_colours() -> None:
-    classes = ["Forest", "Savanna", "Water"]
+    classes = ["Broad-leaved forest", "Arable land", "Inland waters"]
     assert pictures.class_colours(classes)[2] == pictures.BLUE
     assert pictures.class_colours(["dry", "water"]) == (pictures.LIGHT, pictures.BLUE)
     many = pictures.class_colours([f"class {k}" for k in range(14)])
     assert len(set(many[:10])) == 10
     assert set(many[10:]) == {pictures.OTHER}
+
+
+@pytest.mark.parametrize("shape", [(100, 1200), (1200, 40), (300, 300)])
+def test_scale_bar_holds_its_text(tmp_path: Path, figures: list[Figure], shape: tuple[int, int]) -> None:
+    thumbnail = quicklook.Thumbnail(*shape, ("VH", "VV"))
+    thumbnail.add(0, np.full((2, *shape), -12, dtype=np.float32))
+    names = ["Broad-leaved forest", "Water", "Land principally occupied by agriculture, with natural vegetation " * 2]
+    cells = np.full((3, -(-shape[0] // 20), -(-shape[1] // 20)), 0.3, dtype=np.float32)
+    quicklook.classification_figure(tmp_path / "q.png", thumbnail, cells, names, cell=20, metres=10.0, title="t",
+                                    exclusive=True)  # fmt: skip
+    figure = figures[0]
+    renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
+    back, text = figure.axes[0].patches[0], figure.axes[0].texts[0]
+    box, inside = back.get_window_extent(renderer), text.get_window_extent(renderer)
+    assert box.x0 <= inside.x0
+    assert box.y0 <= inside.y0
+    assert inside.x1 <= box.x1
+    assert inside.y1 <= box.y1 + 1
+    assert any(axes.get_title().endswith("(mean 0.30)") and "..." in axes.get_title() for axes in figure.axes)
