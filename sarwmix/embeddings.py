@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from sarwmix import pictures
 from sarwmix.datasets import SarDataset
 from sarwmix.pictures import CYCLE
-from sarwmix.prediction import Options, Source, _nothing, _tiles, radar_channels, resolve_unit, starts
+from sarwmix.prediction import Options, Source, _nothing, _tiles, radar_channels, resolve_unit, say_about_place, starts
 from sarwmix.pretrained import Pretrained
 from sarwmix.scenes import Scene, SceneReader
 from util.errors import UserError
@@ -126,6 +126,7 @@ def scene_batches(
             f"{model.source} compares two images; features of a scene come from its pretraining checkpoint or from a "
             "model of single images"
         )
+    say_about_place(scene)
     reader = SceneReader("dB")
     source = Source(scene, reader, resolve_unit(reader, scene, unit, model.bands), radar_channels(model.bands))
     tile = model.tile
@@ -135,7 +136,7 @@ def scene_batches(
     progress = Progress(len(rows), title=scene.name)
     try:
         for number, (row, strip, _) in enumerate(source.strips(rows, tile)):
-            for some, shares, images in _tiles(strip, columns, tile, options.min_valid, options.batch_size):
+            for some, shares, images in _tiles(strip, columns, tile, options.least, options.batch_size):
                 names = [f"{scene.name}_r{row}_c{column}" for column in some]
                 features = _checked(model.features(images).cpu().numpy(), names)
                 found = True
@@ -158,8 +159,9 @@ def scene_batches(
 def _coordinates(scene: Scene, row: int, columns: Sequence[int], tile: int) -> dict[str, list[float]]:
     """Centres of tiles in the scene's system, and as longitude and latitude where it has one."""
     a, b, c, d, e, f = scene.transform
-    middle = np.array(columns) + tile / 2
-    x, y = a * middle + b * (row + tile / 2) + c, d * middle + e * (row + tile / 2) + f
+    # A scene smaller than a tile has one, which ends with the scene.
+    middle, down = np.array(columns) + min(tile, scene.width) / 2, row + min(tile, scene.height) / 2
+    x, y = a * middle + b * down + c, d * middle + e * down + f
     place = {"x": x.tolist(), "y": y.tolist()}
     if scene.crs:
         from rasterio.crs import CRS

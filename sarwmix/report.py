@@ -22,6 +22,7 @@ import numpy as np
 from sarwmix import pictures, registry
 from util.errors import UserError
 from util.files import atomic_write, make_directory, read_json, read_jsonl
+from util.text import tex
 
 METRIC_NAMES = {
     "ap_macro": "AP macro", "ap_micro": "AP micro", "f1_macro": "F1 macro", "f1_micro": "F1 micro",
@@ -529,12 +530,12 @@ def latex_table(rows: Sequence[Row]) -> str:
     metrics = _metric_names(rows)
     head = [*COLUMNS, *(METRIC_NAMES.get(name, name) for name in metrics)]
     lines = [r"\begin{tabular}{" + "l" * len(COLUMNS) + "r" * len(metrics) + "}", r"\toprule",
-             " & ".join(_tex(text) for text in head) + r" \\", r"\midrule"]  # fmt: skip
+             " & ".join(tex(text) for text in head) + r" \\", r"\midrule"]  # fmt: skip
     for row in rows:
-        lines.append(" & ".join([*(_tex(text) for text in row.setting),
+        lines.append(" & ".join([*(tex(text) for text in row.setting),
                                  *(_percent(row.cells.get(name), "") for name in metrics)]) + r" \\")  # fmt: skip
         if any(cell.low is not None for cell in row.cells.values()):
-            ends = [_tex(_ends(row.cells.get(name))) for name in metrics]
+            ends = [tex(_ends(row.cells.get(name))) for name in metrics]
             lines.append(" & ".join([*("" for _ in COLUMNS), *(rf"{{\scriptsize {end}}}" for end in ends)]) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
 
@@ -552,10 +553,6 @@ def _ends(cell: Cell | None) -> str:
     if cell is None or cell.low is None or cell.high is None:
         return ""
     return f"[{100 * cell.low:.2f}, {100 * cell.high:.2f}]"
-
-
-def _tex(text: str) -> str:
-    return re.sub(r"([&%$#_{}])", r"\\\1", text)
 
 
 # Page ------------------------------------------------------------------------------------------------------------
