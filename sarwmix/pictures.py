@@ -23,6 +23,7 @@ from numpy.typing import ArrayLike, NDArray
 from util.files import atomic_write
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -441,7 +442,9 @@ def histogram_figure(
         one.set_ylim(bottom=0)
         one.grid(alpha=0.25)
     axes[-1].set_xlabel("backscatter (dB)")
+    figure.align_ylabels(axes)
     figure.tight_layout()
+    figure.tight_layout()  # the first one may change the ticks, and with them the room that they need
     return save_figure(figure, path)
 
 
@@ -466,12 +469,18 @@ def bar_figure(
         intervals: Series name -> (K, 2) lower and upper ends.
         decimals: Digits behind the point in the numbers at the bars.
     """
+    from matplotlib.patches import Patch
+
     series = {name: np.asarray(value, dtype=np.float64) for name, value in values.items()}
     thick = 0.8 / max(len(series), 1)
     shown = ["\n".join(textwrap.wrap(label, 44)) for label in labels]
     lines = sum(max(text.count("\n") + 1, 0.75 * len(series)) for text in shown)
-    figure = new_figure(8.6, 1.5 + 0.24 * lines)
-    figure.suptitle(_wrap(title, 8.0, 10), fontsize=10, weight="bold", x=0.02, ha="left")
+    below = _legend_height(list(series), 8.6) if len(series) > 1 else 0.0
+    heading = _wrap(title, 8.0, 10)
+    above = 0.2 + 0.17 * (heading.count("\n") + 1)
+    height = 0.9 + above + below + 0.24 * lines
+    figure = new_figure(8.6, height)
+    figure.text(0.15 / 8.6, 1 - 0.12 / height, heading, fontsize=10, weight="bold", va="top")
     axes = figure.subplots()
     place = np.arange(len(labels))
     highest = max((float(np.nanmax(value)) for value in series.values() if np.isfinite(value).any()), default=1.0)
@@ -501,8 +510,9 @@ def bar_figure(
     axes.set_xlabel(unit)
     axes.grid(axis="x", alpha=0.25)
     if len(series) > 1:
-        axes.legend(fontsize=8, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(series))
-    figure.tight_layout()
+        handles = [Patch(color=CYCLE[number % len(CYCLE)], label=name) for number, name in enumerate(series)]
+        _legend_below(figure, handles)
+    figure.tight_layout(rect=(0, below / height, 1, 1 - above / height))
     return save_figure(figure, path)
 
 
@@ -533,11 +543,7 @@ def curves_figure(
 
     names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
     wide = 8.4
-    shown = {name: fit_text(name, wide - 0.8, 7.5, lines=1) for name in names}
-    # The legend stands below all panels, in as many columns as its longest name leaves room for.
-    each = max((text_width(text, 7.5) for text in shown.values()), default=0.0) + 0.6
-    columns = max(1, min(len(names), int((wide - 0.2) / each)))
-    below = 0.148 * -(-len(names) // columns) + 0.06
+    below = _legend_height(names, wide)
     heading = _wrap(title, wide - 0.6, 10)
     above = 0.2 + 0.17 * (heading.count("\n") + 1)
     height = 2.5 * len(panels) + 0.3 + above + below
@@ -586,16 +592,36 @@ def curves_figure(
             ha="right" if late else "left",
         )
     axes[-1].set_xlabel(x_label)
-    handles = [
-        Line2D([], [], label=text, linewidth=1.5, **_line_style(number)) for number, text in enumerate(shown.values())
-    ]
-    figure.legend(
-        handles=handles, fontsize=7.5, frameon=False, loc="lower left", bbox_to_anchor=(0.1 / wide, 0.04 / height),
-        ncols=columns, borderaxespad=0.0, borderpad=0.0, labelspacing=0.35, columnspacing=1.0, handletextpad=0.5,
-        handlelength=3.0,
-    )  # fmt: skip
+    _legend_below(figure, [Line2D([], [], label=name, linewidth=1.5, **_line_style(number))
+                           for number, name in enumerate(names)])  # fmt: skip
     figure.tight_layout(rect=(0, below / height, 1, 1 - above / height))
     return save_figure(figure, path)
+
+
+def _legend_columns(names: Sequence[str], wide: float) -> int:
+    """As many columns as the longest name leaves room for in a figure of a width in inches."""
+    each = max((text_width(_legend_text(name, wide), 7.5) for name in names), default=0.0) + 0.6
+    return max(1, min(len(names), int((wide - 0.2) / each)))
+
+
+def _legend_text(name: str, wide: float) -> str:
+    return fit_text(name, wide - 0.8, 7.5, lines=1)
+
+
+def _legend_height(names: Sequence[str], wide: float) -> float:
+    """Room in inches that `_legend_below` needs."""
+    return 0.148 * -(-len(names) // _legend_columns(names, wide)) + 0.06
+
+
+def _legend_below(figure: Figure, handles: Sequence[Artist]) -> None:
+    """A legend along the lower edge, below everything else."""
+    wide, height = figure.get_size_inches()
+    names = [str(handle.get_label()) for handle in handles]
+    figure.legend(
+        handles=list(handles), labels=[_legend_text(name, wide) for name in names], fontsize=7.5, frameon=False,
+        loc="lower left", bbox_to_anchor=(0.1 / wide, 0.04 / height), ncols=_legend_columns(names, wide),
+        borderaxespad=0.0, borderpad=0.0, labelspacing=0.35, columnspacing=1.0, handletextpad=0.5, handlelength=3.0,
+    )  # fmt: skip
 
 
 def _line_style(number: int) -> dict[str, Any]:
@@ -854,16 +880,18 @@ def label_map_figure(
         bands: C band names.
         labels: (B, H, W) class numbers.
         predictions: (B, H, W) class numbers.
-        classes: K names.
+        classes: K names, at most 10.
         captions: B texts.
         ignored: Class number of ignored pixels.
         title: Heading.
 
     Raises:
-        ValueError: Shapes that do not fit.
+        ValueError: Shapes that do not fit, or more classes than colours.
     """
     from matplotlib.patches import Patch
 
+    if len(classes) > len(MAP_COLOURS):
+        raise ValueError(f"{len(classes)} classes, but {len(MAP_COLOURS)} colours")
     if not len(images) == len(labels) == len(predictions) == len(captions):
         raise ValueError(f"{len(images)} images, {len(labels)} labels, {len(predictions)} predictions")
     binary = len(classes) == 2
