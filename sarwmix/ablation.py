@@ -26,6 +26,7 @@ from sarwmix.comparison import METRICS, Run, read_run
 from util.args import args_to_dict
 from util.errors import UserError
 from util.files import read_json
+from util.text import tex
 
 FINETUNE = "finetune."
 # Flags that the grid sets itself, and those that change how a run is carried out but not what comes out of it.
@@ -130,7 +131,7 @@ def plan(axes: Sequence[Axis], pretrain: str, finetune: str, out: Path) -> list[
     names = [axis.name for axis in axes]
     if len(set(names)) != len(names):
         raise UserError(f"--grid names {next(n for n in names if names.count(n) > 1)!r} twice")
-    common, own = shlex.split(pretrain), shlex.split(finetune)
+    common, own = split_words(pretrain, "--pretrain"), split_words(finetune, "--finetune")
     for given, option in ((common, "--pretrain"), (own, "--finetune")):
         for name in RESERVED:
             if f"--{name}" in given:
@@ -149,6 +150,18 @@ def plan(axes: Sequence[Axis], pretrain: str, finetune: str, out: Path) -> list[
         last = _job("main_finetune.py", [*own, *start], after, out / "finetune" / folder_name(cell), cell)
         combinations.append(Combination(cell, job, last))
     return combinations
+
+
+def split_words(text: str, option: str) -> list[str]:
+    """A command line in one text as its words.
+
+    Raises:
+        UserError: quotes that do not close.
+    """
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise UserError(f"{option} {text!r} cannot be split into words ({error}); close its quotes") from error
 
 
 def folder_name(values: Mapping[str, str]) -> str:
@@ -273,14 +286,10 @@ def as_markdown(metric: str, rows: Sequence[Row]) -> str:
 
 def as_latex(metric: str, rows: Sequence[Row]) -> str:
     """The same with booktabs."""
-
-    def clean(text: str) -> str:
-        return re.sub(r"([_%&#$])", r"\\\1", text)
-
     names = list(rows[0].values)
     lines = [f"\\begin{{tabular}}{{{'l' * len(names)}rrr}}", r"\toprule"]
-    lines += [" & ".join(clean(name) for name in [*names, metric, "95 %", "seeds"]) + r" \\", r"\midrule"]
-    lines += [" & ".join(map(clean, row.values.values())) + (" & " if names else "")
+    lines += [" & ".join(tex(name) for name in [*names, metric, "95 %", "seeds"]) + r" \\", r"\midrule"]
+    lines += [" & ".join(map(tex, row.values.values())) + (" & " if names else "")
               + " & ".join(_cells(row, r"\ensuremath{\pm}")) + r" \\" for row in rows]  # fmt: skip
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
 

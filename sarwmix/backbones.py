@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from sarwmix.tasks import ModelSettings
 
 STRIDES = (4, 8, 16, 32)  # of the four maps of `feature_pyramid`
-POOLS = ("token", "avg")
 
 
 def is_mixmim(name: str) -> bool:

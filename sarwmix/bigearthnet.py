@@ -133,20 +133,13 @@ def _join_tables(tables: list[Metadata], wanted: tuple[str, ...]) -> Metadata:
             if part.s2_names is not None:
                 s2_names.append(part.s2_names)
     return Metadata(
-        _join_names(names),
+        NameList.join(names),
         np.concatenate(labels) if labels else None,
         np.concatenate(codes),
         wanted,
         np.concatenate(flagged),
-        _join_names(s2_names) if len(s2_names) == len(names) else None,
+        NameList.join(s2_names) if len(s2_names) == len(names) else None,
     )
-
-
-def _join_names(parts: Sequence[NameList]) -> NameList:
-    lengths = np.concatenate([np.diff(part.offsets) for part in parts])
-    offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
-    np.cumsum(lengths, out=offsets[1:])
-    return NameList(np.concatenate([part.buffer for part in parts]), offsets)
 
 
 def _split_codes(values: Sequence[str], codes: np.ndarray, path: Path) -> tuple[np.ndarray, tuple[str, ...]]:
@@ -421,7 +414,7 @@ def find_metadata(
         looked += tried
     raise UserError(
         f"no metadata for data set {dataset!r} (split {'+'.join(splits)}) was found; looked for "
-        f"{', '.join(looked)}. Give --metadata FILE, or write the lists with scripts/prepare_datasets.py"
+        f"{', '.join(looked)}. Give --data_option metadata=FILE, or write the lists with scripts/prepare_datasets.py"
     )
 
 
@@ -730,7 +723,12 @@ class BigEarthNet(SarDataset):
     def read_into(self, index: int, out: np.ndarray) -> None:
         name = self.names[index]
         self.patches.read_into(name, out)
-        finish_image(out, name, self.source)
+        finish_image(out, name, lambda: self._place(name), self.spec.bands)
+
+    def _place(self, name: str) -> str:
+        """Where a patch is kept: its folder, or the store."""
+        folder = getattr(self.patches, "folder", None)
+        return str(self.source if folder is None else folder(name))
 
     def _check_presence(self, check: str) -> None:
         if check not in CHECKS:

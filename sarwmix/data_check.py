@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
     from sarwmix.datasets import SarDataset
 
-KINDS = ("error", "warning")
 _TABLES = ("benv1", "benv2", "demo")
 _EXAMPLES = 20
 """Names that a finding lists before it says how many more there are."""
@@ -391,14 +390,19 @@ def check_samples(names: Sequence[str], facts: Facts, size: int, bands: Sequence
 
     findings: list[Finding] = []
     sar = np.array([unit_of(band) == DECIBEL for band in bands])
-    linear = (facts.negative[:, sar] < 0.05).all(axis=1) & sar.any()
+    positive = (facts.negative < 0.05) & sar  # of each band
+    linear = positive.any(axis=1)
     if linear.any():
+        listed = []
+        for row in np.flatnonzero(linear):
+            of = "" if positive[row, sar].all() else f" ({', '.join(np.array(bands)[positive[row]])})"
+            listed.append(names[int(facts.index[row])] + of)
         findings.append(
             _error(
                 "linear instead of dB",
-                f"{int(linear.sum())} sample(s) have hardly any negative "
-                "value, so they look like linear power; dB = 10 log10(power) is expected",
-                named(linear),
+                f"{int(linear.sum())} sample(s) have hardly any negative value (in the bands named, "
+                "else in all), so they look like linear power; dB = 10 log10(power) is expected",
+                listed,
             )
         )
     level = ((facts.mean < -45) | (facts.mean > 5))[:, sar].any(axis=1) & ~linear
@@ -550,6 +554,7 @@ def examine(
     """
     given = dict(options or {})
     spec = registry.get_spec(name, given.get("bands"), given)
+    registry.check_options(spec, given, data_path)  # a wrong name is no finding about the data
     if reference is not None and name not in _TABLES:
         raise UserError(f"--reference compares metadata of {', '.join(_TABLES)}; data set {name!r} has none")
     if splits:

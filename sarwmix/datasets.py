@@ -65,6 +65,14 @@ class NameList(Sequence[str]):
         np.cumsum([len(name) for name in encoded], out=offsets[1:])
         return cls(np.frombuffer(b"".join(encoded), dtype=np.uint8), offsets)
 
+    @classmethod
+    def join(cls, parts: Sequence[NameList]) -> NameList:
+        """The names of several lists, one after the other."""
+        lengths = np.concatenate([np.diff(part.offsets) for part in parts])
+        offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
+        np.cumsum(lengths, out=offsets[1:])
+        return cls(np.concatenate([np.asarray(part.buffer) for part in parts]), offsets)
+
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
@@ -506,13 +514,14 @@ class MaskSubset(MaskDataset):
         self.parent.read_pair(int(self.positions[index]), image, label)
 
 
-def finish_image(image: np.ndarray, name: str, path: str | Path | Callable[[], str]) -> None:
+def finish_image(image: np.ndarray, name: str, path: str | Path | Callable[[], str], bands: Sequence[str] = ()) -> None:
     """Turn +-inf into NaN in place and refuse an image without a valid pixel in one of its bands.
 
     Args:
         image: float32 (C, H, W) in dB.
         name: The sample's name, for the error.
         path: Its file or place, or a function that tells it (called only for the error).
+        bands: Names of its bands, for the error.
 
     Raises:
         NoValidPixel: A band holds no valid pixel.
@@ -524,4 +533,5 @@ def finish_image(image: np.ndarray, name: str, path: str | Path | Callable[[], s
     empty = ~finite.reshape(len(image), -1).any(axis=1)
     if empty.any():
         place = path() if callable(path) else path
-        raise NoValidPixel(name, place, f"no valid pixel in band {int(np.flatnonzero(empty)[0])} (all NaN)")
+        named = [bands[number] if bands else str(number) for number in np.flatnonzero(empty).tolist()]
+        raise NoValidPixel(name, place, f"no valid pixel in band {', '.join(named)} (all NaN)")

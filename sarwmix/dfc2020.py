@@ -114,7 +114,7 @@ class Dfc2020(MaskDataset):
                 raise
         except GeoTiffError as error:
             raise UnreadableSample(name, path, str(error)) from error
-        finish_image(image, name, f"{self.root}/{name}.tif")
+        finish_image(image, name, f"{self.root}/{name}.tif", self.spec.bands)
 
     def check_label_set(self) -> None:
         """Look at the values of some label files: those of the other set are refused.

@@ -17,14 +17,13 @@ from numpy.typing import NDArray
 
 from sarwmix import pictures
 from sarwmix.datasets import SarDataset
-from sarwmix.prediction import Options, Source, _nothing, _tiles, radar_channels, resolve_unit, starts
+from sarwmix.pictures import CYCLE
+from sarwmix.prediction import Options, Source, _nothing, _tiles, radar_channels, resolve_unit, say_about_place, starts
 from sarwmix.pretrained import Pretrained
-from sarwmix.quicklook import CLASS_COLOURS
 from sarwmix.scenes import Scene, SceneReader
 from util.errors import UserError
 from util.log import Progress
 
-PROJECTIONS = ("pca", "tsne")
 FITTED = {"pca": 20_000, "tsne": 5_000}  # samples drawn, chosen at random when there are more
 PANELS = 12  # classes drawn for samples with several labels
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
@@ -127,6 +126,7 @@ def scene_batches(
             f"{model.source} compares two images; features of a scene come from its pretraining checkpoint or from a "
             "model of single images"
         )
+    say_about_place(scene)
     reader = SceneReader("dB")
     source = Source(scene, reader, resolve_unit(reader, scene, unit, model.bands), radar_channels(model.bands))
     tile = model.tile
@@ -136,7 +136,7 @@ def scene_batches(
     progress = Progress(len(rows), title=scene.name)
     try:
         for number, (row, strip, _) in enumerate(source.strips(rows, tile)):
-            for some, shares, images in _tiles(strip, columns, tile, options.min_valid, options.batch_size):
+            for some, shares, images in _tiles(strip, columns, tile, options.least, options.batch_size):
                 names = [f"{scene.name}_r{row}_c{column}" for column in some]
                 features = _checked(model.features(images).cpu().numpy(), names)
                 found = True
@@ -159,8 +159,9 @@ def scene_batches(
 def _coordinates(scene: Scene, row: int, columns: Sequence[int], tile: int) -> dict[str, list[float]]:
     """Centres of tiles in the scene's system, and as longitude and latitude where it has one."""
     a, b, c, d, e, f = scene.transform
-    middle = np.array(columns) + tile / 2
-    x, y = a * middle + b * (row + tile / 2) + c, d * middle + e * (row + tile / 2) + f
+    # A scene smaller than a tile has one, which ends with the scene.
+    middle, down = np.array(columns) + min(tile, scene.width) / 2, row + min(tile, scene.height) / 2
+    x, y = a * middle + b * down + c, d * middle + e * down + f
     place = {"x": x.tolist(), "y": y.tolist()}
     if scene.crs:
         from rasterio.crs import CRS
@@ -293,8 +294,8 @@ def _single_map(
             here = colour == number
             axes.scatter(
                 points[here, 0], points[here, 1], s=size, alpha=0.8, linewidths=0,
-                color=CLASS_COLOURS[number % 8], marker=MARKERS[(number // 8) % len(MARKERS)],
-                label="\n".join(_wrapped(f"{name} ({here.sum():,})", 32)),
+                color=CYCLE[number % len(CYCLE)], marker=MARKERS[(number // len(CYCLE)) % len(MARKERS)],
+                label=pictures.fit_text(f"{name} ({here.sum():,})", 2.1, 7.5, lines=2),
             )  # fmt: skip
         axes.legend(
             loc="upper left", bbox_to_anchor=(1.02, 1.0), fontsize=7.5, frameon=False, markerscale=1.6, title="class"
@@ -332,18 +333,12 @@ def _multilabel_map(
         axes.scatter(points[here, 0], points[here, 1], s=size, color=pictures.BLUE, alpha=0.8, linewidths=0)
         axes.set_xticks([])
         axes.set_yticks([])
-        axes.set_title("\n".join(_wrapped(f"{classes[number]} ({support[number]:,})", 44)), fontsize=7, pad=3)
+        name = pictures.fit_text(f"{classes[number]} ({support[number]:,})", 2.55, 7, lines=2)
+        axes.set_title(name, fontsize=7, pad=3)
     more = f" The {PANELS} most frequent of {int((support > 0).sum())} classes." if len(order) == PANELS else ""
     figure.text(0.15 / width, 0.1 / height, f"Blue: has the class. Grey: has not.{more}", fontsize=8)
     _head(figure, title, note)
     return figure
-
-
-def _wrapped(text: str, width: int) -> list[str]:
-    import textwrap
-
-    lines = textwrap.wrap(text, width)
-    return lines if len(lines) <= 2 else [lines[0], lines[1][: width - 3] + "..."]
 
 
 def _head(figure: Any, title: str, note: str) -> None:

@@ -52,7 +52,7 @@ class EuroSatSar(SarDataset):
         except GeoTiffError as error:
             raise UnreadableSample(name, path, str(error)) from error
         out[...] = raster.floats()[places]
-        finish_image(out, name, path)
+        finish_image(out, name, path, self.spec.bands)
 
 
 def build(

@@ -32,6 +32,7 @@ from sarwmix.pretrained import (
 from util.errors import UserError
 from util.files import atomic_write, new_folder, read_json, write_json
 from util.log import get_logger
+from util.text import first_line
 
 TOLERANCE = 1e-5  # largest difference of the program's logits, relative to the largest logit
 PROGRAM_BATCHES = (2, 3)  # the program is traced with the first size and must work with the second one
@@ -182,10 +183,9 @@ def write_program(path: Path, model: Pretrained) -> dict[str, Any]:
             torch.export.save(program, stream)
         loaded = torch.export.load(path).module()
     except (RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"torch.export cannot trace {model.settings.name} ({type(error).__name__}: {first[:300]}); export without "
-            "the program: scripts/export.py --no_program"
+            f"torch.export cannot trace {model.settings.name} ({type(error).__name__}: {first_line(error)}); export "
+            "without the program: scripts/export.py --no_program"
         ) from error
     worst = 0.0
     for size in PROGRAM_BATCHES:
@@ -221,6 +221,13 @@ def model_card(model: Pretrained, *, program: bool = True) -> str:
     call = "model.scores(first, second)" if task is not None and task.name == "pair" else "model.scores(images)"
     call = call if task is not None else "model.features(images)"
     height, width = model.sample_size
+    if task is None:
+        scenes = (
+            "Tiles of a scene: `python scripts/extract_features.py --model FOLDER --scene SCENE --out OUT.parquet`."
+        )
+    else:
+        dates = "--scene FIRST --second SECOND" if task.name == "pair" else "--scene SCENE"
+        scenes = f"Whole scenes: `python scripts/predict.py --model FOLDER {dates} --out OUT`."
     lines = [
         "---",
         "library_name: sar-w-mixmae",
@@ -253,7 +260,7 @@ def model_card(model: Pretrained, *, program: bool = True) -> str:
         f"result = {call}  # (B, {len(model.bands)}, H, W) tensors in {model.unit}",
         "```",
         "",
-        "Whole scenes: `python scripts/predict.py --model FOLDER --scene SCENE --out OUT`.",
+        scenes,
     ]
     if program:
         lines += ["", f"`{PROGRAM_FILE}` is the same network as a torch.export program; it takes standardised images."]
@@ -312,9 +319,8 @@ def push_to_hub(folder: str | Path, repository: str) -> str:
         address = hub.create_repo(repository, private=True, exist_ok=True)
         hub.upload_folder(repo_id=repository, folder_path=str(folder), commit_message="Upload of an export")
     except Exception as error:  # the client fails in every way a network does
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"{folder} was written, but pushing it to {repository} failed ({first[:200]}); log in with `hf auth "
+            f"{folder} was written, but pushing it to {repository} failed ({first_line(error)}); log in with `hf auth "
             "login` and check the name and the connection, then push the folder again"
         ) from error
     return str(address)

@@ -484,7 +484,7 @@ def _plan(datasets: Sequence[SarDataset], dtype: str) -> Manifest:
         raise UserError(f"data set {first.spec.name!r} has pairs of images and its own store; it cannot be packed")
     if any(dataset.spec != first.spec or dataset.shape != first.shape for dataset in datasets):
         raise ValueError("the data sets of a store must have one registry entry and one shape")
-    names = _join_names(datasets)
+    names = NameList.join([dataset.names for dataset in datasets])
     duplicate = names.first_duplicate()
     if duplicate is not None:
         raise UserError(f"sample {duplicate!r} is in two splits; a store holds each sample once")
@@ -511,19 +511,12 @@ def _plan(datasets: Sequence[SarDataset], dtype: str) -> Manifest:
     )
 
 
-def _join_names(datasets: Sequence[SarDataset]) -> NameList:
-    lengths = np.concatenate([np.diff(dataset.names.offsets) for dataset in datasets])
-    offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
-    np.cumsum(lengths, out=offsets[1:])
-    return NameList(np.concatenate([np.asarray(dataset.names.buffer) for dataset in datasets]), offsets)
-
-
 def _index_of(datasets: Sequence[SarDataset]) -> tuple[NameList, np.ndarray | None, np.ndarray]:
     labels = None
     if datasets[0].labels is not None:
         labels = np.concatenate([np.asarray(dataset.labels) for dataset in datasets])
     splits = np.repeat(np.arange(len(datasets), dtype=np.uint8), [len(dataset) for dataset in datasets])
-    return _join_names(datasets), labels, splits
+    return NameList.join([dataset.names for dataset in datasets]), labels, splits
 
 
 @contextlib.contextmanager

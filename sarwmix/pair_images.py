@@ -39,7 +39,7 @@ class PairImages(SarDataset):
         except UnreadableSample as error:
             raise UnreadableSample(self.names[index], error.path, error.reason) from error
         out[...] = power_to_db(torch.from_numpy(both[time])).numpy()
-        finish_image(out, self.names[index], self.source)
+        finish_image(out, self.names[index], self.source, self.spec.bands)
 
 
 def single_images(dataset: SarDataset) -> SarDataset:

@@ -7,9 +7,11 @@ Arrays come in as numpy, and a file appears whole or not at all.
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 import os
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +23,7 @@ from numpy.typing import ArrayLike, NDArray
 from util.files import atomic_write
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -42,7 +45,7 @@ BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE = (
 )  # Okabe and Ito
 CYCLE = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK)
 DASHES = ("-", "--", "-.", ":")
-GREY, LIGHT = "#999999", "#dddddd"
+GREY, LIGHT, OTHER = "#999999", "#dddddd", "#bbbbbb"
 MAP_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, YELLOW, BLACK, GREY, "#882255", "#117733", "#ffffff")
 """Classes of a label map that have no colour by their name; two classes are drawn in light grey and blue."""
 CLASS_COLOURS = {
@@ -50,7 +53,7 @@ CLASS_COLOURS = {
     "grass": GREEN, "savanna": ORANGE, "shrub": "#882255", "wetland": PURPLE, "snow": "#ffffff", "barren": GREY,
     "background": GREY,
 }  # fmt: skip
-"""Word that begins a class name -> its colour. None of them is the vermilion of errors."""
+"""Beginning of a word of a class name -> its colour. None of them is the vermilion of errors."""
 RGB_BANDS = ("B04", "B03", "B02")
 RGB_WHITE = 3000.0
 """Reflectance x 1e4 that is drawn white."""
@@ -126,6 +129,50 @@ def _bar(
 def _wrap(text: str, inches: float, size: float) -> str:
     """Break a text so that it fits; a glyph of DejaVu Sans Bold is about 0.65 of its size wide, 72 points an inch."""
     return "\n".join(textwrap.wrap(text, max(10, int(inches * 72 / (0.65 * size))))) or text
+
+
+@functools.lru_cache(maxsize=4096)
+def _glyph_width(character: str) -> float:
+    """Width of a character of the figures' font, as a share of the font size."""
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import TextToPath
+
+    return float(TextToPath().get_text_width_height_descent(character, FontProperties(size=100), False)[0]) / 100
+
+
+def text_width(text: str, size: float) -> float:
+    """Width in inches of one line in the regular font of a size in points, rounded up."""
+    # Whole pixels for each glyph make small text up to 8 % wider than its outlines.
+    return 1.08 * sum(_glyph_width(character) for character in text) * size / 72
+
+
+def _break_lines(text: str, inches: float, size: float) -> list[str]:
+    """Lines that fit: broken at blanks, in long names behind _ - / and, where that is not enough, anywhere."""
+    lines = [""]
+    for piece in re.findall(r"\s*[^\s_/-]*[_/-]*", text):
+        if text_width(lines[-1] + piece, size) <= inches:
+            lines[-1] += piece
+            continue
+        piece = piece.lstrip()
+        lines += [""] if lines[-1] else []
+        for character in piece:
+            if lines[-1] and text_width(lines[-1] + character, size) > inches:
+                lines.append("")
+            lines[-1] += character
+    return [line for line in lines if line]
+
+
+def fit_text(text: str, inches: float, size: float, *, lines: int) -> str:
+    """Break a text into at most so many lines of a width; a longer one loses its middle.
+
+    Names end with what tells them apart, and captions with a number, so the end is kept.
+    """
+    cut, broken = len(text), _break_lines(text, inches, size)
+    while len(broken) > lines and cut > 2:
+        cut -= 1
+        head, tail = text[: cut - cut // 2].rstrip(), text[len(text) - cut // 2 :].lstrip()
+        broken = _break_lines(f"{head}...{tail}", inches, size)
+    return "\n".join(broken)
 
 
 def cell_grid(mask: FloatArray) -> FloatArray:
@@ -347,10 +394,9 @@ def contact_sheet(
             show_image(axes, images[number, band], "gray", _grey(label))
             if row == 0:
                 axes.set_title(label, fontsize=8, pad=2)
-        lines = textwrap.wrap(captions[number], int(block * 72 / (0.62 * 5.8)))
-        lines = lines if len(lines) <= 3 else [*lines[:2], lines[2][:-3] + "..."]
         x = gap + column * (block + gap)
-        figure.text(x / width, (y - 0.03) / height, "\n".join(lines), fontsize=5.8, va="top")
+        lines = fit_text(captions[number], block, 5.8, lines=3)
+        figure.text(x / width, (y - 0.03) / height, lines, fontsize=5.8, va="top")
     each = min(2.6, (width - 0.4) / len(bands))
     for number, label in enumerate(bands):
         _bar(figure, (0.2 + number * each, 0.2, each - 0.4, 0.1), "gray", _grey(label), f"{label} backscatter (dB)")
@@ -374,8 +420,8 @@ def histogram_figure(
         marks: Band -> name of a vertical line -> its place, dB (mean, percentiles, registered mean...).
         title: Heading.
     """
-    figure = new_figure(8.0, 2.9 * len(counts) + 0.5)
-    figure.suptitle(_wrap(title, 7.4, 10), fontsize=10, weight="bold", x=0.02, ha="left")
+    figure = new_figure(9.4, 2.9 * len(counts) + 0.5)
+    figure.suptitle(_wrap(title, 8.8, 10), fontsize=10, weight="bold", x=0.02, ha="left")
     axes = figure.subplots(len(counts), 1, sharex=True, squeeze=False)[:, 0]
     middle = (edges[1:] + edges[:-1]) / 2
     for one, (band, values), colour in zip(axes, counts.items(), CYCLE, strict=False):
@@ -390,12 +436,15 @@ def histogram_figure(
         ):
             one.axvline(place, color=line, linestyle=dash, linewidth=1.3, label=f"{name} {place:.2f} dB")
         one.set_ylabel(f"{band}: pixels (%)")
-        one.legend(fontsize=7.5, frameon=False, loc="upper left")
+        # Beside the axes: inside, a line would cross the text.
+        one.legend(fontsize=7.5, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
         one.margins(y=0.1)
         one.set_ylim(bottom=0)
         one.grid(alpha=0.25)
     axes[-1].set_xlabel("backscatter (dB)")
+    figure.align_ylabels(axes)
     figure.tight_layout()
+    figure.tight_layout()  # the first one may change the ticks, and with them the room that they need
     return save_figure(figure, path)
 
 
@@ -420,12 +469,18 @@ def bar_figure(
         intervals: Series name -> (K, 2) lower and upper ends.
         decimals: Digits behind the point in the numbers at the bars.
     """
+    from matplotlib.patches import Patch
+
     series = {name: np.asarray(value, dtype=np.float64) for name, value in values.items()}
     thick = 0.8 / max(len(series), 1)
     shown = ["\n".join(textwrap.wrap(label, 44)) for label in labels]
     lines = sum(max(text.count("\n") + 1, 0.75 * len(series)) for text in shown)
-    figure = new_figure(8.6, 1.5 + 0.24 * lines)
-    figure.suptitle(_wrap(title, 8.0, 10), fontsize=10, weight="bold", x=0.02, ha="left")
+    below = _legend_height(list(series), 8.6) if len(series) > 1 else 0.0
+    heading = _wrap(title, 8.0, 10)
+    above = 0.2 + 0.17 * (heading.count("\n") + 1)
+    height = 0.9 + above + below + 0.24 * lines
+    figure = new_figure(8.6, height)
+    figure.text(0.15 / 8.6, 1 - 0.12 / height, heading, fontsize=10, weight="bold", va="top")
     axes = figure.subplots()
     place = np.arange(len(labels))
     highest = max((float(np.nanmax(value)) for value in series.values() if np.isfinite(value).any()), default=1.0)
@@ -455,8 +510,9 @@ def bar_figure(
     axes.set_xlabel(unit)
     axes.grid(axis="x", alpha=0.25)
     if len(series) > 1:
-        axes.legend(fontsize=8, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(series))
-    figure.tight_layout()
+        handles = [Patch(color=CYCLE[number % len(CYCLE)], label=name) for number, name in enumerate(series)]
+        _legend_below(figure, handles)
+    figure.tight_layout(rect=(0, below / height, 1, 1 - above / height))
     return save_figure(figure, path)
 
 
@@ -468,6 +524,7 @@ def curves_figure(
     title: str,
     marks: Mapping[str, float] | None = None,
     log_panels: Sequence[str] = (),
+    ticks: Sequence[float] | None = None,
 ) -> Path:
     """Draw curves below one another on a common axis (loss, learning rate, throughput over epochs).
 
@@ -478,13 +535,21 @@ def curves_figure(
         title: Heading.
         marks: Text -> place of vertical lines (end of warm-up, the cut).
         log_panels: Panels with a logarithmic axis.
+        ticks: The places of the common axis that are named, all of them; it is logarithmic where they span much. By
+            default it counts in whole numbers.
     """
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
-    figure = new_figure(8.4, 2.5 * len(panels) + 0.9)
-    figure.suptitle(_wrap(title, 7.8, 10), fontsize=10, weight="bold", x=0.02, ha="left")
-    axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
+    wide = 8.4
+    below = _legend_height(names, wide)
+    heading = _wrap(title, wide - 0.6, 10)
+    above = 0.2 + 0.17 * (heading.count("\n") + 1)
+    height = 2.5 * len(panels) + 0.3 + above + below
+    figure = new_figure(wide, height)
+    figure.text(0.15 / wide, 1 - 0.12 / height, heading, fontsize=10, weight="bold", va="top")
+    axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     for one, (label, curves) in zip(axes, panels.items(), strict=True):
         for name, (x, y) in curves.items():
             number = names.index(name)
@@ -492,12 +557,10 @@ def curves_figure(
             one.plot(
                 x_values,
                 y_values,
-                color=CYCLE[number % len(CYCLE)],
-                label=name,
                 linewidth=1.5,
-                linestyle=DASHES[(number // len(CYCLE)) % len(DASHES)],
                 marker="o" if len(x_values) <= 30 else None,
                 markersize=3,
+                **_line_style(number),
             )
         one.set_ylabel("\n".join(textwrap.wrap(label, 26)), fontsize=8.5)
         one.tick_params(labelsize=8)
@@ -506,8 +569,16 @@ def curves_figure(
             one.set_yscale("log")
         for place in (marks or {}).values():
             one.axvline(place, color="#777777", linestyle=":", linewidth=1.0)
+    if ticks is not None:
+        if min(ticks) > 0 and max(ticks) >= 4 * min(ticks):
+            axes[-1].set_xscale("log")
+        axes[-1].xaxis.set_major_locator(FixedLocator(sorted(ticks)))
+        axes[-1].xaxis.set_minor_locator(NullLocator())
+        axes[-1].xaxis.set_major_formatter("{x:g}")
+    else:
+        axes[-1].xaxis.set_major_locator(MaxNLocator(9, integer=True, min_n_ticks=1))
     start, end = axes[0].get_xlim()
-    for number, (text, place) in enumerate((marks or {}).items()):
+    for number, (text, place) in enumerate(sorted((marks or {}).items(), key=lambda mark: mark[1])):
         # Neighbouring marks on different heights, so that their texts do not cover each other; inside the axes.
         late = place > start + 0.75 * (end - start)
         axes[0].annotate(
@@ -520,14 +591,42 @@ def curves_figure(
             color="#444444",
             ha="right" if late else "left",
         )
-    if len(names) > 1:
-        axes[0].legend(
-            fontsize=7.5, frameon=False, loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=min(len(names), 3)
-        )
     axes[-1].set_xlabel(x_label)
-    axes[-1].xaxis.set_major_locator(MaxNLocator(9, integer=True))
-    figure.tight_layout()
+    _legend_below(figure, [Line2D([], [], label=name, linewidth=1.5, **_line_style(number))
+                           for number, name in enumerate(names)])  # fmt: skip
+    figure.tight_layout(rect=(0, below / height, 1, 1 - above / height))
     return save_figure(figure, path)
+
+
+def _legend_columns(names: Sequence[str], wide: float) -> int:
+    """As many columns as the longest name leaves room for in a figure of a width in inches."""
+    each = max((text_width(_legend_text(name, wide), 7.5) for name in names), default=0.0) + 0.6
+    return max(1, min(len(names), int((wide - 0.2) / each)))
+
+
+def _legend_text(name: str, wide: float) -> str:
+    return fit_text(name, wide - 0.8, 7.5, lines=1)
+
+
+def _legend_height(names: Sequence[str], wide: float) -> float:
+    """Room in inches that `_legend_below` needs."""
+    return 0.148 * -(-len(names) // _legend_columns(names, wide)) + 0.06
+
+
+def _legend_below(figure: Figure, handles: Sequence[Artist]) -> None:
+    """A legend along the lower edge, below everything else."""
+    wide, height = figure.get_size_inches()
+    names = [str(handle.get_label()) for handle in handles]
+    figure.legend(
+        handles=list(handles), labels=[_legend_text(name, wide) for name in names], fontsize=7.5, frameon=False,
+        loc="lower left", bbox_to_anchor=(0.1 / wide, 0.04 / height), ncols=_legend_columns(names, wide),
+        borderaxespad=0.0, borderpad=0.0, labelspacing=0.35, columnspacing=1.0, handletextpad=0.5, handlelength=3.0,
+    )  # fmt: skip
+
+
+def _line_style(number: int) -> dict[str, Any]:
+    """Colour and dashes of a curve; they repeat after 28."""
+    return {"color": CYCLE[number % len(CYCLE)], "linestyle": DASHES[(number // len(CYCLE)) % len(DASHES)]}
 
 
 def _multi_hot(y: ArrayLike, classes: int) -> NDArray[np.bool_]:
@@ -573,7 +672,8 @@ def _curve_figure(
     for one, (name, labels, scores) in zip(axes, panels, strict=True):
         label = "\n".join(textwrap.wrap(name, 34))
         positives = int(labels.sum())
-        if positives == 0 or positives == labels.size:
+        # Without negatives precision is 1 at every threshold, so is AP, and there is no ROC curve.
+        if positives == 0 or (kind == "roc" and positives == labels.size):
             one.text(0.5, 0.5, "no positive" if positives == 0 else "no negative", ha="center", va="center", fontsize=8)
             value = "undefined"
         elif kind == "pr":
@@ -795,7 +895,7 @@ def label_map_figure(
     if not len(images) == len(labels) == len(predictions) == len(captions):
         raise ValueError(f"{len(images)} images, {len(labels)} labels, {len(predictions)} predictions")
     binary = len(classes) == 2
-    colours = (LIGHT, BLUE) if binary else _class_colours(classes)
+    colours = class_colours(classes)
     greys = [band for band in bands if band in GREY_DB]
     colour = all(band in bands for band in RGB_BANDS)
     views: list[str] = [*greys, *(["true colour"] if colour else [])] or [bands[0]]
@@ -862,15 +962,23 @@ def label_map_figure(
     return save_figure(figure, path)
 
 
-def _class_colours(classes: Sequence[str]) -> tuple[str, ...]:
-    """A colour of its own for each class: by its name where that is known."""
-    chosen: list[str] = []
-    for name in classes:
-        named = [shade for word, shade in CLASS_COLOURS.items() if name.lower().startswith(word)]
-        rest = [shade for shade in MAP_COLOURS if shade not in chosen and shade not in CLASS_COLOURS.values()]
-        free = [shade for shade in (*named, *rest, *MAP_COLOURS) if shade not in chosen]
-        chosen.append(free[0])
-    return tuple(chosen)
+def class_colours(classes: Sequence[str]) -> tuple[str, ...]:
+    """A colour for each class of a map: by its name where that is known.
+
+    The second of two classes stands out. Classes beyond the number of colours share a grey.
+    """
+    if len(classes) == 2:
+        return LIGHT, BLUE
+    chosen: dict[int, str] = {}
+    for number, name in enumerate(classes):  # first these, so that no other class takes the blue of water
+        named = [shade for word, shade in CLASS_COLOURS.items() if re.search(rf"\b{word}", name.lower())]
+        free = [shade for shade in named if shade not in chosen.values()]
+        if free:
+            chosen[number] = free[0]
+    rest = [shade for shade in MAP_COLOURS if shade not in chosen.values()]
+    # Colours that mean something by a name come last.
+    rest.sort(key=lambda shade: shade in CLASS_COLOURS.values())
+    return tuple(chosen.get(number) or (rest.pop(0) if rest else OTHER) for number in range(len(classes)))
 
 
 def _rgb(colour: str) -> FloatArray:

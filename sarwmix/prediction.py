@@ -29,16 +29,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from sarwmix.pictures import class_colours
 from sarwmix.pretrained import Pretrained
 from sarwmix.quicklook import Thumbnail, classification_figure, flood_figure, segmentation_figure
+from sarwmix.rasters import same_crs
 from sarwmix.registry import DECIBEL, REFLECTANCE, unit_of
 from sarwmix.scenes import BLOCK_CACHE, UNITS, Scene, SceneReader, check_unit, find_scenes, parse_band_order
 from sarwmix.sen12flood.dataset import ZERO_POWER
 from util.errors import UserError
 from util.files import TEMP_SUFFIX, WriteError, file_set, write_json
 from util.log import Progress, get_logger
+from util.text import first_line
 
 NO_CLASS = 255
+MIN_VALID = 0.5  # share of valid pixels of a tile, unless another one is asked for
 FLOOD = 1
 PAIR_TILE = 128  # px of the model's input that the encoder of pairs sees at once
 SPACING_M = 10.0  # of all Sentinel-1 data sets in the registry
@@ -49,28 +53,46 @@ class EmptyScene(UserError):
     """A scene without anything to predict."""
 
 
+class UnreadableScene(UserError):
+    """A scene whose file is damaged."""
+
+
 @dataclass(frozen=True)
 class Options:
     """How a scene is predicted.
 
     Attributes:
         stride: distance of neighbouring tiles, px; None: the tile's side, for segmentation half of it.
-        min_valid: least share of valid pixels of a tile; others have no result.
+        min_valid: least share of valid pixels of a tile; others have no result. None: `MIN_VALID`; class maps have
+            no such limit.
         batch_size: tiles that the model sees at once.
         probabilities: also write the class probabilities of a segmentation.
     """
 
     stride: int | None = None
-    min_valid: float = 0.5
+    min_valid: float | None = None
     batch_size: int = 32
     probabilities: bool = False
+
+    @property
+    def least(self) -> float:
+        """`min_valid`, or what stands for it."""
+        return MIN_VALID if self.min_valid is None else self.min_valid
 
 
 # Scenes ----------------------------------------------------------------------------------------------------------
 
 
-def open_scenes(paths: Sequence[Path], bands: Sequence[str], band_order: str | None = None) -> list[Scene]:
+def open_scenes(
+    paths: Sequence[Path], bands: Sequence[str], band_order: str | None = None, *, broken: list[str] | None = None
+) -> list[Scene]:
     """The scenes of folders or files, bands in the model's order.
+
+    Args:
+        paths: folders or files.
+        bands: of the model.
+        band_order: names of the bands of files without descriptions, "VV,VH".
+        broken: takes the files that cannot be opened, see `find_scenes`.
 
     Raises:
         UserError: nothing there, a band without its partners, different grids of the bands...
@@ -81,7 +103,10 @@ def open_scenes(paths: Sequence[Path], bands: Sequence[str], band_order: str | N
                 f"scene {path} does not exist; give a GeoTIFF with {', '.join(bands)}, one file for each, or a folder"
             )
     root = paths[0] if len(paths) == 1 else list(paths)
-    scenes, ignored = find_scenes(root, tuple(bands), parse_band_order(band_order, bands))
+    try:
+        scenes, ignored = find_scenes(root, tuple(bands), parse_band_order(band_order, bands), broken=broken)
+    except UserError as error:  # these readers know the option by the name that data sets have for it
+        raise UserError(str(error).replace("band_order=", "--band_order ")) from error
     for text in ignored[:5]:
         get_logger().warning("left out: %s", text)
     return scenes
@@ -92,7 +117,7 @@ def sample_pixels(reader: SceneReader, scene: Scene, *, side: int = 64, grid: in
 
     Raises:
         EmptyScene: no valid pixel at all.
-        UserError: the file cannot be read.
+        UnreadableScene: the file cannot be read.
     """
 
     def read(row: int, column: int, height: int, width: int, step: int) -> FloatArray:
@@ -157,7 +182,7 @@ def read_stored(reader: SceneReader, scene: Scene, row: int, column: int, height
     try:
         return reader.stored(scene, row, column, height, width)
     except OSError as error:
-        raise UserError(
+        raise UnreadableScene(
             f"scene {scene.name}: {scene.bands[0].path} {error}. Nothing was written for it; copy or download the file "
             "again"
         ) from error
@@ -231,20 +256,12 @@ def check_same_grid(first: Scene, second: Scene) -> None:
     one, two = np.array(first.transform), np.array(second.transform)
     pixel = max(abs(one[0]), abs(one[4]), 1e-12)
     moved = np.abs(one - two).max() > 0.01 * pixel  # a hundredth of a pixel
-    if (first.height, first.width) == (second.height, second.width) and not moved and _same_crs(first.crs, second.crs):
+    if (first.height, first.width) == (second.height, second.width) and not moved and same_crs(first.crs, second.crs):
         return
     raise UserError(
         f"the two dates lie on different grids: {first.name} has {_grid(first)}; {second.name} has {_grid(second)}. "
         "Resample one to the other first, for example with gdalwarp -te ... -tr ... -t_srs ..."
     )
-
-
-def _same_crs(one: str, two: str) -> bool:
-    if one == two:
-        return True
-    from rasterio.crs import CRS
-
-    return bool(one and two) and CRS.from_wkt(one) == CRS.from_wkt(two)
 
 
 def _grid(scene: Scene) -> str:
@@ -273,7 +290,8 @@ def pixel_size_m(scene: Scene) -> float | None:
     return width * 111_320.0 * math.cos(math.radians(min(abs(middle), 89.0)))
 
 
-def _say_about_place(scene: Scene) -> None:
+def say_about_place(scene: Scene) -> None:
+    """Warn of a scene without georeference, and of one whose pixels are larger or smaller than the models know."""
     spacing = pixel_size_m(scene)
     if spacing is None:
         get_logger().warning(
@@ -443,13 +461,9 @@ def _writing(path: Path) -> Iterator[None]:
         # Hidden working folder: the user knows the folder above it.
         folder = path.parent.parent if path.parent.name.endswith(TEMP_SUFFIX) else path.parent
         raise WriteError(
-            f"cannot write {folder / path.name}: {_first_line(error)} (disk full or limited?). Files of that name, if "
+            f"cannot write {folder / path.name}: {first_line(error)} (disk full or limited?). Files of that name, if "
             "any, are untouched. Free space or choose another --out, then run again."
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 class TileTable:
@@ -551,6 +565,7 @@ def predict_scene(
         raise UserError(
             f"{model.source} is of task {task.name}; scenes can be predicted for classification, pairs, maps"
         )
+    _check_options(task.name, options)
     sources = []
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Dataset has no geotransform")
@@ -566,7 +581,7 @@ def predict_scene(
                 )
             )
         _check_size(scene, model, options)
-        _say_about_place(scene)
+        say_about_place(scene)
         with _gdal(), file_set(out) as work:
             summary = {
                 "scene": scene.name,
@@ -583,6 +598,23 @@ def predict_scene(
     return Outcome(scene.name, summary, [out / name for name in names])
 
 
+def _check_options(task: str, options: Options) -> None:
+    """Refuse what has no effect on a task.
+
+    Raises:
+        UserError: such an option is set.
+    """
+    if options.probabilities and task != "segmentation":
+        raise UserError(
+            f"--probabilities is for class maps; results of task {task} are probabilities already: leave it out"
+        )
+    if options.min_valid is not None and task == "segmentation":
+        raise UserError(
+            f"--min_valid {options.min_valid:g} has no effect on class maps, where each valid pixel gets a class: "
+            "leave it out"
+        )
+
+
 def _gdal() -> Any:
     import rasterio
 
@@ -595,9 +627,9 @@ def _check_size(scene: Scene, model: Pretrained, options: Options) -> None:
         return
     covered = min(scene.height, tile) * min(scene.width, tile) / tile**2
     text = f"scene {scene.name} has {scene.height} x {scene.width} px, less than one tile of {tile} x {tile} px"
-    if covered < options.min_valid:
+    if covered < options.least and model.need_task().name != "segmentation":
         raise EmptyScene(
-            f"{text}: it fills {100 * covered:.0f} % of it, less than --min_valid {options.min_valid:g}. Give a larger "
+            f"{text}: it fills {100 * covered:.0f} % of it, less than --min_valid {options.least:g}. Give a larger "
             "scene, or a smaller --min_valid"
         )
     get_logger().warning("%s; what is missing counts as no data", text)
@@ -631,7 +663,7 @@ def _tags(model: Pretrained, **more: str) -> dict[str, str]:
 
 def _nothing(scene: Scene, options: Options) -> EmptyScene:
     return EmptyScene(
-        f"scene {scene.name}: no tile has {100 * options.min_valid:g} % valid pixels; give a smaller --min_valid, or "
+        f"scene {scene.name}: no tile has {100 * options.least:g} % valid pixels; give a smaller --min_valid, or "
         "look at the scene's no-data"
     )
 
@@ -658,7 +690,7 @@ def _predict_tiles(model: Pretrained, sources: list[Source], work: Path, options
         for number, (row, strip, new) in enumerate(source.strips(rows, tile)):
             thumbnail.add(new, strip[:, new - row :, : scene.width])
             top, tall = overlaps(row, tile, stride, shape[0])
-            for some, shares, images in _tiles(strip, columns, tile, options.min_valid, options.batch_size):
+            for some, shares, images in _tiles(strip, columns, tile, options.least, options.batch_size):
                 scores = model.scores(images).cpu().numpy()
                 places, lines = [], []
                 for column, share, values in zip(some, shares, scores, strict=True):
@@ -710,7 +742,7 @@ def _predict_pixels(model: Pretrained, sources: list[Source], work: Path, option
     areas = np.zeros(count, dtype=np.int64)
     shape = (scene.height, scene.width)
     tags = _tags(model, TILE=str(tile), STRIDE=str(stride))
-    colours = {number: (*_rgb(number, count), 255) for number in range(count)}
+    colours = {number: (*_rgb(colour), 255) for number, colour in enumerate(class_colours(model.classes))}
     rasters = [
         Raster(work / f"{scene.name}_classes.tif", scene, cell=1, shape=(1, *shape), dtype="uint8",
                names=["; ".join(f"{number} {name}" for number, name in enumerate(model.classes))],
@@ -773,12 +805,10 @@ def _predict_pixels(model: Pretrained, sources: list[Source], work: Path, option
     }
 
 
-def _rgb(number: int, count: int) -> tuple[int, int, int]:
+def _rgb(colour: str) -> tuple[int, int, int]:
     from matplotlib.colors import to_rgb
 
-    from sarwmix.quicklook import class_colour
-
-    red, green, blue = (round(255 * value) for value in to_rgb(class_colour(number, count)))
+    red, green, blue = (round(255 * value) for value in to_rgb(colour))
     return red, green, blue
 
 
@@ -819,10 +849,10 @@ def _predict_pair(model: Pretrained, sources: list[Source], work: Path, options:
                 thumbnail.add(new, strip[:, new - row :, : scene.width])
             both = np.concatenate([first, second])  # valid where both dates are
             size = max(1, options.batch_size // (2 * per_side**2))
-            for some, shares, images in _tiles(both, columns, tile, options.min_valid, size):
+            for some, shares, images in _tiles(both, columns, tile, options.least, size):
                 one, two = images.chunk(2, dim=1)
                 shares_of_tiles = _shares(images, per_side)  # (B, per_side ** 2)
-                use = shares_of_tiles >= options.min_valid
+                use = shares_of_tiles >= options.least
                 use[use.sum(axis=1) == 0] = True  # the window has enough valid pixels, spread over its tiles
                 if not with_tiles:
                     use[:] = True

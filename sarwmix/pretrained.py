@@ -30,6 +30,7 @@ from util.checkpoint import CheckpointError, load_checkpoint
 from util.errors import UserError
 from util.files import read_json
 from util.optim import stage_depths
+from util.text import first_line
 
 EXPORT_FORMAT = "sarwmix-export/1"
 WEIGHTS_FILE, CONFIG_FILE, CARD_FILE, PROGRAM_FILE = "model.safetensors", "config.json", "README.md", "model.pt2"
@@ -167,7 +168,7 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"--device {name} cannot be used: {_first_line(error)}; give auto, cpu or cuda:N") from error
+        raise UserError(f"--device {name} cannot be used: {first_line(error)}; give auto, cpu or cuda:N") from error
     return device
 
 
@@ -257,13 +258,9 @@ def _download(name: str, revision: str | None) -> Path:
         return Path(snapshot_download(name, revision=revision, allow_patterns=[WEIGHTS_FILE, CONFIG_FILE]))
     except Exception as error:  # the client fails in every way a network does
         raise UserError(
-            f"{name} is no folder here, and the Hugging Face hub does not deliver it ({_first_line(error)}); check "
+            f"{name} is no folder here, and the Hugging Face hub does not deliver it ({first_line(error)}); check "
             "the name and the connection, or download it elsewhere and give the folder"
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
@@ -275,9 +272,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing; the exported folder is not complete, export it again") from error
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(
-            f"{path} cannot be read ({_first_line(error)}); the file is damaged, export it again"
-        ) from error
+        raise UserError(f"{path} cannot be read ({first_line(error)}); the file is damaged, export it again") from error
 
 
 def _record_of_released(
@@ -333,7 +328,7 @@ def _assemble(
             raise UserError(f"{source} names {len(bands)} bands, but statistics of {len(statistics.mean)}")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
-            f"{source} does not describe its model completely ({type(error).__name__}: {_first_line(error)}); give a "
+            f"{source} does not describe its model completely ({type(error).__name__}: {first_line(error)}); give a "
             "file written by this version of main_finetune.py, main_pretrain.py or --export"
         ) from error
     task: Task | None = None

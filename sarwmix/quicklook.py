@@ -6,7 +6,6 @@ Colours are distinguishable with colour-vision deficiency (Okabe and Ito 2008, c
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sarwmix import pictures
-from sarwmix.pictures import BLACK, BLUE, GREEN, NO_DATA, ORANGE, PURPLE, SKY, VERMILION, YELLOW
+from sarwmix.pictures import NO_DATA, OTHER, class_colours, fit_text
 from sarwmix.registry import DECIBEL, unit_of
 
 if TYPE_CHECKING:
@@ -24,8 +23,6 @@ if TYPE_CHECKING:
 
 LONGEST = 900  # pixels of the longer side of a thumbnail at most
 COLUMNS, SIDE = 3, 3.9  # panels in a row, and their width in inches
-CLASS_COLOURS = (ORANGE, BLUE, GREEN, YELLOW, VERMILION, SKY, PURPLE, BLACK, "#888888", "#DDDDDD")
-OTHER = "#BBBBBB"
 MAPS = 6  # classes whose probability is drawn
 FloatArray = NDArray[np.float32]
 
@@ -67,13 +64,6 @@ class Thumbnail:
             return self._sum / self._count
 
 
-def class_colour(number: int, count: int) -> str:
-    """Colour of one of `count` classes: the second of two stands out; more classes than colours share a grey."""
-    if count == 2:
-        return ("#DDDDDD", BLUE)[number]
-    return CLASS_COLOURS[number] if number < len(CLASS_COLOURS) else OTHER
-
-
 class _Page:
     """Panels of one shape in rows, with room for a bar or legend below each."""
 
@@ -100,7 +90,7 @@ class _Page:
         bottom = self._height - self._top - (row + 1) * (self._tall + 0.3) - row * self._below
         box = (left / self._width, bottom / self._height, SIDE / self._width, self._tall / self._height)
         axes = self.figure.add_axes(box)
-        axes.set_title("\n".join(textwrap.wrap(title, 46)[:2]), fontsize=8, pad=3)
+        axes.set_title(fit_text(title, SIDE, 8, lines=2), fontsize=8, pad=3)
         return axes, (left, bottom - self._below, SIDE)
 
     def show(
@@ -159,14 +149,16 @@ def _scale_bar(axes: Axes, pixels: float, width: int, metres: float | None) -> N
     power = 10.0 ** math.floor(math.log10(wanted))
     length = max(step * power for step in (1, 2, 5) if step * power <= wanted)
     text = f"{length:g} px" if metres is None else f"{length / 1000:g} km" if length >= 1000 else f"{length:g} m"
-    share = length / unit / width
-    # Heights in shares of the panel's height, so that the box fits flat and tall scenes.
-    tall = 0.32 * axes.figure.dpi / axes.get_window_extent().height  # 0.32 inches
-    back = Rectangle((0, 0), share + 0.06, tall, transform=axes.transAxes, color="white", alpha=0.8, linewidth=0)
-    axes.add_patch(back)
-    line = Rectangle((0.03, 0.18 * tall), share, 0.14 * tall, transform=axes.transAxes, color="black", linewidth=0)
-    axes.add_patch(line)
-    axes.text(0.03, 0.38 * tall, text, transform=axes.transAxes, fontsize=7, va="bottom")
+    # The box is laid out in inches. On a narrow scene it is as wide as its text and reaches beyond the picture.
+    axes.apply_aspect()  # shrinks the axes to the scene's shape, on which the shares below depend
+    extent, dpi = axes.get_window_extent(), axes.figure.dpi
+    right, tall = dpi / extent.width, dpi / extent.height  # shares of the axes of an inch
+    bar, edge = length / unit / width, 0.08 * right
+    box = max(bar, pictures.text_width(text, 7) * right) + 2 * edge
+    style: dict[str, Any] = {"transform": axes.transAxes, "linewidth": 0, "clip_on": False}
+    axes.add_patch(Rectangle((0, 0), box, 0.32 * tall, color="white", alpha=0.8, zorder=2.6, **style))
+    axes.add_patch(Rectangle((edge, 0.06 * tall), bar, 0.045 * tall, color="black", zorder=2.7, **style))
+    axes.text(edge, 0.13 * tall, text, transform=axes.transAxes, fontsize=7, va="bottom")
 
 
 def _image(page: _Page, thumbnail: Thumbnail, metres: float | None, date: str = "") -> None:
@@ -217,7 +209,7 @@ def classification_figure(
     rest = known & ~np.isfinite(numbers)
     numbers[rest] = len(shown)
     labels = [_short(f"{names[n]} ({100 * (best == n).sum() / known.sum():.0f} %)") for n in shown]
-    colours = list(CLASS_COLOURS[: len(shown)])
+    colours = list(class_colours([names[n] for n in shown]))
     if rest.any():
         labels.append(f"other classes ({100 * rest.sum() / known.sum():.0f} %)")
         colours.append(OTHER)
@@ -233,11 +225,9 @@ def classification_figure(
     return page.save(path)
 
 
-def _short(text: str, length: int = 40) -> str:
-    if len(text) <= length:
-        return text
-    tail = text[text.rindex(" (") :] if " (" in text else ""
-    return text[: length - len(tail) - 3].rstrip(" ,;") + "..." + tail
+def _short(text: str) -> str:
+    """A name that fits one of the two columns of a legend."""
+    return fit_text(text, SIDE / 2 - 0.3, 6.8, lines=1)
 
 
 def _crop(cells: NDArray[Any], cell: int, shape: tuple[int, int]) -> NDArray[Any]:
@@ -272,7 +262,7 @@ def segmentation_figure(
     numbers = np.where(known, np.nan_to_num(probability).argmax(axis=0).astype(np.float64), np.nan)
     share = 100 * areas / areas.sum()
     labels = [_short(f"{name} ({part:.1f} %)") for name, part in zip(names, share, strict=True)]
-    colours = [class_colour(number, len(names)) for number in range(len(names))]
+    colours = class_colours(names)
     page = _Page(numbers.shape, 4, title, below=max(0.62, 0.12 + 0.155 * -(-len(labels) // 2)))
     _image(page, thumbnail, metres)
     page.classes("class of highest probability", numbers, colours, labels)
@@ -316,7 +306,7 @@ def flood_figure(
     for thumbnail, date, order in zip(thumbnails, dates, ("first", "second"), strict=True):
         images.append(thumbnail.image()[thumbnail.bands.index("VV")])
         label = "VV backscatter (dB)"
-        axes = page.show(f"{order} date: {_short(date, 70)}", images[-1], "gray", pictures._grey("VV"), label, "both")
+        axes = page.show(f"{order} date: {date}", images[-1], "gray", pictures._grey("VV"), label, "both")
         _scale_bar(axes, thumbnail.factor, images[-1].shape[1], metres)
     page.show("change of VV", images[1] - images[0], "PuOr", (-10.0, 10.0), "VV second - first (dB)", "both")
     for name, values in zip(names, probability, strict=True):

@@ -41,7 +41,7 @@ class Grid:
             return f"{self.height}x{self.width} pixels against {other.height}x{other.width}"
         if not self.crs or not other.crs:
             return None  # plain pixels, such as PNG
-        if self.crs != other.crs and not _same_crs(self.crs, other.crs):
+        if not same_crs(self.crs, other.crs):
             return f"coordinate system {self.crs[:60]} against {other.crs[:60]}"
         pixel = max(
             abs(value) for value in (self.transform[0], self.transform[1], self.transform[3], self.transform[4])
@@ -58,7 +58,10 @@ class Grid:
         return a * column + b * row + c, d * column + e * row + f
 
 
-def _same_crs(first: str, second: str) -> bool:
+def same_crs(first: str, second: str) -> bool:
+    """Whether two coordinate systems in WKT are the same, however they are written; "" (none) equals only itself."""
+    if first == second or not first or not second:
+        return first == second
     from rasterio.crs import CRS
 
     return CRS.from_wkt(first) == CRS.from_wkt(second)

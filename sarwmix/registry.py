@@ -22,7 +22,7 @@ import importlib
 import inspect
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -456,12 +456,7 @@ def build_dataset(name: str, data_path: str | Path, split: str, **options: Any) 
     """
     given = {key: value for key, value in options.items() if value is not None}
     spec = get_spec(name, given.pop("bands", None), given)
-    known = (*COMMON_OPTIONS, *spec.options)
-    for key in given:
-        if key not in known:
-            raise UserError(
-                f"data set {name!r} has no option {key!r}{_hint(key, known)}; it accepts: {', '.join(known)}"
-            )
+    check_options(spec, given)
     parse_split(spec, split)
     statistics = resolve_statistics(spec, given.pop("statistics", None))
     on_error = given.pop("on_error", "raise")
@@ -477,12 +472,7 @@ def build_dataset(name: str, data_path: str | Path, split: str, **options: Any) 
     builder = spec.builder
     if is_packed(root):
         builder = "sarwmix.packed:build"
-        for key in given:
-            if key not in PACKED_OPTIONS:
-                raise UserError(
-                    f"option {key!r} has no effect on the packed store {root}: it decides what is packed; "
-                    "give it to scripts/pack_dataset.py"
-                )
+        _check_packed_options(given, root)
     module_name, function_name = builder.split(":")
     build = getattr(importlib.import_module(module_name), function_name)
     return build(spec, root, split, statistics=statistics, on_error=on_error, **given)
@@ -493,6 +483,36 @@ def option_defaults(spec: DatasetSpec) -> dict[str, Any]:
     module_name, function_name = spec.builder.split(":")
     parameters = inspect.signature(getattr(importlib.import_module(module_name), function_name)).parameters
     return {name: parameters[name].default for name in spec.options}
+
+
+def check_options(spec: DatasetSpec, given: Mapping[str, Any], data_path: str | Path | None = None) -> None:
+    """Refuse options that a data set, or a packed store of it, does not have.
+
+    Args:
+        spec: Its entry.
+        given: Options by name.
+        data_path: Where the data are; None: only the names are looked at.
+
+    Raises:
+        UserError: An unknown option; the message lists what exists.
+    """
+    known = (*COMMON_OPTIONS, *spec.options)
+    for key in given:
+        if key not in known:
+            raise UserError(
+                f"data set {spec.name!r} has no option {key!r}{_hint(key, known)}; it accepts: {', '.join(known)}"
+            )
+    if data_path is not None and is_packed(data_path):
+        _check_packed_options([key for key in given if key not in COMMON_OPTIONS], Path(data_path))
+
+
+def _check_packed_options(given: Iterable[str], root: Path) -> None:
+    for key in given:
+        if key not in PACKED_OPTIONS:
+            raise UserError(
+                f"option {key!r} has no effect on the packed store {root}: it decides what is packed; "
+                "give it to scripts/pack_dataset.py"
+            )
 
 
 def is_packed(path: str | Path) -> bool:

@@ -10,6 +10,8 @@ import base64
 import html
 import json
 import re
+import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,18 +19,31 @@ from typing import Any
 
 import numpy as np
 
-from sarwmix import pictures
+from sarwmix import pictures, registry
 from util.errors import UserError
 from util.files import atomic_write, make_directory, read_json, read_jsonl
+from util.text import tex
 
 METRIC_NAMES = {
     "ap_macro": "AP macro", "ap_micro": "AP micro", "f1_macro": "F1 macro", "f1_micro": "F1 micro",
     "precision_macro": "precision macro", "precision_micro": "precision micro", "loss": "loss",
     "accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "roc_auc": "ROC AUC",
     "miou": "mean IoU", "iou": "IoU", "acc": "ACC", "aacc": "aACC", "recall_macro": "recall macro",
+    "f1": "F1", "precision": "precision", "recall": "recall",
 }  # fmt: skip
+PERCENT = {"pair": ("acc",)}
+"""Metrics that a task gives in percent, as the published code prints them; all others are fractions of 1."""
+CURVES = ("ap_macro", "f1_macro", "accuracy", "acc", "aacc", "f1", "miou", "iou")
+"""Metrics that are drawn against the epoch, of val and of test, where log.txt has them."""
 EPOCH_NAMES = {"train_loss": "training loss", "train_lr": "learning rate", "images_per_s": "images/s"}
-NOT_A_SETTING = ("output_dir", "log_dir", "port", "dist_url", "world_size")
+# Places, and how a run is carried out: they change nothing about what comes out of it.
+NOT_A_SETTING = ("output_dir", "log_dir", "resume", "port", "dist_url", "world_size", "num_workers", "keep_checkpoints",
+                 "save_minutes", "hang_timeout", "feature_cache", "flops", "eval", "export")  # fmt: skip
+OWN_FIGURES = re.compile(
+    r"((pretraining|fine-tuning)_curves|average_precision|(pretraining_epochs|label_fractions)"
+    r"|.+_(precision_recall|roc|confusion))\.png"
+)
+"""Names that the page's figures have, so that those of a former page can be told from other files."""
 RECONSTRUCTIONS = 6
 """Reconstruction pictures of a run that the page shows; the others stay in the run's folder."""
 
@@ -43,7 +58,7 @@ class Run:
         kind: "pretrain" or "finetune".
         args: Settings.
         epochs: Lines of log.txt, by epoch.
-        metrics: Content of metrics.json; empty without it.
+        metrics: Content of metrics.json, or of metrics_eval.json; empty without either.
         notes: What is odd about the files.
     """
 
@@ -58,20 +73,82 @@ class Run:
     def column(self, key: str) -> tuple[np.ndarray, np.ndarray]:
         """Finished epochs (1, 2, ...) and the values of a key; epochs without a number are left out."""
         pairs = [(line["epoch"] + 1, line[key]) for line in self.epochs if isinstance(line.get(key), (int, float))]
-        return np.array([x for x, _ in pairs], dtype=float), np.array([y for _, y in pairs], dtype=float)
+        scale = self.scale(key.removeprefix("val_").removeprefix("test_"))
+        return np.array([x for x, _ in pairs], dtype=float), scale * np.array([y for _, y in pairs], dtype=float)
+
+    def scale(self, metric: str) -> float:
+        """What a metric of this run is multiplied with to be a fraction of 1."""
+        name = str(self.metrics.get("dataset") or self.args.get("dataset") or "")
+        task = registry.get_spec(name).task if name in registry.names() else ""
+        return 0.01 if metric in PERCENT.get(task, ()) else 1.0
+
+    def scalars(self) -> dict[str, float]:
+        """Metrics of `result` but the loss, as fractions of 1; those without a number are left out."""
+        found = self.result()
+        values = {} if found is None else found[2]["scalars"]
+        return {name: self.scale(name) * float(value) for name, value in values.items()
+                if name != "loss" and value is not None}  # fmt: skip
+
+    def interval(self, metric: str) -> tuple[float, float] | None:
+        """95 % interval of a metric of `result` as fractions of 1, where the run has one."""
+        found = self.result()
+        ends = None if found is None else found[2].get("intervals_95", {}).get(metric)
+        return None if ends is None else (self.scale(metric) * ends[0], self.scale(metric) * ends[1])
 
     def result(self) -> tuple[str, str, dict[str, Any]] | None:
         """Checkpoint, split and metrics that the tables show: the first rule, on test where it was evaluated."""
         for checkpoint, entry in self.metrics.get("results", {}).items():
-            for split in ("test", "val", *entry):
+            for split in ("test", "val", *entry) if isinstance(entry, dict) else ():
                 if isinstance(entry.get(split), dict) and "scalars" in entry[split]:
                     return checkpoint, split, entry[split]
         return None
 
-    def initialisation(self) -> str:
-        """Where the weights come from: "random", or the last two parts of the checkpoint's path."""
-        start = str(self.metrics.get("initialisation") or self.args.get("finetune") or "random")
-        return start if start == "random" else "/".join(Path(start).parts[-2:])
+    def start(self) -> str:
+        """Where the weights come from: "random", "timm ...", a checkpoint's path, or "unknown" of an evaluation."""
+        if "initialisation" not in self.metrics and not self.args:  # evaluated somewhere else than it was trained
+            return "unknown"
+        return str(self.metrics.get("initialisation") or self.args.get("finetune") or "random")
+
+    def initialisation(self, parts: int = 2) -> str:
+        """`start` for a table: of a path the last parts."""
+        start = self.start()
+        return "/".join(Path(start).parts[-parts:]) if _is_path(start) else start
+
+    def pretraining(self) -> dict[str, Any] | None:
+        """Settings of the pretraining that gave the weights, from args.json beside them; None where it is not there."""
+        file = Path(self.start()).parent / "args.json"
+        if not _is_path(self.start()) or not file.is_file():
+            return None
+        try:
+            content = read_json(file)
+        except UserError:  # damaged: the path has to do
+            return None
+        return content if isinstance(content, dict) else None
+
+    def origin(self) -> str:
+        """What tells encoders apart, but for the seed: settings of the pretraining and the checkpoint's name.
+
+        Without these settings, the checkpoint's path.
+        """
+        settings = self.pretraining()
+        if settings is None:
+            return self.start()
+        return json.dumps([Path(self.start()).name, _plain_settings(settings)])
+
+    def seeds(self) -> tuple[str, str]:
+        """Seed of the run, and of its pretraining ("" where that is not known)."""
+        before = self.pretraining() or {}
+        return str(self.args.get("seed", self.metrics.get("seed", "?"))), str(before.get("seed", ""))
+
+
+def _is_path(start: str) -> bool:
+    return start not in ("random", "unknown") and not start.startswith("timm ")
+
+
+def _plain_settings(args: Mapping[str, Any]) -> str:
+    """All settings but the seed, places and the like, as text that can be compared."""
+    skipped = (*NOT_A_SETTING, "seed", "finetune")
+    return json.dumps({key: value for key, value in sorted(args.items()) if key not in skipped}, default=str)
 
 
 def load_run(folder: str | Path) -> Run:
@@ -83,14 +160,17 @@ def load_run(folder: str | Path) -> Run:
     path = Path(folder)
     if not path.is_dir():
         raise UserError(f"run {path} does not exist; give the --output_dir of main_pretrain.py or main_finetune.py")
-    if not (path / "args.json").is_file():
+    notes: list[str] = []
+    if (path / "args.json").is_file():
+        args = _settings_of(path)
+    elif (path / "metrics_eval.json").is_file():  # --eval with an --output_dir of its own
+        args = _evaluated_settings(path / "metrics_eval.json")
+        if not args:
+            notes.append("evaluation without the settings of its training: args.json is not beside the checkpoint")
+    else:
         near = sorted(str(one.parent) for one in path.glob("*/args.json"))[:5]
         hint = f"; runs below it: {', '.join(near)}" if near else ""
         raise UserError(f"{path} is no run: args.json is missing; give the --output_dir of a run{hint}")
-    args = read_json(path / "args.json")
-    if not isinstance(args, dict):
-        raise UserError(f"{path / 'args.json'} must hold an object with the settings of a run")
-    notes: list[str] = []
     epochs: list[dict[str, Any]] = []
     log = path / "log.txt"
     if log.is_file():
@@ -116,6 +196,23 @@ def load_run(folder: str | Path) -> Run:
     if kind == "finetune" and not metrics:
         notes.append("metrics.json is missing: the run has not come to its end")
     return Run(path.resolve().name, path, kind, args, epochs, metrics, notes)
+
+
+def _settings_of(folder: Path) -> dict[str, Any]:
+    args = read_json(folder / "args.json")
+    if not isinstance(args, dict):
+        raise UserError(f"{folder / 'args.json'} must hold an object with the settings of a run")
+    return args
+
+
+def _evaluated_settings(file: Path) -> dict[str, Any]:
+    """Settings of the run whose checkpoint was evaluated; empty where it is not there any more."""
+    content = read_json(file)
+    results = content.get("results") if isinstance(content, dict) else None
+    for checkpoint in results if isinstance(results, dict) else ():
+        if (Path(checkpoint).parent / "args.json").is_file():
+            return _settings_of(Path(checkpoint).parent)
+    return {}
 
 
 def load_runs(folders: Sequence[str | Path]) -> list[Run]:
@@ -168,11 +265,8 @@ def _marks(runs: Sequence[Run]) -> dict[str, float]:
 
 def training_figure(runs: Sequence[Run], path: Path, *, title: str) -> Picture | None:
     """Loss, learning rate, throughput and, of fine-tuning, what selects the epoch."""
-    keys = ["train_loss"]
-    keys += [key for key in ("val_ap_macro", "val_f1_macro", "val_accuracy", "val_miou", "test_miou", "val_iou",
-                             "test_iou", "val_aacc", "test_aacc")
-             if any(len(run.column(key)[0]) for run in runs)]  # fmt: skip
-    keys += ["train_lr", "images_per_s"]
+    keys = ["train_loss", *(f"{split}_{name}" for name in CURVES for split in ("val", "test")), "train_lr",
+            "images_per_s"]  # fmt: skip
     panels: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]] = {}
     for key in keys:
         split, _, metric = key.partition("_")
@@ -222,9 +316,12 @@ def prediction_figures(run: Run, folder: Path, slug: str) -> list[Picture]:
         return []
     try:
         with np.load(file, allow_pickle=False) as arrays:
+            if "confusion" in arrays:  # label maps: counted for each sample
+                counts = np.asarray(arrays["confusion"]).sum(axis=0)
+                return _pixel_confusion(run, folder / f"{slug}_confusion.png", counts, classes)
             scores, target = np.asarray(arrays["scores"], dtype=float), np.asarray(arrays["target"])
-    except (OSError, ValueError, KeyError) as error:
-        run.notes.append(f"{file.name} cannot be read and is left out: {error}")
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        run.notes.append(f"{file.name} cannot be read and is left out (damaged or cut short?): {error}")
         return []
     if scores.ndim == 1:  # probability of the second of two classes
         scores = np.stack([1 - scores, scores], axis=1)
@@ -246,45 +343,92 @@ def prediction_figures(run: Run, folder: Path, slug: str) -> list[Picture]:
     ]  # fmt: skip
 
 
+def _pixel_confusion(run: Run, path: Path, counts: np.ndarray, classes: Sequence[str]) -> list[Picture]:
+    """Confusion of the pixels of label maps."""
+    if counts.shape != (len(classes), len(classes)):
+        run.notes.append(f"predictions_test.npz does not fit the {len(classes)} classes of metrics.json; left out")
+        return []
+    title = f"{run.name}: confusion on {int(counts.sum()):,} test pixels"
+    return [Picture(pictures.confusion_counts_figure(path, counts, classes, unit="pixels", title=title), "")]
+
+
 def transfer_figures(runs: Sequence[Run], folder: Path) -> list[Picture]:
     """Fine-tuned result against the epoch of pretraining, and against the share of labels."""
-    written: list[Picture] = []
-    by_epoch: dict[str, list[tuple[float, float]]] = {}
-    by_share: dict[str, list[tuple[float, float]]] = {}
-    flat: dict[str, float] = {}
-    unit = ""
+    # Panel (data set, metric and split) -> curve -> points. Nothing else goes into one curve.
+    by_epoch: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    by_share: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    flat: dict[str, dict[str, list[float]]] = {}
+    starts = _start_names(runs)
+    several = len({str(run.metrics.get("dataset")) for run in runs}) > 1
+    models = len({str(run.metrics.get("model")) for run in runs}) > 1
     for run in runs:
         found = run.result()
         if found is None:
             continue
-        metric = next(iter(found[2]["scalars"]))
-        value, unit = float(found[2]["scalars"][metric]), f"{METRIC_NAMES.get(metric, metric)} on {found[1]}"
+        metric, value = next(iter(run.scalars().items()), ("", 0.0))
+        if not metric:
+            continue
+        data = str(run.metrics.get("dataset", ""))
+        panel = f"{data}: " * several + f"{METRIC_NAMES.get(metric, metric)} on {found[1]}"
         protocol = str(run.metrics.get("protocol", "fine-tuning"))
+        model = f"{run.metrics.get('model')}, " * models
         share = float(run.metrics.get("train_frac") or 1.0)
-        start = run.initialisation()
+        start = starts[run.name]
         number = re.fullmatch(r"(.*)/checkpoint_(\d+)\.pth", start)
         labels = "" if share == 1 else f", {100 * share:g} % of labels"
         if number:
-            by_epoch.setdefault(f"{number[1]} ({protocol}{labels})", []).append((float(number[2]), value))
+            name = f"{number[1]} ({model}{protocol}{labels})"
+            by_epoch.setdefault(panel, {}).setdefault(name, []).append((float(number[2]), value))
         elif start == "random":
-            flat[f"random initialisation ({protocol}{labels})"] = value
-        by_share.setdefault(f"{start} ({protocol})", []).append((100 * share, value))
-    grown = {name: points for name, points in by_epoch.items() if len({x for x, _ in points}) > 1}
+            name = f"random initialisation ({model}{protocol}{labels})"
+            flat.setdefault(panel, {}).setdefault(name, []).append(value)
+        by_share.setdefault(panel, {}).setdefault(f"{start} ({model}{protocol})", []).append((100 * share, value))
+    written: list[Picture] = []
+    grown = _curves(by_epoch)
     if grown:
-        ends = [x for points in grown.values() for x, _ in points]
-        curves = {name: _means(points) for name, points in grown.items()}
-        curves |= {name: (np.array([min(ends), max(ends)]), np.array([value, value])) for name, value in flat.items()}
+        places = sorted({float(x) for curves in grown.values() for xs, _ in curves.values() for x in xs})
+        ends = np.array([places[0], places[-1]])
+        for panel, curves in grown.items():
+            curves |= {name: (ends, np.full(2, np.mean(values))) for name, values in flat.get(panel, {}).items()}
         path = folder / "pretraining_epochs.png"
-        pictures.curves_figure(path, panels={unit: curves}, x_label="epochs of pretraining",
-                               title="Result against the length of pretraining")  # fmt: skip
+        pictures.curves_figure(path, panels=grown, x_label="epochs of pretraining",
+                               title="Result against the length of pretraining",
+                               ticks=places if len(places) <= 9 else None)  # fmt: skip
         written.append(Picture(path, "Several seeds of one point are averaged."))
-    shares = {name: _means(points) for name, points in by_share.items() if len({x for x, _ in points}) > 1}
+    shares = _curves(by_share)
     if shares:
         path = folder / "label_fractions.png"
-        pictures.curves_figure(path, panels={unit: shares}, x_label="share of the training labels (%)",
-                               title="Result against the share of labels")  # fmt: skip
+        places = sorted({float(x) for curves in shares.values() for xs, _ in curves.values() for x in xs})
+        pictures.curves_figure(path, panels=shares, x_label="share of the training labels (%)",
+                               title="Result against the share of labels", ticks=places)  # fmt: skip
         written.append(Picture(path, "Several seeds of one point are averaged."))
     return written
+
+
+def _curves(
+    panels: Mapping[str, Mapping[str, list[tuple[float, float]]]],
+) -> dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]:
+    """Points -> curves; those at one place alone are left out."""
+    found = {panel: {name: _means(points) for name, points in curves.items() if len({x for x, _ in points}) > 1}
+             for panel, curves in panels.items()}  # fmt: skip
+    return {panel: curves for panel, curves in found.items() if curves}
+
+
+def _start_names(runs: Sequence[Run]) -> dict[str, str]:
+    """Name of a run -> what its initial weights are called: as little of the path as tells the origins apart.
+
+    Weights whose pretraining differs in the seed alone have one name.
+    """
+    groups: dict[tuple[str, str], list[Run]] = {}
+    for run in runs:
+        # Checkpoints of several epochs of one pretraining stay apart by their file name.
+        groups.setdefault((run.origin(), Path(run.start()).name), []).append(run)
+    shown: dict[tuple[str, str], str] = {}
+    for parts in range(2, 32):
+        shown = {key: min(one.initialisation(parts) for one in members) for key, members in groups.items()}
+        if len(set(shown.values())) == len(shown):
+            break
+    return {run.name: shown[key] for key, members in groups.items() for run in members}
 
 
 def _means(points: Sequence[tuple[float, float]]) -> tuple[np.ndarray, np.ndarray]:
@@ -321,31 +465,42 @@ def paper_rows(runs: Sequence[Run]) -> list[Row]:
     One run: its bootstrap interval, where it has one. Several: mean and 95 % interval of Student's t over the seeds.
     """
     groups: dict[tuple[str, ...], list[Run]] = {}
+    starts = _start_names(runs)
     for run in runs:
         if run.result() is not None:
             facts = run.metrics
-            key: tuple[str, ...] = (str(facts.get("dataset", "")), str(facts.get("protocol", "")), run.initialisation(),
-                   f"{100 * float(facts.get('train_frac') or 1.0):g} %", _other_settings(run))  # fmt: skip
+            share = f"{100 * float(facts.get('train_frac') or 1.0):g} %"
+            shown = (str(facts.get("dataset", "")), str(facts.get("protocol", "")), starts[run.name], share)
+            key: tuple[str, ...] = (*shown, run.origin(), _plain_settings(run.args))
+            if not run.args:  # of an evaluation nothing more is known: it stands alone
+                key = (*key, run.name)
+            while any(run.seeds() == other.seeds() for other in groups.get(key, ())):
+                twin = groups[key][0]
+                run.notes.append(f"has the settings and the seed of {twin.name}; it is not averaged with that run")
+                key = (*key, run.name)
             groups.setdefault(key, []).append(run)
     rows = []
     for key, members in groups.items():
-        results = [found[2] for run in members if (found := run.result()) is not None]
-        seeds = ", ".join(str(run.metrics.get("seed", run.args.get("seed", "?"))) for run in members)
         name = members[0].name if len(members) == 1 else f"{members[0].name} and {len(members) - 1} more"
+        others = len({run.start() for run in members}) - 1
+        weights = f"{key[2]} and {others} more" if others else key[2]
         cells = {}
-        for metric in results[0]["scalars"]:
-            values = [float(one["scalars"][metric]) for one in results if one["scalars"].get(metric) is not None]
-            if metric != "loss" and len(values) == len(results):
-                interval = results[0].get("intervals_95", {}).get(metric) if len(results) == 1 else _t_interval(values)
+        results = [run.scalars() for run in members]
+        for metric in results[0]:
+            values = [one[metric] for one in results if metric in one]
+            if len(values) == len(results):
+                interval = members[0].interval(metric) if len(results) == 1 else _t_interval(values)
                 cells[metric] = Cell(float(np.mean(values)), *(interval or (None, None)))
-        rows.append(Row((name, *key[:4], seeds), cells))
+        rows.append(Row((name, *key[:2], weights, key[3], _seed_text(members)), cells))
     return rows
 
 
-def _other_settings(run: Run) -> str:
-    """All settings but the seed and places, so that only repetitions are averaged."""
-    skipped = (*NOT_A_SETTING, "seed", "finetune", "feature_cache")
-    return json.dumps({key: value for key, value in sorted(run.args.items()) if key not in skipped}, default=str)
+def _seed_text(runs: Sequence[Run]) -> str:
+    """Seeds of the runs; with those of their pretraining where they are others."""
+    seeds = [run.seeds() for run in runs]
+    if all(before in ("", own) for own, before in seeds) or len({before for _, before in seeds}) == 1:
+        return ", ".join(own for own, _ in seeds)
+    return ", ".join(f"{own} (pretraining {before})" for own, before in seeds)
 
 
 def _t_interval(values: Sequence[float]) -> tuple[float, float]:
@@ -375,12 +530,12 @@ def latex_table(rows: Sequence[Row]) -> str:
     metrics = _metric_names(rows)
     head = [*COLUMNS, *(METRIC_NAMES.get(name, name) for name in metrics)]
     lines = [r"\begin{tabular}{" + "l" * len(COLUMNS) + "r" * len(metrics) + "}", r"\toprule",
-             " & ".join(_tex(text) for text in head) + r" \\", r"\midrule"]  # fmt: skip
+             " & ".join(tex(text) for text in head) + r" \\", r"\midrule"]  # fmt: skip
     for row in rows:
-        lines.append(" & ".join([*(_tex(text) for text in row.setting),
+        lines.append(" & ".join([*(tex(text) for text in row.setting),
                                  *(_percent(row.cells.get(name), "") for name in metrics)]) + r" \\")  # fmt: skip
         if any(cell.low is not None for cell in row.cells.values()):
-            ends = [_tex(_ends(row.cells.get(name))) for name in metrics]
+            ends = [tex(_ends(row.cells.get(name))) for name in metrics]
             lines.append(" & ".join([*("" for _ in COLUMNS), *(rf"{{\scriptsize {end}}}" for end in ends)]) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
 
@@ -398,10 +553,6 @@ def _ends(cell: Cell | None) -> str:
     if cell is None or cell.low is None or cell.high is None:
         return ""
     return f"[{100 * cell.low:.2f}, {100 * cell.high:.2f}]"
-
-
-def _tex(text: str) -> str:
-    return re.sub(r"([&%$#_{}])", r"\\\1", text)
 
 
 # Page ------------------------------------------------------------------------------------------------------------
@@ -457,20 +608,21 @@ def _seconds(value: float) -> str:
 def _overview(runs: Sequence[Run]) -> str:
     head = ("run", "kind", "data", "model", "initial weights", "epochs", "last loss", "images/s", "training time",
             "result")  # fmt: skip
-    rows = []
+    rows, starts = [], _start_names(runs)
     for run in runs:
         losses, speed = run.column("train_loss")[1], run.column("images_per_s")[1]
         seconds = run.metrics.get("training_seconds") or run.column("seconds")[1].sum()
         found = run.result()
         result = ""
-        if found:
-            metric, value = next(iter(found[2]["scalars"].items()))
-            result = f"{METRIC_NAMES.get(metric, metric)} {100 * value:.2f} % on {found[1]}"
+        for metric, value in list(run.scalars().items())[:1] if found else ():
+            result = f"{METRIC_NAMES.get(metric, metric)} {100 * value:.2f} % on {found[1] if found else ''}"
         kind = run.kind if run.kind == "pretrain" else str(run.metrics.get("protocol", "fine-tuning"))
         planned = run.args.get("stop_epoch") or run.args.get("epochs")
         done = run.epochs[-1]["epoch"] + 1 if run.epochs else 0
+        # Neighbours and L-BFGS finish without epochs, an evaluation has none.
+        epochs = "none" if run.metrics and not done else f"{done} of {planned}"
         rows.append((run.name, kind, str(run.args.get("dataset", "")), str(run.args.get("model", "")),
-                     run.initialisation(), f"{done} of {planned}", f"{losses[-1]:.4f}" if len(losses) else "",
+                     starts[run.name], epochs, f"{losses[-1]:.4f}" if len(losses) else "",
                      f"{np.median(speed):.1f}" if len(speed) else "", _seconds(float(seconds)), result))  # fmt: skip
     return _table(head, rows)
 
@@ -479,23 +631,37 @@ def _settings(runs: Sequence[Run]) -> str:
     keys = list(dict.fromkeys(key for run in runs for key in run.args))
 
     def text(run: Run, key: str) -> str:
-        value = run.args.get(key, "")
+        value = run.args.get(key, "-")
         return "" if value is None else json.dumps(value) if isinstance(value, (list, dict)) else str(value)
 
     rows, marked = [], []
     for key in keys:
-        values = [text(run, key) for run in runs]
-        rows.append((key, *values))
-        marked.append(len(set(values)) > 1)
+        rows.append((key, *(text(run, key) for run in runs)))
+        # A flag that the other script lacks is no difference, and places differ always.
+        marked.append(key not in NOT_A_SETTING and len({text(run, key) for run in runs if key in run.args}) > 1)
     order = sorted(range(len(rows)), key=lambda number: (not marked[number], rows[number][0]))
     head = ("setting", *(run.name for run in runs))
     table = _table(head, [rows[number] for number in order], marked=[marked[number] for number in order])
-    note = '<p class="note">* differs between the runs; these come first.</p>' if len(runs) > 1 else ""
+    note = (
+        ('<p class="note">* differs between the runs that have it; these come first. -: the run has no such flag.</p>')
+        if len(runs) > 1
+        else ""
+    )
     return note + table
 
 
 def _slug(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9.-]+", "_", name).strip("_") or "run"
+
+
+def _remove_former(target: Path) -> None:
+    """Take away tables and figures of a page written here before: beside a new page they would pass for its own."""
+    if not (target / "report.html").is_file():
+        return
+    old = [target / "table.md", target / "table.tex"]
+    old += [path for path in (target / "figures").glob("*.png") if OWN_FIGURES.fullmatch(path.name)]
+    for path in old:
+        path.unlink(missing_ok=True)
 
 
 def write_report(folders: Sequence[str | Path], out: str | Path, *, title: str = "Training report") -> Path:
@@ -507,7 +673,7 @@ def write_report(folders: Sequence[str | Path], out: str | Path, *, title: str =
         title: Heading of the page.
 
     Returns:
-        The page.
+        The page. Tables and figures of a page that `out` held before are removed.
 
     Raises:
         UserError: A run is missing or empty, or a file cannot be written.
@@ -515,6 +681,7 @@ def write_report(folders: Sequence[str | Path], out: str | Path, *, title: str =
     runs = load_runs(folders)
     target = make_directory(out)
     figures = make_directory(target / "figures")
+    _remove_former(target)
     pretrained = [run for run in runs if run.kind == "pretrain"]
     tuned = [run for run in runs if run.kind == "finetune"]
     sections: list[tuple[str, str, str]] = []  # anchor, heading, content

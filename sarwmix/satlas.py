@@ -92,7 +92,7 @@ class Satlas(MaskDataset):
         except GeoTiffError as error:
             raise UnreadableSample(name, path, str(error)) from error
         image[:, empty] = np.nan
-        finish_image(image, name, folder)
+        finish_image(image, name, folder, self.spec.bands)
 
     @staticmethod
     def _read(path: str, shape: tuple[int, ...], *, bands: int) -> np.ndarray:

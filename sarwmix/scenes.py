@@ -10,9 +10,11 @@ from __future__ import annotations
 import os
 import re
 import threading
+import warnings
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -131,6 +133,16 @@ class _Header:
         return f"{self.height}x{self.width} pixels of {a:.6g} x {-e:.6g} from {x:.9g}, {y:.9g}{reference}"
 
 
+@contextmanager
+def _without_georeference_warnings() -> Iterator[None]:
+    """Plain pixels are allowed; who needs a place says in its own words that there is none."""
+    from rasterio.errors import NotGeoreferencedWarning
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)
+        yield
+
+
 def _read_header(path: Path) -> _Header | str:
     """The header, or why there is none."""
     import rasterio
@@ -191,7 +203,7 @@ def _whole_bands(header: _Header, order: tuple[str, ...] | None, bands: Sequence
 
 
 def find_scenes(
-    root: Path | Sequence[Path], bands: Sequence[str], order: tuple[str, ...] | None
+    root: Path | Sequence[Path], bands: Sequence[str], order: tuple[str, ...] | None, *, broken: list[str] | None = None
 ) -> tuple[list[Scene], list[str]]:
     """Find the scenes of a folder.
 
@@ -199,6 +211,8 @@ def find_scenes(
         root: Folder, searched with all folders below it, one file, or several of them.
         bands: Wanted bands.
         order: Declared names of the bands of multi-band files.
+        broken: Takes the files that could not be opened, "path: reason". If given, scenes that lack one of them are
+            left out; otherwise they are refused as scenes without a band.
 
     Returns:
         The scenes sorted by name, and "path: reason" of the files that belong to none.
@@ -215,7 +229,7 @@ def find_scenes(
             f"{root} holds no GeoTIFF (*.tif, *.tiff); expected Sentinel-1 scenes with "
             f"{' and '.join(bands)}, see docs/data_s1_scenes.md"
         )
-    with ThreadPoolExecutor(8) as pool:
+    with _without_georeference_warnings(), ThreadPoolExecutor(8) as pool:
         headers = list(pool.map(_read_header, paths))
     ignored: list[str] = []
     whole: list[tuple[str, _Header, list[int]]] = []
@@ -237,23 +251,26 @@ def find_scenes(
                 holds = " and ".join(named) or f"none of {', '.join(bands)}"
                 ignored.append(f"{path}: one band, and its name holds {holds}")
                 continue
-            stem = re.sub(rf"(^|[^A-Za-z0-9])({named[0]})(?=$|[^A-Za-z0-9])", r"\1", path.stem, flags=re.IGNORECASE)
-            stem = re.sub(r"^[^A-Za-z0-9]+|[^A-Za-z0-9]+$", "", stem)
-            partners = single.setdefault((path.parent, stem), {})
+            partners = single.setdefault(_partner_key(path, named[0]), {})
             if named[0] in partners:
                 raise UserError(
                     f"{partners[named[0]].path} and {path} are both {named[0]} of the same scene; "
                     "keep one of them in the folder"
                 )
             partners[named[0]] = header
+    if broken is not None:
+        broken += [f"{path}: {text}" for path, text in zip(paths, headers, strict=True) if isinstance(text, str)]
+        gone = {_scene_key(path, bands) for path, text in zip(paths, headers, strict=True) if isinstance(text, str)}
+        for key in [key for key, found in single.items() if len(found) < len(bands) and key in gone]:
+            ignored += [f"{header.path}: its partner cannot be opened" for header in single.pop(key).values()]
     lone = [
         f"{next(iter(found.values())).path} (without {', '.join(b for b in bands if b not in found)})"
         for found in single.values()
         if len(found) < len(bands)
     ]
     if lone:
-        broken = [f"{path}: {text}" for path, text in zip(paths, headers, strict=True) if isinstance(text, str)]
-        unread = f" Files that could not be opened: {_listing(broken)}." if broken else ""
+        closed = [f"{path}: {text}" for path, text in zip(paths, headers, strict=True) if isinstance(text, str)]
+        unread = f" Files that could not be opened: {_listing(closed)}." if closed else ""
         raise UserError(
             f"{len(lone)} of the files in {root} have no partner of the other polarisation: "
             f"{_listing(lone)}. The model reads {' and '.join(bands)} together; add the missing files, "
@@ -309,6 +326,18 @@ def find_scenes(
     return sorted((scene for _, scene in scenes), key=lambda scene: scene.name), ignored
 
 
+def _partner_key(path: Path, band: str) -> tuple[Path, str]:
+    """What the files of one scene share: their folder, and their name without the band."""
+    stem = re.sub(rf"(^|[^A-Za-z0-9])({band})(?=$|[^A-Za-z0-9])", r"\1", path.stem, flags=re.IGNORECASE)
+    return path.parent, re.sub(r"^[^A-Za-z0-9]+|[^A-Za-z0-9]+$", "", stem)
+
+
+def _scene_key(path: Path, bands: Sequence[str]) -> tuple[Path, str] | None:
+    """As `_partner_key` of a file that names one band; None of others."""
+    named = _polarisations(path.stem, bands)
+    return _partner_key(path, named[0]) if len(named) == 1 else None
+
+
 def _rest(scene: Scene) -> tuple[Any, ...]:
     return scene.bands, scene.height, scene.width, scene.crs, scene.transform
 
@@ -334,7 +363,8 @@ class SceneReader:
         if path in sources:
             sources.move_to_end(path)
         else:
-            sources[path] = rasterio.open(path)
+            with _without_georeference_warnings():
+                sources[path] = rasterio.open(path)
             if len(sources) > OPEN_FILES:
                 sources.popitem(last=False)[1].close()
         return sources[path]
@@ -500,7 +530,7 @@ class SceneTiles(SarDataset):
             out[...] = self.reader.decibel(scene, row, column, self.tile, self.tile)
         except OSError as error:
             raise UnreadableSample(self.names[index], path, str(error)) from error
-        finish_image(out, self.names[index], path)
+        finish_image(out, self.names[index], path, self.spec.bands)
 
     def place(self, index: int) -> dict[str, Any]:
         """Where a tile lies.
@@ -616,14 +646,14 @@ def build(
         surveys = list(pool.map(survey, scenes))
     usable: list[Scene] = []
     tiles: list[NDArray[np.int32]] = []
-    warnings: list[str] = []
+    remarks: list[str] = []
     for scene, found in zip(scenes, surveys, strict=True):
         if isinstance(found, str):
             skipped.scenes.append(f"{scene.name}: {found}")
             continue
         warning = check_unit(found.pixels, unit, scene.bands[0].path)
         if warning is not None:
-            warnings.append(warning)
+            remarks.append(warning)
         keep = found.valid >= max(1, int(np.ceil(least * size * size)))
         skipped.tiles += int((~keep).sum())
         if not keep.any():
@@ -638,7 +668,7 @@ def build(
     for kind, items in (("file(s) that belong to no scene", skipped.files), ("scene(s)", skipped.scenes)):
         if items:
             log.warning("%s: %d %s left out: %s", data_path, len(items), kind, _listing(items))
-    for warning in warnings[:_NAMED]:
+    for warning in remarks[:_NAMED]:
         log.warning("%s", warning)
     if not usable:
         raise UserError(f"{data_path} holds {len(scenes)} scene(s), none of them usable: {_listing(skipped.scenes)}")

@@ -73,7 +73,7 @@ class Sen1Floods11(MaskDataset):
         except GeoTiffError as error:
             raise UnreadableSample(name, path, str(error)) from error
         try:
-            finish_image(image, name, self.path(name, "S1Hand"))
+            finish_image(image, name, self.path(name, "S1Hand"), self.spec.bands)
         except NoValidPixel as error:
             raise NoValidPixel(
                 error.name, error.path, f"{error.reason}; --data_option skip={name} leaves the chip out"

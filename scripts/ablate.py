@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from types import FrameType
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from sarwmix.ablation import Combination, Job, as_csv, as_latex, as_markdown, collect, parse_axis, plan
+from sarwmix.ablation import Combination, Job, as_csv, as_latex, as_markdown, collect, parse_axis, plan, split_words
 from util.errors import EXIT_OK, EXIT_PREEMPTED, UserError, run_cli
 from util.files import atomic_write, make_directory, write_json
 
@@ -63,10 +64,12 @@ def get_parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     args = get_parser().parse_args()
+    check_launcher(args.launcher)
     out = Path(args.out)
     combinations = plan([parse_axis(text) for text in args.grid], args.pretrain, args.finetune, out)
     jobs = list({job.folder: job for job in _jobs(combinations)}.values())
-    todo = [] if args.table_only else [job for job in jobs if not job.finished]
+    unfinished = [job for job in jobs if not job.finished]  # refuses folders with runs of other settings
+    todo = [] if args.table_only else unfinished
     if args.dry_run:
         for job in todo:
             print(shlex.join(command(job, args.launcher)))
@@ -74,6 +77,10 @@ def main() -> int:
     print(f"{len(combinations)} combinations, {len(jobs)} jobs, {len(todo)} to run", flush=True)
     make_directory(out)
     failed = run(todo, args.launcher)
+    names = "\n".join(f"  {job.folder}: {job.folder / 'ablation.log'}" for job in failed)
+    trouble = UserError(f"{len(failed)} jobs failed, see the end of their logs; the same command tries again:\n{names}")
+    if failed and not any(combination.finetune.finished for combination in combinations):
+        raise trouble
     metric, rows = collect(combinations, args.metric)
     table = as_markdown(metric, rows)
     for name, text in (
@@ -86,13 +93,26 @@ def main() -> int:
     print(table)
     print(f"table in {out / 'table.md'}, .tex and .csv")
     if failed:
-        names = "\n".join(f"  {job.folder}: {job.folder / 'ablation.log'}" for job in failed)
-        raise UserError(f"{len(failed)} jobs failed, see the end of their logs; the same command tries again:\n{names}")
+        raise trouble
     return EXIT_OK
 
 
 def _jobs(combinations: list[Combination]) -> list[Job]:
     return [job for c in combinations for job in (c.pretrain, c.finetune) if job is not None]
+
+
+def check_launcher(text: str) -> None:
+    """Refuse a launcher that cannot be started.
+
+    Raises:
+        UserError: quotes that do not close, or no such program.
+    """
+    words = split_words(text, "--launcher")
+    if words and shutil.which(words[0]) is None:
+        raise UserError(
+            f"--launcher {text!r}: there is no program {words[0]}; give one that is installed and on the PATH, such as "
+            '"mpirun -np 2", or leave it out'
+        )
 
 
 def command(job: Job, launcher: str) -> list[str]:

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from typing import TYPE_CHECKING
 
 from sarwmix import registry
+from util import args as groups
 from util.errors import UserError, run_cli
 
 if TYPE_CHECKING:
@@ -34,11 +35,15 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--dataset", required=True, choices=registry.names(), help="registered data set")
     result.add_argument("--data_path", required=True, metavar="DIR", help="root of the data, or a packed store")
     result.add_argument("--split", default=None, help="split, or several joined by + (default: all there are)")
-    result.add_argument("--sample", type=int, default=None, metavar="N", help="read N random samples instead of all")
-    result.add_argument("--seed", type=int, default=0, help="seed of the random sample (default %(default)s)")
+    result.add_argument(
+        "--sample", type=groups.positive_int, default=None, metavar="N", help="read N random samples instead of all"
+    )
+    result.add_argument(
+        "--seed", type=groups.non_negative_int, default=0, help="seed of the random sample (default %(default)s)"
+    )
     result.add_argument(
         "--jobs",
-        type=int,
+        type=groups.positive_int,
         default=None,
         metavar="N",
         help="reading processes (default: usable processors, one for 1,024 samples at most)",
@@ -100,16 +105,18 @@ def draw(found: Examination, folder: Path, seed: int) -> list[Path]:
             )
         )
     maps = bool(found.facts.labelled.shape[1])
+    what = "pairs" if registry.get_spec(dataset.spec.name).task == "pair" else "samples"
     if found.classes:
         written.append(
             pictures.bar_figure(
                 folder / "labels.png",
                 labels=dataset.spec.classes,
-                unit="pixels" if maps else "samples",
+                unit="pixels" if maps else what,
                 decimals=0,
                 values={split: list(counts.values()) for split, counts in found.classes.items()},
-                title=f"{dataset.spec.name}: {'pixels' if maps else 'samples'} of each class "
-                f"({len(dataset):,} {'samples' if maps else 'in all'})",
+                # Pairs are counted, not the images that they share.
+                title=f"{dataset.spec.name}: {'pixels' if maps else what} of each class "
+                f"({sum(found.counts.values()):,} {'samples' if maps else f'{what} in all'})",
             )
         )
     if not sar:
@@ -156,8 +163,10 @@ def main() -> int:
         raise UserError(f"data path {args.data_path} does not exist; give an existing folder or store")
 
     from sarwmix import data_check
-    from util.files import make_directory, write_json
+    from util.files import file_set, write_json
 
+    with file_set(folder):  # a folder that cannot be written is found before hours of reading
+        pass
     shown = -1
 
     def progress(done: int, total: int) -> None:
@@ -177,7 +186,6 @@ def main() -> int:
         reference=args.reference,
         progress=progress,
     )
-    make_directory(folder)
     written: list[Path] = []
     if found.dataset is not None:
         written = draw(found, folder, args.seed)

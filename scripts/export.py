@@ -27,11 +27,20 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
+def _no_file(path: Path) -> str:
+    """What to say of a path that is no file."""
+    if not path.is_dir():
+        return f"checkpoint {path} does not exist; give the path of a .pth file"
+    held = ", ".join(sorted(one.name for one in path.glob("*.pth")))
+    hint = f" in it: {held}" if held else ", it holds none"
+    return f"--checkpoint {path} is a folder; give a .pth file{hint}"
+
+
 def main() -> None:
     """Entry point."""
     args = parser().parse_args()
     if not Path(args.checkpoint).is_file():
-        raise UserError(f"checkpoint {args.checkpoint} does not exist; give the path of a .pth file")
+        raise UserError(_no_file(Path(args.checkpoint)))
     from sarwmix.export import check_hub, export_model, push_to_hub
     from util.log import setup_logging
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Embeddings of a data set or of a scene, as .npy or .parquet with names and coordinates, and a 2-D map of them.
 
-    python scripts/extract_features.py --model runs/pretrain/checkpoint.pth --dataset demo --data_path data/demo \
+    python scripts/extract_features.py --model runs/pretrain/checkpoint.pth --dataset demo --data_path data/demo \\
         --split test --out features/demo.parquet
     python scripts/extract_features.py --model runs/pretrain/checkpoint.pth --scene scene.tif --unit dB --out scene.npy
 
@@ -60,6 +60,7 @@ def main() -> None:
         raise UserError(f"--out {out}: expected a name that ends with {' or '.join(SUFFIXES)}")
     if (args.dataset is None) == (args.scene is None) or (args.dataset and not args.data_path):
         raise UserError("give either --dataset with --data_path, or --scene")
+    refuse_unused(args)
     for path in args.scene or []:
         if not Path(path).exists():
             raise UserError(f"{path} does not exist; give a GeoTIFF with VH and VV, one file for each, or a folder")
@@ -108,6 +109,20 @@ def main() -> None:
         names = ", ".join(sorted(path.name for path in work.iterdir() if path.is_file()))
     count, width = found.features.shape
     get_logger().info("%d x %d features of %s: %s in %s", count, width, what, names, out.absolute().parent)
+
+
+def refuse_unused(args: argparse.Namespace) -> None:
+    """Refuse flags that the chosen input does not look at.
+
+    Raises:
+        UserError: one of them is given.
+    """
+    of_scenes, of_data = ("unit", "band_order", "stride", "min_valid"), ("data_path", "data_option")
+    other, unused = ("--dataset", of_scenes) if args.dataset else ("--scene", of_data)
+    given = [f"--{name}" for name in unused if getattr(args, name) not in (None, [])]
+    if given:
+        hint = "; options of a data set are given with --data_option" if args.dataset else ""
+        raise UserError(f"{', '.join(given)} has no effect with {other}: leave it out{hint}")
 
 
 def open_data(args: argparse.Namespace, model: Pretrained) -> SarDataset:

@@ -53,7 +53,7 @@ def main() -> None:
         if not Path(path).exists():
             raise UserError(f"{path} does not exist; give a GeoTIFF with the model's bands, one file each, or a folder")
 
-    from sarwmix.prediction import EmptyScene, Options, open_scenes, predict_scene
+    from sarwmix.prediction import EmptyScene, Options, UnreadableScene, open_scenes, predict_scene
     from sarwmix.pretrained import choose_device, describe, open_model
     from util.log import get_logger, memory_mib, setup_logging
 
@@ -62,7 +62,8 @@ def main() -> None:
     model = open_model(args.model, trained_on=args.trained_on).to(choose_device(args.device))
     model.need_task()
     log.info("%s", describe(model))
-    scenes = open_scenes([Path(path) for path in args.scene], model.bands, args.band_order)
+    damaged: list[str] = []
+    scenes = open_scenes([Path(path) for path in args.scene], model.bands, args.band_order, broken=damaged)
     seconds = open_scenes([Path(path) for path in args.second], model.bands, args.band_order) if args.second else []
     if args.second and (len(scenes), len(seconds)) != (1, 1):
         raise UserError(
@@ -75,11 +76,13 @@ def main() -> None:
             outcome = predict_scene(
                 model, scene, Path(args.out), second=seconds[0] if seconds else None, unit=args.unit, options=options
             )
-        except EmptyScene as error:
+        except (EmptyScene, UnreadableScene) as error:
             if len(scenes) == 1:
                 raise
             log.warning("left out: %s", error)
             failed.append(scene.name)
+            if isinstance(error, UnreadableScene):
+                damaged.append(str(error))
             continue
         log.info("%s: %s", outcome.name, headline(outcome.summary))
         log.info("  %s", ", ".join(path.name for path in outcome.files))
@@ -93,6 +96,9 @@ def main() -> None:
         time.monotonic() - began,
         *memory_mib(),
     )
+    if damaged:
+        listed = "\n".join(f"  {text}" for text in damaged)
+        raise UserError(f"{len(damaged)} file(s) could not be read; all other scenes were predicted:\n{listed}")
 
 
 def headline(summary: dict[str, object]) -> str:

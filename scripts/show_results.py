@@ -30,15 +30,21 @@ def read_run(folder: Path) -> dict[str, Any]:
         UserError: the folder holds no finished run.
     """
     path = folder if folder.suffix == ".json" else folder / "metrics.json"
+    if not path.is_file() and (folder / "metrics_eval.json").is_file():
+        path = folder / "metrics_eval.json"  # --eval with a folder of its own
     if not path.is_file():
         raise UserError(f"{path} does not exist: the run is not finished, or it is no run of main_finetune.py")
     content = read_json(path)
-    if not isinstance(content, dict) or not content.get("results"):
-        raise UserError(f"{path} is not the metrics.json of a fine-tuning run")
-    result = next(iter(content["results"].values()))
-    row = {name: content.get(name, "-") for name in FACTS}
-    row["train"] = content.get("samples", {}).get("train", "-")
-    return {"run": folder.name, **row, **result.get("test", {}).get("scalars", {})}
+    try:
+        result = next(iter(content["results"].values()))
+        row = {name: content.get(name, "-") for name in FACTS}
+        row["train"] = content.get("samples", {}).get("train", "-")
+        return {"run": folder.name, **row, **result.get("test", {}).get("scalars", {})}
+    except (KeyError, TypeError, AttributeError, StopIteration) as error:
+        raise UserError(
+            f"{path} is not the metrics.json of a fine-tuning run: it holds no results; give output folders of "
+            "main_finetune.py"
+        ) from error
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from sarwmix.ablation import Row, as_csv, as_latex, as_markdown, collect, folder_name, parse_axis, plan
+from scripts import ablate
 from util.errors import UserError
 from util.files import write_json
 
@@ -125,6 +127,44 @@ def test_a_folder_of_other_settings_is_not_mistaken_for_a_result(tmp_path: Path)
         _ = other.finetune.finished
     with pytest.raises(UserError, match="nothing to put into a table"):
         collect(plan(grid, "", FINETUNE, tmp_path / "elsewhere"), None)
+
+
+def test_other_settings_of_a_pretraining_are_not_mistaken_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The table alone is refused, too: its runs would pass for runs of the new settings."""
+    (cell,) = plan(axes("seed=0"), PRETRAIN, FINETUNE, tmp_path)
+    finish(cell.finetune, 0.5)
+    cell.pretrain.folder.mkdir(parents=True)
+    write_json(cell.pretrain.folder / "args.json", dict(cell.pretrain.settings))
+    arguments = ["ablate.py", "--grid", "seed=0", "--finetune", FINETUNE, "--out", str(tmp_path), "--table_only"]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--pretrain", PRETRAIN])
+    assert ablate.main() == 0
+    monkeypatch.setattr(sys, "argv", [*arguments, "--pretrain", PRETRAIN.replace("--epochs 2", "--epochs 3")])
+    with pytest.raises(UserError, match="holds a run with --epochs 2, this grid has 3"):
+        ablate.main()
+
+
+@pytest.mark.parametrize("flags", [["--launcher", "no_such_program -np 2"], ["--launcher", '"open']])
+def test_launcher_that_cannot_start(flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["--grid", "seed=0", "--finetune", FINETUNE, "--out", str(tmp_path / "out"), *flags]
+    monkeypatch.setattr(sys, "argv", ["ablate.py", *arguments])
+    with pytest.raises(UserError, match="there is no program no_such_program|cannot be split into words"):
+        ablate.main()
+    assert not (tmp_path / "out").exists()
+
+
+def test_logs_are_named_when_every_job_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    false = shutil.which("false")
+    assert false is not None
+    arguments = ["--grid", "seed=0,1", "--finetune", FINETUNE, "--out", str(tmp_path), "--launcher", false]
+    monkeypatch.setattr(sys, "argv", ["ablate.py", *arguments])
+    with pytest.raises(UserError, match=r"2 jobs failed(.|\n)*seed-0/ablation.log\n(.|\n)*seed-1/ablation.log"):
+        ablate.main()
+
+
+def test_latex_escapes_braces(tmp_path: Path) -> None:
+    assert r"a\_\{b\} & 0.5000" in as_latex("acc", [Row({"x": "a_{b}"}, (0.5,), 0)])
 
 
 def command(demo: Path, out: Path, *more: str) -> subprocess.CompletedProcess[str]:

@@ -273,7 +273,7 @@ def test_damaged_patches_are_named(own_tree: Path) -> None:
     with_inf[3, 4], with_inf[5, 6] = np.inf, np.nan
     write_tiff(band_path(own_tree, 5), with_inf)
     dataset = build_dataset("benv2", own_tree, "train")
-    for row, message in ((0, "truncated"), (1, "shape 60x120"), (2, "no valid pixel in band 1")):
+    for row, message in ((0, "truncated"), (1, "shape 60x120"), (2, "no valid pixel in band VV")):
         with pytest.raises(UnreadableSample, match=message) as caught:
             dataset[row]
         assert caught.value.name == dataset.names[row]

@@ -136,6 +136,20 @@ def test_every_trouble_is_named_in_real_patches(real: Path) -> None:
     assert "officially 237,871" in " ".join(one.text() for one in found.findings)
 
 
+def test_a_single_linear_band_is_named(data: Path) -> None:
+    name = names_of(data)[3]
+    change(tif(data, name, "VV"), lambda values: 10 ** (values / 10))
+    assert finding(examine("demo", data), "linear instead of dB").names == (f"{name} (VV)",)
+
+
+def test_a_band_without_a_valid_pixel_is_named(data: Path) -> None:
+    name = names_of(data)[2]
+    change(tif(data, name, "VH"), lambda values: values * np.nan)
+    (text,) = finding(examine("demo", data), "unreadable").names
+    assert "no valid pixel in band VH" in text
+    assert f"{tif(data, name, 'VH').parent}:" in text
+
+
 def test_wrong_label_and_split_against_the_official_table(real: Path, realdata: Path) -> None:
     table = pd.read_parquet(real / "metadata.parquet")
     changed, moved = names_of(real)[0], names_of(real)[3]
@@ -258,6 +272,22 @@ def test_command_line(
     assert all(name in shown for name in expected.values())
     report = json.loads((tmp_path / "bad" / "report.json").read_text())
     assert {one["topic"] for one in report["findings"]} >= set(expected)
+
+
+def test_wrong_usage_is_refused_before_anything_is_read(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sarwmix.data_check.read_samples", lambda *_, **__: pytest.fail("was read"))
+    arguments = ("--dataset", "demo", "--data_path", data, "--out")
+    with pytest.raises(UserError, match="no option 'metadta'.*did you mean 'metadata'"):
+        run(monkeypatch, *arguments, tmp_path / "out", "--data_option", "metadta=x")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot create the folder"):
+        run(monkeypatch, *arguments, tmp_path / "file" / "out")
+    for flag in ("--seed", "--sample"):
+        with pytest.raises(SystemExit) as leaving:
+            run(monkeypatch, *arguments, tmp_path / "out", flag, -1)
+        assert leaving.value.code == 2
 
 
 def test_no_data_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ import main_finetune
 from sarwmix.export import example_inputs, export_model, push_to_hub
 from sarwmix.pretrained import from_checkpoint, from_pretrained, open_model
 from sarwmix.registry import get_spec
+from scripts import export as script
 from tests.conftest import ROOT, clean_environment
 from tests.prediction_fixtures import write_finetuned, write_pretrained
 from tests.test_pretrained import images
@@ -99,6 +100,26 @@ def test_metrics_come_from_the_run(tmp_path: Path) -> None:
     folder = export_model(path, tmp_path / "out", program=False)
     assert from_pretrained(folder).metrics == METRICS
     assert not (folder / "model.pt2").exists()
+
+
+@pytest.mark.parametrize(("task", "dataset"), [(None, ""), ("pair", "sen12flood"), ("multilabel", "demo")])
+def test_card_names_a_command_that_works(tmp_path: Path, task: str | None, dataset: str) -> None:
+    path = tmp_path / "c.pth"
+    if task is None:
+        write_pretrained(path)
+    else:
+        write_finetuned(path, task=task, dataset=dataset)
+    card = (export_model(path, tmp_path / "out", program=False) / "README.md").read_text()
+    assert ("scripts/extract_features.py" in card) == (task is None)
+    assert ("scripts/predict.py" in card) == (task is not None)
+    assert ("--second SECOND" in card) == (task == "pair")
+
+
+def test_a_run_folder_is_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "checkpoint_best.pth").touch()
+    monkeypatch.setattr(sys, "argv", ["export.py", "--checkpoint", str(tmp_path), "--export", str(tmp_path / "out")])
+    with pytest.raises(UserError, match="is a folder; give a .pth file in it: checkpoint_best.pth"):
+        script.main()
 
 
 def test_a_folder_that_is_there_is_refused(tmp_path: Path) -> None:

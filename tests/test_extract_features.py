@@ -80,6 +80,22 @@ def test_features_of_a_scene(tmp_path: Path, extract: Any) -> None:
     assert np.allclose(table["features"][0], expected, atol=1e-5)
 
 
+def test_scene_smaller_than_a_tile_without_georeference(
+    tmp_path: Path, extract: Any, recwarn: pytest.WarningsRecorder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_pretrained(tmp_path / "c.pth")
+    place = ("--unit", "dB", "--min_valid", 0.3, "--no_map", "--out")
+    scene = write_scene(tmp_path / "s.tif", backscatter(100, 80))
+    extract("--model", path, "--scene", scene, *place, tmp_path / "s.parquet")
+    table = pq.read_table(tmp_path / "s.parquet").to_pydict()
+    assert (table["x"][0], table["y"][0]) == (ORIGIN[0] + 400, ORIGIN[1] - 500)  # of the scene, not of a whole tile
+    plain = write_scene(tmp_path / "p.tif", backscatter(100, 80), epsg=None)
+    recwarn.clear()  # of writing it
+    extract("--model", path, "--scene", plain, *place, tmp_path / "p.parquet")
+    assert "p has no georeference: results are in pixel coordinates" in capsys.readouterr().out
+    assert not [one for one in recwarn if "geotransform" in str(one.message)]
+
+
 def test_pairs_as_pairs_or_as_single_images(tmp_path: Path, extract: Any) -> None:
     prepare(make_raw(tmp_path), tmp_path)
     common = ("--dataset", "sen12flood", "--data_path", tmp_path / "out", "--split", "test", "--no_map")
@@ -135,5 +151,8 @@ def test_what_is_refused(tmp_path: Path, demo_root: Path, extract: Any) -> None:
     refused("does not exist", "--model", tmp_path / "no" / "run.pth", *data, "--out", out)
     refused("compares two images", "--model", pair, "--scene", scene, "--unit", "dB", "--out", out)
     refused("compares two images", "--model", pair, *data, "--out", out)
+    refused("--unit, --stride has no effect with --dataset", "--model", encoder, *data, "--unit", "dB", "--stride", 60,
+            "--out", out)  # fmt: skip
+    refused("--data_path has no effect with --scene", "--model", encoder, "--scene", scene, *data[2:], "--out", out)
     optical = write_finetuned(tmp_path / "b.pth", task="segmentation", dataset="sen1floods11", bands=["B04"])
     refused("no descriptions that name B04", "--model", optical, "--scene", scene, "--out", out)

@@ -12,7 +12,7 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from sarwmix import pictures
+from sarwmix import pictures, quicklook
 from sarwmix.labels import CLASSES_19
 
 
@@ -210,3 +210,84 @@ def test_failure_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(MemoryError):
         pictures.per_class_table_figure(tmp_path / "t.png", ("a",), {"AP": np.array([1.0])})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_many_long_names_in_a_legend(tmp_path: Path, figures: list[Figure]) -> None:
+    """The legend stands below the panels, whole, and takes nothing of their size."""
+    names = [f"finetune/weight_mode-{mode}_mask_ratio-{ratio}_norm_pix_loss-on_seed-{seed}"
+             for mode in ("none", "per_channel", "joint") for ratio in (0.5, 0.75) for seed in range(3)]  # fmt: skip
+    panels = {label: {name: ([1, 2], [0.1, 0.2]) for name in names} for label in ("loss", "lr")}
+    pictures.curves_figure(tmp_path / "c.png", panels=panels, x_label="epochs", title="t", marks={"4": 4})
+    pictures.curves_figure(tmp_path / "one.png", panels={"loss": {"x": ([1], [1])}}, x_label="epochs", title="t")
+    many, one = figures
+    for figure in figures:
+        renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
+        box, lowest = figure.legends[0].get_window_extent(renderer), figure.axes[-1].get_tightbbox(renderer)
+        assert box.x1 <= figure.bbox.width
+        assert 0 <= box.y0 < box.y1 <= lowest.y0
+    assert len(many.legends[0].get_texts()) == 18
+    assert many.axes[0].bbox.height > 0.8 * one.axes[0].bbox.height
+    assert [tick for tick in one.axes[0].get_xticks() if tick % 1] == []
+
+
+def test_ticks_are_the_places_given(tmp_path: Path, figures: list[Figure]) -> None:
+    curve = {"AP": {"random": ([12.5, 25, 50, 100], [0.1, 0.2, 0.3, 0.4])}}
+    pictures.curves_figure(tmp_path / "c.png", panels=curve, x_label="%", title="t", ticks=(100, 50, 25, 12.5))
+    assert [label.get_text() for label in figures[0].axes[0].get_xticklabels()] == ["12.5", "25", "50", "100"]
+
+
+def test_fitted_text_keeps_width_lines_and_end(tmp_path: Path) -> None:
+    name = "S1A_IW_GRDH_1SDV_20170613T165043_33UUP_61_39"
+    assert pictures.fit_text(name, 9, 6, lines=1) == name
+    lines = pictures.fit_text(name, 1.1, 5.8, lines=3).split("\n")
+    assert "".join(lines) == name
+    assert max(pictures.text_width(line, 5.8) for line in lines) <= 1.1
+    short = pictures.fit_text(f"{name * 5} (mean 0.12)", 2.0, 7, lines=2)
+    assert short.count("\n") == 1
+    assert short.startswith("S1A")
+    assert short.endswith("(mean 0.12)")
+
+
+def test_captions_of_a_contact_sheet_stay_in_their_column(tmp_path: Path, figures: list[Figure]) -> None:
+    names = [f"S1A_IW_GRDH_1SDV_20170613T165043_33UUP_{number}_39" for number in range(7)]
+    pictures.contact_sheet(tmp_path / "c.png", np.zeros((7, 1, 8, 8)), bands=("VV",), captions=names, title="t")
+    renderer = figures[0].canvas.get_renderer()  # type: ignore[attr-defined]
+    boxes = [text.get_window_extent(renderer) for text in figures[0].texts if "S1A" in text.get_text()]
+    assert len(boxes) == 7
+    assert not any(one.overlaps(other) for k, one in enumerate(boxes) for other in boxes[:k])
+
+
+def test_class_without_negatives(tmp_path: Path, figures: list[Figure]) -> None:
+    """Average precision is 1, as in the tables; there is no ROC curve."""
+    target, scores = np.array([[1, 0], [1, 1]]), np.array([[0.2, 0.1], [0.7, 0.8]])
+    pictures.precision_recall_figure(tmp_path / "p.png", target, scores, ["all", "some"])
+    pictures.roc_figure(tmp_path / "r.png", target, scores, ["all", "some"])
+    assert [figure.axes[0].get_title().split("\n")[1] for figure in figures] == ["AP 1.000, n = 2", "undefined, n = 2"]
+
+
+def test_class_colours() -> None:
+    classes = ["Broad-leaved forest", "Arable land", "Inland waters"]
+    assert pictures.class_colours(classes)[2] == pictures.BLUE
+    assert pictures.class_colours(["dry", "water"]) == (pictures.LIGHT, pictures.BLUE)
+    many = pictures.class_colours([f"class {k}" for k in range(14)])
+    assert len(set(many[:10])) == 10
+    assert set(many[10:]) == {pictures.OTHER}
+
+
+@pytest.mark.parametrize("shape", [(100, 1200), (1200, 40), (300, 300)])
+def test_scale_bar_holds_its_text(tmp_path: Path, figures: list[Figure], shape: tuple[int, int]) -> None:
+    thumbnail = quicklook.Thumbnail(*shape, ("VH", "VV"))
+    thumbnail.add(0, np.full((2, *shape), -12, dtype=np.float32))
+    names = ["Broad-leaved forest", "Water", "Land principally occupied by agriculture, with natural vegetation " * 2]
+    cells = np.full((3, -(-shape[0] // 20), -(-shape[1] // 20)), 0.3, dtype=np.float32)
+    quicklook.classification_figure(tmp_path / "q.png", thumbnail, cells, names, cell=20, metres=10.0, title="t",
+                                    exclusive=True)  # fmt: skip
+    figure = figures[0]
+    renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
+    back, text = figure.axes[0].patches[0], figure.axes[0].texts[0]
+    box, inside = back.get_window_extent(renderer), text.get_window_extent(renderer)
+    assert box.x0 <= inside.x0
+    assert box.y0 <= inside.y0
+    assert inside.x1 <= box.x1
+    assert inside.y1 <= box.y1 + 1
+    assert any(axes.get_title().endswith("(mean 0.30)") and "..." in axes.get_title() for axes in figure.axes)

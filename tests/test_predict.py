@@ -23,6 +23,7 @@ import torch
 from rasterio.transform import Affine
 from torch import Tensor, nn
 
+from sarwmix.pictures import class_colours
 from sarwmix.prediction import (
     NO_CLASS,
     EmptyScene,
@@ -426,6 +427,58 @@ def test_bad_scenes(tmp_path: Path, checkpoints: dict[str, Path], log: pytest.Lo
     assert "nowhere has no georeference: results are in pixel coordinates" in log.text
     assert read(out / "nowhere_probability.tif")[1]["crs"] is None
     assert "longitude" not in rows_of(out / "nowhere_tiles.csv")[0]
+
+
+def test_flags_without_effect_are_refused(tmp_path: Path, checkpoints: dict[str, Path]) -> None:
+    scene = write_scene(tmp_path / "s.tif", backscatter(150, 150))
+    for task, options, message in (
+        ("multilabel", Options(probabilities=True), "--probabilities is for class maps"),
+        ("segmentation", Options(min_valid=0.5), "--min_valid 0.5 has no effect on class maps"),
+    ):
+        with pytest.raises(UserError, match=message):
+            predict(from_checkpoint(checkpoints[task]), scene, tmp_path / "out", options=options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_class_map_of_a_scene_smaller_than_a_tile(tmp_path: Path, checkpoints: dict[str, Path]) -> None:
+    scene = write_scene(tmp_path / "s.tif", backscatter(40, 50))
+    predict(from_checkpoint(checkpoints["segmentation"]), scene, tmp_path / "out")
+    assert (read(tmp_path / "out" / "s_classes.tif")[0] != 255).all()
+
+
+def test_damaged_files_of_a_folder_are_left_out(
+    tmp_path: Path, checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One whose pixels are cut off, one band that is no GeoTIFF at all: the third scene is predicted all the same."""
+    script = importlib.import_module("scripts.predict")
+    folder, values = tmp_path / "scenes", backscatter(240, 240)
+    write_scene(folder / "good.tif", values)
+    for number, band in enumerate(("VH", "VV")):
+        _truncate(write_scene(folder / f"cut_{band}.tif", values[number : number + 1], descriptions=()))
+    write_scene(folder / "lone_VV.tif", values[:1], descriptions=())
+    (folder / "lone_VH.tif").write_text("no raster")
+    args = ["--model", checkpoints["multilabel"], "--scene", folder, "--unit", "dB", "--out", tmp_path / "out"]
+    monkeypatch.setattr(sys, "argv", ["predict.py", *map(str, args), "--device", "cpu"])
+    with pytest.raises(UserError, match=r"2 file\(s\) could not be read") as error:
+        script.main()
+    assert "lone_VH.tif" in str(error.value)
+    assert "scene cut" in str(error.value)
+    assert {path.name[:4] for path in (tmp_path / "out").iterdir()} == {"good"}
+
+
+def test_hint_names_the_flag(tmp_path: Path, checkpoints: dict[str, Path]) -> None:
+    write_scene(tmp_path / "s.tif", backscatter(150, 150), descriptions=())
+    with pytest.raises(UserError, match="for example --band_order VV,VH"):
+        open_scenes([tmp_path / "s.tif"], ("VH", "VV"))
+
+
+def test_map_has_the_colours_of_the_training_pictures(tmp_path: Path, checkpoints: dict[str, Path]) -> None:
+    model = from_checkpoint(checkpoints["segmentation"])
+    predict(model, write_scene(tmp_path / "s.tif", backscatter(150, 150)), tmp_path / "out")
+    with rasterio.open(tmp_path / "out" / "s_classes.tif") as raster:
+        table = raster.colormap(1)
+    shown = ["#{:02x}{:02x}{:02x}".format(*table[number][:3]) for number in range(len(model.classes))]
+    assert shown == [colour.lower() for colour in class_colours(model.classes)]
 
 
 def test_model_of_other_bands_or_kind(tmp_path: Path, checkpoints: dict[str, Path]) -> None:

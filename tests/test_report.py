@@ -186,6 +186,136 @@ def test_transfer_curves(tmp_path: Path) -> None:
     assert report.transfer_figures(report.load_runs(runs[:1]), tmp_path) == []
 
 
+def test_transfer_curves_keep_data_sets_and_metrics_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: dict[str, Any] = {}
+    monkeypatch.setattr(report.pictures, "curves_figure", lambda path, **given: drawn.update({path.stem: given}))
+    runs = []
+    for data, metric in (("demo", "ap_macro"), ("eurosat_sar", "acc")):
+        for k in range(4):
+            runs.append(finetune_run(tmp_path / f"{data}{k}", value=0.5 - 0.1 * k, frac=0.5**k))
+            change(runs[-1], dataset=data, scalars={metric: 0.5 - 0.1 * k})
+    report.transfer_figures(report.load_runs(runs), tmp_path)
+    panels = drawn["label_fractions"]["panels"]
+    assert list(panels) == ["demo: AP macro on test", "eurosat_sar: ACC on test"]
+    assert all(len(xs) == 4 for curves in panels.values() for xs, _ in curves.values())
+    assert drawn["label_fractions"]["ticks"] == [12.5, 25, 50, 100]
+
+
+def change(run: Path, *, scalars: dict[str, float] | None = None, **facts: Any) -> None:
+    """Another result in a run's metrics.json."""
+    content = json.loads((run / "metrics.json").read_text()) | facts
+    if scalars is not None:
+        content["results"]["checkpoint_best.pth"]["test"] = {"scalars": scalars, "per_class": []}
+    (run / "metrics.json").write_text(json.dumps(content))
+
+
+def test_accuracy_of_pairs_is_in_percent_already(tmp_path: Path) -> None:
+    pair, single = finetune_run(tmp_path / "pair"), finetune_run(tmp_path / "single")
+    change(pair, dataset="sen12flood", scalars={"acc": 55.5556, "f1": 0.7})
+    change(single, dataset="eurosat_sar", scalars={"acc": 0.25})
+    log = {"epoch": 0, "train_loss": 1.0, "test_acc": 55.0, "test_f1": 0.5}
+    (pair / "log.txt").write_text(json.dumps(log) + "\n")
+    runs = report.load_runs([pair, single])
+    assert [round(row.cells["acc"].value, 4) for row in report.paper_rows(runs)] == [0.5556, 0.25]
+    assert runs[0].column("test_acc")[1].tolist() == [pytest.approx(0.55)]
+    text = report.write_report([pair, single], tmp_path / "out").read_text()
+    assert "ACC 55.56 % on test" in text
+    assert "ACC 25.00 % on test" in text
+    assert "| 55.56 |" in (tmp_path / "out" / "table.md").read_text()
+
+
+def test_encoders_are_told_apart_by_their_pretraining(tmp_path: Path) -> None:
+    """Equal last parts of the path are no equal encoder; other paths may be the same one with another seed."""
+    runs = []
+    for name, mode, seed in (("a0", "none", 0), ("a1", "none", 1), ("b0", "joint", 0)):
+        before = pretrain_run(tmp_path / name / "pretrain", weight_mode=mode, seed=seed)
+        runs.append(finetune_run(tmp_path / name / "probe", start=str(before / "checkpoint.pth"), seed=seed))
+    for name in ("x", "y"):  # nothing is known about these
+        runs.append(finetune_run(tmp_path / name / "probe", start=str(tmp_path / name / "pretrain" / "checkpoint.pth")))
+    rows = report.paper_rows(report.load_runs(runs))
+    assert [(row.setting[3], row.setting[5]) for row in rows] == [
+        ("a0/pretrain/checkpoint.pth and 1 more", "0, 1"),
+        ("b0/pretrain/checkpoint.pth", "0"),
+        ("x/pretrain/checkpoint.pth", "0"),
+        ("y/pretrain/checkpoint.pth", "0"),
+    ]
+
+
+def test_equal_seeds_are_not_averaged(tmp_path: Path) -> None:
+    runs = report.load_runs([finetune_run(tmp_path / "a"), finetune_run(tmp_path / "b")])
+    assert [row.setting[5] for row in report.paper_rows(runs)] == ["0", "0"]
+    assert runs[1].notes == ["has the settings and the seed of a; it is not averaged with that run"]
+
+
+def test_evaluation_in_a_folder_of_its_own(tmp_path: Path) -> None:
+    run = finetune_run(tmp_path / "run", start="pre/checkpoint_4.pth")
+    evaluated = tmp_path / "evaluated"
+    evaluated.mkdir()
+    content = json.loads((run / "metrics.json").read_text())
+    del content["initialisation"]
+    content["results"] = {str(run / "checkpoint_best.pth"): content["results"]["checkpoint_best.pth"]}
+    (evaluated / "metrics_eval.json").write_text(json.dumps(content))
+    (row,) = report.paper_rows(report.load_runs([evaluated]))
+    assert row.setting[3] == "pre/checkpoint_4.pth"
+    assert "AP macro 50.00 % on test" in report.write_report([evaluated], tmp_path / "out").read_text()
+    (run / "args.json").unlink()
+    (row,) = report.paper_rows(report.load_runs([evaluated]))
+    assert row.setting[3] == "unknown"
+
+
+def test_runs_without_epochs_and_settings_of_both_scripts(tmp_path: Path) -> None:
+    probe = finetune_run(tmp_path / "probe")
+    (probe / "log.txt").unlink()
+    text = report.write_report([pretrain_run(tmp_path / "pre"), probe], tmp_path / "out").read_text()
+    assert "0 of 3" not in text
+    assert "<td>none</td>" in text
+    assert "<tr><td>mask_ratio</td><td>0.5</td><td>-</td></tr>" in text  # no flag of fine-tuning: no difference
+    assert '<tr class="differs"><td>epochs</td><td>16</td><td>3</td></tr>' in text
+
+
+def test_former_page_leaves_nothing_behind(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    report.write_report([finetune_run(tmp_path / "ft")], out)
+    assert {"table.md", "table.tex"} < {path.name for path in out.iterdir()}
+    (out / "figures" / "mine.png").write_bytes(b"kept")
+    report.write_report([pretrain_run(tmp_path / "pre")], out)
+    assert {path.name for path in out.iterdir()} == {"report.html", "figures"}
+    assert {path.name for path in (out / "figures").iterdir()} == {"mine.png", "pretraining_curves.png"}
+
+
+def test_confusion_of_label_maps(tmp_path: Path) -> None:
+    run = finetune_run(tmp_path / "map")
+    np.savez(run / "predictions_test.npz", names=np.array(["a", "b"]), confusion=np.ones((2, 3, 3), dtype=np.int64))
+    loaded = report.load_run(run)
+    (drawn,) = report.prediction_figures(loaded, tmp_path, "map")
+    assert drawn.path.name == "map_confusion.png"
+    assert loaded.notes == []
+
+
+@pytest.mark.parametrize("keep", [0, 30, 400])
+def test_predictions_cut_short(tmp_path: Path, keep: int) -> None:
+    run = finetune_run(tmp_path / "run")
+    file = run / "predictions_test.npz"
+    file.write_bytes(file.read_bytes()[:keep])
+    loaded = report.load_run(run)
+    assert report.prediction_figures(loaded, tmp_path, "run") == []
+    assert "cannot be read" in loaded.notes[0]
+
+
+def test_damaged_bytes_in_predictions(tmp_path: Path) -> None:
+    run = finetune_run(tmp_path / "run")
+    file = run / "predictions_test.npz"
+    with np.load(file) as arrays:
+        np.savez_compressed(file, **dict(arrays))
+    content = bytearray(file.read_bytes())
+    for place in range(60, len(content) - 400, 7):
+        content[place] ^= 0xFF
+    file.write_bytes(content)
+    loaded = report.load_run(run)
+    assert report.prediction_figures(loaded, tmp_path, "run") == []
+    assert "cannot be read" in loaded.notes[0]
+
+
 def test_marks(tmp_path: Path) -> None:
     run = report.load_run(pretrain_run(tmp_path / "a", epochs=16, stop_epoch=16, warmup_epochs=5))
     assert report._marks([run]) == {"4": 4, "8": 8, "warm-up ends (5)": 5, "cut (16)": 16}

@@ -42,9 +42,16 @@ def test_one_line_a_run(tmp_path: Path) -> None:
 def test_unfinished_and_foreign_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not finished"):
         show_results.read_run(tmp_path)
-    (tmp_path / "metrics.json").write_text("[]")
-    with pytest.raises(UserError, match="not the metrics.json"):
-        show_results.read_run(tmp_path)
+    for content in ("[]", "{}", '{"results": 5}', '{"results": ["a"]}', '{"results": {}}', '{"results": {"a": 1}}'):
+        (tmp_path / "metrics.json").write_text(content)
+        with pytest.raises(UserError, match="not the metrics.json"):
+            show_results.read_run(tmp_path)
+
+
+def test_evaluation_in_a_folder_of_its_own(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", "random", 0.25)
+    (run / "metrics.json").rename(run / "metrics_eval.json")
+    assert show_results.read_run(run)["ap_macro"] == 0.25
 
 
 def test_finished_runs_of_the_demo_are_not_repeated(

@@ -402,8 +402,8 @@ def add_scene_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--stride", type=positive_int, default=None, metavar="PX",
                        help="distance of neighbouring tiles; smaller than a tile: they overlap (not given: a tile; "
                             "half a tile for class maps)")  # fmt: skip
-    group.add_argument("--min_valid", type=closed_fraction, default=0.5, metavar="F",
-                       help="least share of valid pixels of a tile (default %(default)s)")  # fmt: skip
+    group.add_argument("--min_valid", type=closed_fraction, default=None, metavar="F",
+                       help="least share of valid pixels of a tile (not given: 0.5); not for class maps")  # fmt: skip
 
 
 def add_trained_model_args(parser: argparse.ArgumentParser, *, batch_size: int) -> None:

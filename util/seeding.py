@@ -37,13 +37,6 @@ def seed_step(seed: int, epoch: int, step: int, rank: int) -> None:
     seed_everything(derive_seed(seed, epoch, step, rank, "global"))
 
 
-def seed_worker(worker: int) -> None:
-    """`worker_init_fn` of a torch DataLoader: give NumPy and Python the worker's own torch seed."""
-    seed = torch.initial_seed()
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-
-
 def rng_state() -> dict[str, Any]:
     """State of the global generators, as tensors and plain values (loads with `weights_only=True`)."""
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)

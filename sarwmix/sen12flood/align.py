@@ -22,8 +22,6 @@ from util.errors import UserError
 
 BANDS = ("VH", "VV")
 WARPERS = ("rasterio", "gdal")
-# No cubic or Lanczos: they overshoot, and negative power has no decibel value.
-RESAMPLING = ("nearest", "bilinear", "average")
 TOLERANCE = 0.125  # source pixels; GDAL's own default for the approximation of coordinates along a row
 GDAL_OPTIONS = {"GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR", "GDAL_PAM_ENABLED": "NO"}
 Warp = Callable[[np.ndarray, Any, Grid, str, bool], np.ndarray]
@@ -61,7 +59,8 @@ class AlignOptions:
     Attributes:
         size: Rows and columns that an image must have.
         warper: ``"rasterio"`` or ``"gdal"``.
-        resampling: One of :data:`RESAMPLING`.
+        resampling: ``"nearest"``, ``"bilinear"`` or ``"average"``. No cubic or Lanczos: they overshoot, and negative
+            power has no decibel value.
         max_zeros: An image with this fraction of zeros or more in a channel can be in no pair and is not written.
     """
 
@@ -203,7 +202,8 @@ def warp_rasterio(pixels: np.ndarray, transform: Any, grid: Grid, resampling: st
         pixels: float32 (C, H, W).
         transform: Affine map of the source.
         grid: Target.
-        resampling: One of :data:`RESAMPLING`.
+        resampling: ``"nearest"``, ``"bilinear"`` or ``"average"``. No cubic or Lanczos: they overshoot, and negative
+            power has no decibel value.
         masked: Whether NaN marks source pixels without data; they then take no part.
     """
     from rasterio.enums import Resampling

@@ -31,7 +31,6 @@ FORMAT = "sarwmix-sen12flood/1"
 FORMAT_FAMILY = "sarwmix-sen12flood/"
 MANIFEST, PAIRS, IMAGES, SEQUENCES, STORE = "manifest.json", "pairs.csv", "images.csv", "sequences.csv", "images.npy"
 STORE_PARTIAL = ".images.npy.building"
-LAYOUTS = ("npy", "store")
 HEADER_BYTES = 4096
 COMPLETE, IN_PROGRESS, BEING_REMOVED = "complete", "in progress", "being removed"
 

@@ -92,15 +92,6 @@ class Summary:
     problems: list[Problem] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class PlannedImage:
-    """A frame that is in at least one candidate pair, with its row in the image file during the work."""
-
-    folder: str
-    product: str
-    row: int
-
-
 @dataclass
 class Plan:
     """Everything that follows from the metadata alone.
