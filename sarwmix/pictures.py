@@ -167,12 +167,18 @@ def fit_text(text: str, inches: float, size: float, *, lines: int) -> str:
 
     Names end with what tells them apart, and captions with a number, so the end is kept.
     """
-    cut, broken = len(text), _break_lines(text, inches, size)
-    while len(broken) > lines and cut > 2:
-        cut -= 1
-        head, tail = text[: cut - cut // 2].rstrip(), text[len(text) - cut // 2 :].lstrip()
-        broken = _break_lines(f"{head}...{tail}", inches, size)
-    return "\n".join(broken)
+    broken = _break_lines(text, inches, size)
+    low, high = 2, len(text)  # so many characters fit, so many do not
+    while len(broken) > lines and high - low > 1:
+        kept = (low + high) // 2
+        short = _without_middle(text, kept)
+        low, high = (kept, high) if len(_break_lines(short, inches, size)) <= lines else (low, kept)
+    return "\n".join(broken if len(broken) <= lines else _break_lines(_without_middle(text, low), inches, size))
+
+
+def _without_middle(text: str, kept: int) -> str:
+    """The first and last characters of a text, so many in all."""
+    return f"{text[: kept - kept // 2].rstrip()}...{text[len(text) - kept // 2 :].lstrip()}"
 
 
 def cell_grid(mask: FloatArray) -> FloatArray:
