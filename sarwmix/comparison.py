@@ -21,6 +21,7 @@ from typing import Any
 
 from util.errors import UserError
 from util.files import read_json, sha256_file
+from util.text import tex
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED_FILE = ROOT / "datasets" / "published_results.csv"
@@ -573,20 +574,14 @@ def as_latex(tables: Sequence[Table]) -> str:
     parts = []
     for table in tables:
         header, *lines = _grid(table)
-        body = " \\\\\n".join(" & ".join(map(_tex, line)) for line in lines)
+        body = " \\\\\n".join(" & ".join(map(tex, line)) for line in lines)
         parts.append(
             "\\begin{table}\n\\centering\n"
             f"\\begin{{tabular}}{{{'l' * len(header)}}}\n\\toprule\n"
-            f"{' & '.join(map(_tex, header))} \\\\\n\\midrule\n{body} \\\\\n\\bottomrule\n\\end{{tabular}}\n"
-            f"\\caption{{{_tex(_caption(table) + '. ' + ' '.join(_remarks(table)))}}}\n\\end{{table}}\n"
+            f"{' & '.join(map(tex, header))} \\\\\n\\midrule\n{body} \\\\\n\\bottomrule\n\\end{{tabular}}\n"
+            f"\\caption{{{tex(_caption(table) + '. ' + ' '.join(_remarks(table)))}}}\n\\end{{table}}\n"
         )
     return "\n".join(parts)
-
-
-def _tex(text: str) -> str:
-    for special in "&%$#_{}":
-        text = text.replace(special, "\\" + special)
-    return text.replace("±", "$\\pm$")
 
 
 CSV_COLUMNS = (
