@@ -179,6 +179,7 @@ def command(demo: Path, out: Path, *more: str) -> subprocess.CompletedProcess[st
     )
 
 
+@pytest.mark.slow
 def test_a_grid_end_to_end_continues_and_names_what_failed(demo_root: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     blocked = out / "pretrain" / "weight_mode-per-channel" / "recent"

@@ -386,6 +386,7 @@ def test_real_patches_as_v2_geotiff_and_as_v1_zarr_give_the_same_result(
     assert first["samples"] == {"train": 6, "val": 2, "test": 2}
 
 
+@pytest.mark.slow
 @pytest.mark.mpi
 def test_evaluation_is_the_same_with_1_2_and_3_processes(
     script: Script, run_script: Runner, demo_root: Path, tmp_path: Path

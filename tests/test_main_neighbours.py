@@ -104,7 +104,8 @@ def check_scene(test: Any, found: dict[str, np.ndarray], folder: Path) -> None:
     model = open_model(str(folder / "run"))
     (scene,) = open_scenes([path], model.bands)
     unit = "dB" if {"VH", "VV"} & set(model.bands) else None
-    predict_scene(model, scene, folder / "maps", unit=unit, options=Options(min_valid=0.0, probabilities=True))
+    options = Options(probabilities=True) if test.spec.task == "segmentation" else Options(min_valid=0.0)
+    predict_scene(model, scene, folder / "maps", unit=unit, options=options)
     with rasterio.open(folder / "maps/scene_probability.tif") as source:
         probability = source.read()
     if test.spec.task == "segmentation":

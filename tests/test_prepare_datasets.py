@@ -188,6 +188,7 @@ def test_other_grouping_is_noticed(run: Command, tmp_path: Path) -> None:
         run("--label_indices", path, "--out", tmp_path)
 
 
+@pytest.mark.slow
 @needs_realdata
 def test_official_metadata(tmp_path: Path) -> None:
     """The whole official metadata, as a user runs it; the lists equal those joined independently."""

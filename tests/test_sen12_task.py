@@ -355,6 +355,7 @@ def test_a_run_prints_logs_and_draws_what_the_contract_says(
         )
 
 
+@pytest.mark.slow
 @pytest.mark.mpi
 def test_two_processes_select_on_held_out_places_and_count_each_pair_once(
     prepared: dict[str, Path], tmp_path: Path, run_script: Runner

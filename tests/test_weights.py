@@ -83,7 +83,8 @@ def test_fgmae_for_bands_in_another_order_is_warned_about(
         caplog.clear()
         model = build_classifier(replace(VIT, in_chans=len(bands)), 5)
         load_start(model, str(path), bands=bands, statistics=STATISTICS)
-        return [(r.levelname, r.getMessage()) for r in caplog.records if "names no bands" in r.getMessage()]
+        found = [(r.levelname, r.getMessage()) for r in caplog.records if "names no bands" in r.getMessage()]
+        return list(dict.fromkeys(found))  # a handler left at the logger itself would see each once more
 
     ((level, text),) = said(fgmae, ["VH", "VV"])
     assert level == "WARNING"
