@@ -159,6 +159,7 @@ def test_refusals(script: Script, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.skipif(not REALDATA.is_dir(), reason="../shared/realdata is not beside the checkout")
 def test_real_chips_beat_the_threshold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave-three-out over the nine usable real chips: water IoU clearly above Otsu's threshold on smoothed VV."""
