@@ -458,7 +458,7 @@ def train(
             "seconds": spent + time.monotonic() - began,
         },
     )
-    best = best_on_disk(output_dir, selector.state_dict(), resumed) if is_main else None
+    best = best_on_disk(output_dir, selector.state_dict(), resumed.runs, resumed=resumed) if is_main else None
     selector.load_state_dict(bench.processes.broadcast_object(best))
     tracker = Tracker(output_dir, groups.args_to_dict(args)) if args.use_wandb and is_main else None
     journal = EpochJournal(

@@ -534,9 +534,11 @@ def _read_all(
 def _read_shared(shared: SharedImages, rows: np.ndarray, target: torch.Tensor) -> np.ndarray:
     """Fill ``target`` (M, C, H, W) with the images of ``rows``; bool (M,): each of their bands has a finite pixel."""
     usable = []
-    for first in range(0, len(rows), _SHARED_ROWS):
+    starts = range(0, len(rows), _SHARED_ROWS)
+    pieces = [rows[first : first + _SHARED_ROWS] for first in starts]
+    for first, images in zip(starts, ahead(shared.read, pieces), strict=True):
         piece = target[first : first + _SHARED_ROWS]
-        piece.copy_(shared.read(rows[first : first + _SHARED_ROWS]))
+        piece.copy_(images)
         usable.append(torch.isfinite(piece).flatten(2).any(dim=2).all(dim=1))
     return torch.cat(usable).cpu().numpy()
 

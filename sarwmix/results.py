@@ -94,28 +94,32 @@ class EpochJournal:
             self._tracker.close()
 
 
-def best_on_disk(folder: Path, best: Mapping[str, dict[str, Any]], resumed: Resumed) -> dict[str, dict[str, Any]]:
-    """Best epochs of a resumed run whose weights are there.
+def best_on_disk(
+    folder: Path, best: Mapping[str, dict[str, Any]], runs: Collection[str], *, resumed: Resumed | None = None
+) -> dict[str, dict[str, Any]]:
+    """Best epochs of a run whose weights are there.
 
-    A file of a later epoch is left to the run, which comes to that epoch again. One of an earlier epoch (the later one
-    was never written) counts for what it is; a file that is missing or of another run does not count.
+    A file of an earlier epoch (the better one was never written) counts for what it is; a file that is missing or of
+    another run does not count. One of a later epoch is left to a resumed run, which comes to that epoch again.
 
     Args:
         folder: of the run.
-        best: of the checkpoint that is continued, as `Selector.state_dict` gives it.
-        resumed: where the run stands.
+        best: by file name, as `Selector.state_dict` gives it.
+        runs: identities of this run.
+        resumed: where the run stands, when it has just been resumed.
     """
     found = {}
     for name, entry in best.items():
         info = read_info(folder / name) if (folder / name).is_file() else None
-        if info is None or info.run not in resumed.runs:
+        if info is None or info.run not in runs:
             what = "is missing" if info is None else "is of another run"
             get_logger().warning("%s %s; its epoch %d no longer counts", folder / name, what, entry["epoch"])
-        elif info.epoch == entry["epoch"] or (info.run == resumed.run_id and info.epoch >= resumed.epoch):
-            found[name] = entry
-        else:
+            continue
+        again = resumed is not None and info.run == resumed.run_id and info.epoch >= resumed.epoch
+        if info.epoch != entry["epoch"] and not again:
             get_logger().warning("%s holds epoch %d, not %d", folder / name, info.epoch, entry["epoch"])
-            found[name] = load_checkpoint(folder / name)["best"][name]
+            entry = load_checkpoint(folder / name)["best"][name]
+        found[name] = entry
     return found
 
 
@@ -260,42 +264,35 @@ class Results:
         Raises:
             UserError: a file is not there, or belongs to another run.
         """
-        chosen: dict[str, dict[str, Any]] = {}
+        found, chosen = best_on_disk(self.output_dir, selector.state_dict(), runs), {}
         by_epoch: dict[int, Evaluation] = {}
         for rule in selector.rules:
             path = self.output_dir / rule.filename
-            info = read_info(path) if path.is_file() else None
-            if rule.filename not in selector.best or info is None or info.run not in runs:
+            if rule.filename not in found:
                 raise UserError(
-                    f"the best epoch by {rule.filename} cannot be reported: {path} "
-                    f"{'does not exist' if info is None else 'is of another run'}; its writing failed, or it was "
-                    f"removed. Evaluate what is left: --eval --resume CKPT"
+                    f"the best epoch by {rule.filename} cannot be reported: {path} is missing or of another run; its "
+                    "writing failed, or it was removed. Evaluate what is left: --eval --resume CKPT"
                 )
-            best = chosen[rule.filename] = selector.best[rule.filename]
-            if info.epoch != best["epoch"] or info.epoch not in by_epoch:
-                checkpoint = load_checkpoint(path)
-                if info.epoch != best["epoch"]:
-                    get_logger().warning(
-                        "%s holds epoch %d; epoch %d was better, but is not there", path, info.epoch, best["epoch"]
-                    )
-                    chosen[rule.filename] = checkpoint["best"][rule.filename]
-                if info.epoch not in by_epoch:
-                    load_trained(model, checkpoint, source=rule.filename)
-                    by_epoch[info.epoch] = bench.evaluate(module, "test")
-        bench.processes.main_works(lambda: self._report_best(bench, chosen, by_epoch, selector, seconds))
+            chosen[rule.filename] = found[rule.filename]  # in the order of the rules
+            epoch = found[rule.filename]["epoch"]
+            if epoch not in by_epoch:
+                load_trained(model, load_checkpoint(path), source=rule.filename)
+                by_epoch[epoch] = bench.evaluate(module, "test")
+        bench.processes.main_works(lambda: self._report_best(bench, chosen, by_epoch, seconds))
 
     def _report_best(
         self,
         bench: Workbench,
         chosen: Mapping[str, Mapping[str, Any]],
         by_epoch: Mapping[int, Evaluation],
-        selector: Selector,
         seconds: float,
     ) -> None:
+        """Show and write what `finish` evaluated; `chosen` is in the order of the rules, the first one is the main."""
         log, reports = get_logger(), {}
-        for number, (name, best) in enumerate(chosen.items()):
+        main = next(iter(chosen))
+        for name, best in chosen.items():
             epoch = int(best["epoch"])
-            if number == 0:
+            if name == main:
                 reports[epoch] = self.show(name, by_epoch[epoch], bench.splits["test"], epoch=epoch)
             elif epoch in reports:  # the same epoch wins by several rules
                 self.entries[name] = {"epoch": epoch, "test": reports[epoch].as_dict()}
@@ -310,7 +307,7 @@ class Results:
                 self.task.select_on,
                 self.task.format_epoch(reports[epoch]),
             )
-        best = chosen[selector.rules[0].filename]
+        best = chosen[main]
         self.write(best_epoch=best["epoch"], training_seconds=seconds)
         log.info("%s", self.task.summary(best, reports[best["epoch"]], len(bench.splits["test"])))
         log.info("Training time %s", format_duration(seconds))

@@ -582,13 +582,12 @@ def set_aside(output_dir: str | os.PathLike[str], names: Sequence[str]) -> Path 
         `<output_dir>/previous/<number>`, where they are now; None when there was no checkpoint.
     """
     folder = Path(output_dir)
-    checkpoints = [*sorted(folder.glob("checkpoint*.pth")), *sorted((folder / RECENT).glob("epochs_*_step_*.pth"))]
-    if not checkpoints:
+    named = [path.name for path in sorted(folder.glob("checkpoint*.pth"))]
+    if not named and not any((folder / RECENT).glob("epochs_*_step_*.pth")):
         return None
     taken = [int(path.name) for path in (folder / "previous").glob("*") if path.name.isdigit()]
     target = make_directory(folder / "previous" / str(max(taken, default=0) + 1))
-    moved = [path.name for path in folder.glob("checkpoint*.pth")] + [RECENT, *names]
-    for name in moved:
+    for name in (*named, RECENT, *names):
         if (folder / name).exists():
             os.replace(folder / name, target / name)
     return target
