@@ -23,10 +23,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from sarwmix.window_attention import window_attention
 from util.compilation import compile_methods, compile_modules
 from util.errors import UserError
 from util.linear import Linear, gelu_linear, linear, norm_linear
@@ -75,7 +75,6 @@ MODELS: dict[str, dict[str, Any]] = {
     },
 }
 
-_MOST_WINDOWS = 65535  # the fused kernels launch a block for each, and CUDA allows as many in that dimension
 _ENCODER_KEYS = ("embed_dim", "depths", "num_heads", "window_size")
 
 
@@ -148,37 +147,27 @@ class CellMask(NamedTuple):
     num_own: int
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """Softmax attention with an optional additive bias that may need a gradient.
+class _GatherRows(torch.autograd.Function):
+    """table[index]; its gradient is a product with a one-hot matrix, whose order of additions is fixed.
 
-    Args:
-        q, k, v: (G, W, h, n, d).
-        bias: (1 or W, h, n, n), broadcast over G; None for plain attention.
-
-    Returns:
-        (G, W, h, n, d).
+    The gradient of an ordinary gather adds with atomics on a GPU: repeats of a step would differ in the last bits.
     """
-    if bias is None:
-        return F.scaled_dot_product_attention(q, k, v)
-    if q.is_cuda and not torch.compiler.is_compiling() and q.shape[0] * q.shape[1] <= _MOST_WINDOWS:
-        return _fused_attention(q, k, v, bias.to(q.dtype))
-    # The fused kernels of CPU refuse a bias that needs a gradient; the compiler fuses these operators by itself.
-    scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-2, -1))
-    # In place: neither the product nor the addition needs the scores for its backward pass.
-    return torch.matmul(scores.add_(bias.to(scores.dtype)).softmax(dim=-1), v)
 
+    @staticmethod
+    def forward(table: Tensor, index: Tensor) -> Tensor:
+        return table.index_select(0, index)
 
-def _fused_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """`attention` in the four dimensions that PyTorch's fused CUDA kernels ask for (with five it falls back to explicit
-    products in float32)."""
-    groups, windows = q.shape[:2]
-    if bias.shape[0] == 1:  # one bias for all windows: they join the batch, which is a view
-        q, k, v = (part.flatten(0, 1) for part in (q, k, v))
-    else:  # a bias for each window: they join the heads
-        q, k, v, bias = *(part.flatten(1, 2) for part in (q, k, v)), bias.flatten(0, 1)[None]
-    # An expanded bias: the kernel reads it once, and its gradient is summed over the batch.
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.expand(q.shape[0], -1, -1, -1))
-    return out.reshape(groups, windows, -1, *out.shape[2:])
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+        ctx.rows = inputs[0].shape[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (index,) = ctx.saved_tensors
+        with torch.autocast(grads[0].device.type, enabled=False):
+            one_hot = (index == torch.arange(ctx.rows, device=index.device)[:, None]).to(grads[0].dtype)
+            return one_hot @ grads[0], None
 
 
 class WindowAttention(nn.Module):
@@ -202,12 +191,9 @@ class WindowAttention(nn.Module):
             sizes: tokens of each group, sum T. A group holds one or more windows.
             biases: per group (1 or W, h, n, n) with n tokens a window; the group has size / n windows.
         """
-        batch, _, width = x.shape
         outputs = []
         for qkv, size, bias in zip(norm_linear(x, norm, self.qkv).split(sizes, dim=1), sizes, biases, strict=True):
-            n = bias.shape[-1]
-            q, k, v = qkv.reshape(batch, size // n, n, 3, self.num_heads, -1).permute(3, 0, 1, 4, 2, 5)
-            outputs.append(attention(q, k, v, bias).transpose(2, 3).reshape(batch, size, width))
+            outputs.append(window_attention(qkv, bias, self.num_heads, window=bias.shape[-1]))
         return self.proj(outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1))
 
 
@@ -315,8 +301,10 @@ class Stage(nn.Module):
         """
         tables = torch.cat([cast(MixMIMBlock, block).attn.relative_position_bias_table for block in self.blocks], dim=1)
         n = self.window**2
-        rows = tables.index_select(0, self.z_position_index)  # (N*N, depth*h)
-        return rows.t().reshape(len(self.blocks), -1, n, n)
+        index = self.z_position_index
+        rows = _GatherRows.apply(tables, index) if tables.is_cuda else tables.index_select(0, index)  # (N*N, depth*h)
+        # Contiguous: the fused kernels ask for a last stride of 1 and fall back to float32 products in silence.
+        return rows.t().contiguous().view(len(self.blocks), -1, n, n)
 
 
 class MixMIMEncoder(nn.Module):
@@ -585,9 +573,7 @@ class DecoderAttention(nn.Module):
 
     def forward(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
         """(B, L, C) -> (B, L, C); ``norm`` is applied first."""
-        batch, cells, width = x.shape
-        q, k, v = norm_linear(x, norm, self.qkv).view(batch, cells, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        return self.proj(attention(q, k, v, None).transpose(1, 2).reshape(batch, cells, width))
+        return self.proj(window_attention(norm_linear(x, norm, self.qkv), None, self.num_heads, window=x.shape[1]))
 
 
 class DecoderBlock(nn.Module):
