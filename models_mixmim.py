@@ -192,7 +192,7 @@ class WindowAttention(nn.Module):
             biases: per group (1 or W, h, n, n) with n tokens a window; the group has size / n windows.
         """
         outputs = []
-        for qkv, size, bias in zip(norm_linear(x, norm, self.qkv).split(sizes, dim=1), sizes, biases, strict=True):
+        for qkv, bias in zip(norm_linear(x, norm, self.qkv).split(sizes, dim=1), biases, strict=True):
             outputs.append(window_attention(qkv, bias, self.num_heads, window=bias.shape[-1]))
         return self.proj(outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1))
 

@@ -35,7 +35,6 @@ one head and one pattern of rows, sums dS in registers and writes the sum once; 
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -93,7 +92,6 @@ def kernel_takes(qkv: Tensor, bias: Tensor | None, num_heads: int, window: int) 
     return rows % inside == 0 or inside % rows == 0  # tiles repeat after a whole number of windows
 
 
-@functools.cache
 def _has_tensor_cores(device: torch.device) -> bool:
     """Ampere or later: bfloat16 products."""
     return torch.cuda.get_device_capability(device) >= (8, 0)

@@ -15,6 +15,7 @@ from torch import Tensor
 from models_mixmim import (
     MODELS,
     MixMIM,
+    MixMIMBlock,
     MixMIMEncoder,
     _GatherRows,
     encoder_config,

@@ -63,7 +63,8 @@ bias = torch.randn(1, 2, 8, 8, requires_grad=True)
 seconds = []
 for form in ("explicit", "kernel"):
     with attention_form(form):
-        first = torch.autograd.grad(window_attention(qkv, bias, 2, window=8).sin().sum(), (qkv, bias), create_graph=True)
+        out = window_attention(qkv, bias, 2, window=8)
+        first = torch.autograd.grad(out.sin().sum(), (qkv, bias), create_graph=True)
         seconds.append(torch.autograd.grad(sum(g.square().sum() for g in first), (qkv, bias)))
 for one, other in zip(*seconds):
     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
@@ -100,7 +101,7 @@ def check(kernel, types, fixed, warps):
 for kind in ("*bf16", "*fp16"):
     for window, has_bias in CHOSEN:
         fixed = {"N": window, "D": 32, "C": 512, "HAS_BIAS": has_bias, "PRECISION": "tf32", "TILE": wa.TILE}
-        types = {"QKV": kind, "BIAS": "*fp32", "OUT": kind, "DOUT": kind, "DQKV": kind, "DBIAS": "*fp32", "scale": "fp32"}
+        types = dict.fromkeys(("QKV", "OUT", "DOUT", "DQKV"), kind) | {"BIAS": "*fp32", "DBIAS": "*fp32", "scale": "fp32"}
         check(wa._forward_kernel, types, fixed, wa.WARPS[0])
         check(wa._backward_kernel, types, {**fixed, "SUM_BIAS": has_bias}, wa.WARPS[1 if has_bias else 2])
 print("fine")
