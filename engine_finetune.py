@@ -99,12 +99,14 @@ class Evaluation:
         outputs: what the task keeps of each sample, arrays (N, ...).
         names: N sample names.
         skipped: names of samples that count nothing, because their image has no valid pixel.
+        clusters: what each sample belongs to, N names; None: each is on its own.
     """
 
     split: str
     outputs: dict[str, np.ndarray]
     names: Sequence[str]
     skipped: tuple[str, ...] = ()
+    clusters: Sequence[str] | None = None
 
 
 @torch.no_grad()

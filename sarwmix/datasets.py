@@ -7,6 +7,7 @@ Python object writes its reference count, which makes every loader process copy 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -211,6 +212,14 @@ class SarDataset(torch.utils.data.Dataset):
     def whole(self) -> SarDataset:
         """The split of which this is a part, or itself."""
         return self
+
+    @property
+    def clusters(self) -> Sequence[str] | None:
+        """Scene, place or event of each sample, which intervals are computed over; None: each sample is on its own."""
+        if self.spec.cluster is None:
+            return None
+        found = (re.match(self.spec.cluster[1], name) for name in self.names)
+        return [match[0] if match else name for match, name in zip(found, self.names, strict=True)]
 
     def identity(self) -> dict[str, str | int]:
         """Plain values that tell whether two runs see the same samples in the same order, whatever the storage."""

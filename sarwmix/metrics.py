@@ -19,6 +19,8 @@ from sklearn.metrics import average_precision_score, f1_score, precision_score
 from util.errors import UserError
 
 THRESHOLD = 0.5
+PERCENT = {"pair": ("acc",)}
+"""Metrics that a task gives in percent, as the published code prints them; all others are fractions of 1."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Report:
         scalars: metric name -> value, what is logged, compared and selected on.
         per_class: one row a class with ``class``, ``support`` and the class's own metrics (None: undefined).
         absent: classes without a positive sample in the split; left out of macro AP.
-        intervals: metric name -> (low, high), the 95 % bootstrap interval; empty unless asked for.
+        intervals: metric name -> (low, high), 95 % interval, see `sarwmix.intervals`; empty unless asked for.
     """
 
     scalars: dict[str, float]
@@ -48,17 +50,13 @@ class Report:
         return out
 
 
-def multilabel_report(
-    scores: np.ndarray, target: np.ndarray, classes: Sequence[str], *, bootstrap: int = 0, seed: int = 0
-) -> Report:
+def multilabel_report(scores: np.ndarray, target: np.ndarray, classes: Sequence[str]) -> Report:
     """Average precision, F1 and precision, macro and micro, and the same per class.
 
     Args:
         scores: (N, K) probabilities.
         target: (N, K) of 0 and 1.
         classes: K class names.
-        bootstrap: number of bootstrap resamples for 95 % intervals; 0: none.
-        seed: of the resampling.
 
     Raises:
         UserError: no sample, or no positive label at all (average precision is undefined).
@@ -105,41 +103,8 @@ def multilabel_report(
         }
         for k, name in enumerate(classes)
     ]
-    intervals: dict[str, tuple[float, float]] = {}
-    if bootstrap:
-        intervals = bootstrap_intervals(len(scores), MultilabelResampler(scores, truth), draws=bootstrap, seed=seed)
     absent = tuple(name for name, here in zip(classes, present, strict=True) if not here)
-    return Report(scalars=scalars, per_class=per_class, absent=absent, intervals=intervals)
-
-
-def bootstrap_intervals(
-    count: int, evaluate: Callable[[np.ndarray], Mapping[str, float]], *, draws: int, seed: int
-) -> dict[str, tuple[float, float]]:
-    """95 % percentile intervals of metrics under resampling of the samples with replacement.
-
-    Args:
-        count: number of samples N.
-        evaluate: takes how often each sample was drawn, (N,) int64, and returns metric -> value (NaN: undefined).
-        draws: number of resamples.
-        seed: of the resampling; the same seed gives the same intervals.
-
-    Returns:
-        metric -> (2.5 % percentile, 97.5 % percentile) over the resamples in which it was defined.
-    """
-    rng = np.random.default_rng(seed)
-    values: dict[str, list[float]] = {}
-    for _ in range(draws):
-        counts = np.bincount(rng.integers(0, count, size=count), minlength=count)
-        for name, value in evaluate(counts).items():
-            values.setdefault(name, []).append(value)
-    out: dict[str, tuple[float, float]] = {}
-    for name, drawn in values.items():
-        defined = np.asarray(drawn, dtype=np.float64)
-        defined = defined[np.isfinite(defined)]
-        if len(defined):
-            low, high = np.percentile(defined, [2.5, 97.5])
-            out[name] = (float(low), float(high))
-    return out
+    return Report(scalars=scalars, per_class=per_class, absent=absent)
 
 
 class SortedAveragePrecision:
@@ -202,6 +167,105 @@ class MultilabelResampler:
             "precision_macro": float(ratio(hit, predicted).mean()),
             "precision_micro": float(ratio(total_hit[None], total_predicted[None])[0]),
         }
+
+
+def class_accuracy(
+    truth: np.ndarray, predicted: np.ndarray, classes: int, counts: np.ndarray | None = None
+) -> dict[str, float]:
+    """Share of samples that are right, and its mean over the classes that have samples.
+
+    Args:
+        truth: (N,) class numbers.
+        predicted: (N,) class numbers.
+        classes: K.
+        counts: How often each sample counts, (N,); once by default.
+    """
+    weight = np.ones(len(truth)) if counts is None else counts.astype(np.float64)
+    right = np.bincount(truth, weight * (truth == predicted), minlength=classes)
+    support = np.bincount(truth, weight, minlength=classes)
+    present = support > 0
+    return {"acc": float(right.sum() / weight.sum()), "aacc": float((right[present] / support[present]).mean())}
+
+
+def pair_metrics(truth: np.ndarray, predicted: np.ndarray, counts: np.ndarray | None = None) -> dict[str, float]:
+    """Accuracy in %, and precision, recall and F1 of class 1; 0 where nothing was predicted or is there to find.
+
+    Args:
+        truth: (N,) of 0 and 1.
+        predicted: (N,) of 0 and 1.
+        counts: How often each sample counts, (N,); once by default.
+    """
+    weight = np.ones(len(truth)) if counts is None else counts.astype(np.float64)
+    truth, predicted = truth.astype(bool), predicted.astype(bool)
+    hits = float(weight[truth & predicted].sum())
+    found, wanted = float(weight[predicted].sum()), float(weight[truth].sum())
+    return {
+        "acc": 100.0 * float(weight[truth == predicted].sum()) / float(weight.sum()),
+        "precision": hits / found if found else 0.0,
+        "recall": hits / wanted if wanted else 0.0,
+        "f1": 2 * hits / (found + wanted) if found + wanted else 0.0,
+    }
+
+
+def confusion_metrics(confusion: np.ndarray) -> dict[str, float]:
+    """Metrics of one confusion matrix (K, K), rows are true classes.
+
+    The mean IoU goes over the classes that are there or were claimed, the macro averages over those that are there.
+    Precision of a class never claimed is 0. Without any pixel all is NaN.
+    """
+    counts = confusion.astype(np.float64)
+    hits, truth, claimed = np.diag(counts), counts.sum(axis=1), counts.sum(axis=0)
+    union = truth + claimed - hits
+    nan = np.full(len(hits), np.nan)
+    iou = np.divide(hits, union, out=nan.copy(), where=union > 0)
+    f1 = np.divide(2 * hits, truth + claimed, out=nan.copy(), where=union > 0)
+    precision = np.divide(hits, claimed, out=np.zeros(len(hits)), where=claimed > 0)
+    recall = np.divide(hits, truth, out=nan.copy(), where=truth > 0)
+    total, present = counts.sum(), truth > 0
+    if total == 0:
+        names = ("iou", "f1", "precision", "recall") if len(hits) == 2 else ()
+        return dict.fromkeys(("miou", "accuracy", *names), float("nan"))
+    values = {"miou": float(np.nanmean(iou)), "accuracy": float(hits.sum() / total)}
+    if len(hits) == 2:
+        # nothing to find and nothing claimed: a perfect score would be as wrong as none; 0 as scikit-learn has it
+        values |= {
+            "iou": float(np.nan_to_num(iou[1])),
+            "f1": float(np.nan_to_num(f1[1])),
+            "precision": float(precision[1]),
+            "recall": float(np.nan_to_num(recall[1])),
+        }
+    else:
+        values |= {
+            "f1_macro": float(f1[present].mean()),
+            "precision_macro": float(precision[present].mean()),
+            "recall_macro": float(recall[present].mean()),
+        }
+    return values
+
+
+def evaluator(task: str, outputs: Mapping[str, np.ndarray], classes: int) -> Callable[[np.ndarray], dict[str, float]]:
+    """The scalars of a split (without its loss) as a function of how often each sample counts, (N,).
+
+    Args:
+        task: name of the task: ``multilabel``, ``multiclass``, ``pair`` or ``segmentation``.
+        outputs: what evaluation keeps of each sample, as in ``predictions_test.npz``.
+        classes: number of classes K.
+
+    Raises:
+        UserError: no such task.
+    """
+    if task == "segmentation":
+        flat = outputs["confusion"].astype(np.int64).reshape(-1, classes * classes)
+        return lambda counts: confusion_metrics((counts @ flat).reshape(classes, classes))
+    scores, target = np.asarray(outputs["scores"], dtype=np.float64), np.asarray(outputs["target"])
+    if task == "multilabel":
+        return MultilabelResampler(scores, target > 0.5)
+    truth, predicted = target.astype(np.int64), scores.argmax(axis=1)
+    if task == "multiclass":
+        return lambda counts: class_accuracy(truth, predicted, classes, counts)
+    if task == "pair":
+        return lambda counts: pair_metrics(truth, predicted, counts)
+    raise UserError(f"there are no metrics of task {task!r}; expected multilabel, multiclass, pair or segmentation")
 
 
 def metric_table(scalars: Mapping[str, float], intervals: Mapping[str, tuple[float, float]] | None = None) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 from sarwmix.backbones import build_classifier
 from sarwmix.datasets import SarDataset
 from sarwmix.heads import TaskModel
-from sarwmix.metrics import Report, value_table
+from sarwmix.metrics import Report, class_accuracy, value_table
 from sarwmix.tasks import ModelSettings, SingleLabelTask
 from util.errors import UserError
 
@@ -38,9 +38,9 @@ class MulticlassTask(SingleLabelTask):
     def build_model(self, settings: ModelSettings) -> TaskModel:
         return build_classifier(settings, self.num_outputs)
 
-    def metrics(self, truth: np.ndarray, predicted: np.ndarray, counts: np.ndarray | None = None) -> dict[str, float]:
+    def metrics(self, truth: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
         """``acc``, and ``aacc``: its mean over the classes that have samples."""
-        return class_accuracy(truth, predicted, len(self.classes), counts)
+        return class_accuracy(truth, predicted, len(self.classes))
 
     def format_report(self, report: Report) -> str:
         text = value_table({"acc": "Accuracy (ACC)", "aacc": "Mean class accuracy (aACC)"}, report)
@@ -57,21 +57,3 @@ class MulticlassTask(SingleLabelTask):
         title = f"Confusion on {len(data):,} samples of {data.split}: accuracy {report.scalars['acc']:.4f}"
         path = folder / f"confusion_{data.split}.png"
         return [confusion_matrix_figure(path, truth, predicted, self.classes, title=title)]
-
-
-def class_accuracy(
-    truth: np.ndarray, predicted: np.ndarray, classes: int, counts: np.ndarray | None = None
-) -> dict[str, float]:
-    """Share of samples that are right, and its mean over the classes that have samples.
-
-    Args:
-        truth: (N,) class numbers.
-        predicted: (N,) class numbers.
-        classes: K.
-        counts: How often each sample counts, (N,); once by default.
-    """
-    weight = np.ones(len(truth)) if counts is None else counts.astype(np.float64)
-    right = np.bincount(truth, weight * (truth == predicted), minlength=classes)
-    support = np.bincount(truth, weight, minlength=classes)
-    present = support > 0
-    return {"acc": float(right.sum() / weight.sum()), "aacc": float((right[present] / support[present]).mean())}

@@ -245,6 +245,7 @@ class Workbench:
             all_gather_arrays=self.group.all_gather_arrays,
             amp_dtype=self.amp_dtype,
         )
+        evaluation = replace(evaluation, clusters=self.splits[split].clusters)
         if evaluation.skipped and split not in self.said and self.processes.is_main:
             self.said.add(split)
             get_logger().warning(
@@ -313,4 +314,4 @@ class Workbench:
         labels = self.task.soft_target(self.task.target(all_of(train), cpu))
         scores = knn_scores(train.features, labels, queries.features, k=k, device=self.device)
         outputs: dict[str, Any] = {"scores": scores, "target": self.task.target(all_of(queries), cpu).numpy()}
-        return Evaluation(split, outputs, queries.names)
+        return Evaluation(split, outputs, queries.names, clusters=queries.clusters)

@@ -206,6 +206,8 @@ class DatasetSpec:
         class_options: Option name -> classes that it leaves out when it is on.
         preprocessing: How images become model inputs.
         band_set: Name of the chosen band set, "" for the default one.
+        cluster: What samples resemble each other by beyond their class (a scene, a place, an event), and a regular
+            expression that finds it at the beginning of a sample's name; None: samples are on their own.
     """
 
     name: str
@@ -226,6 +228,7 @@ class DatasetSpec:
     class_options: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
     band_set: str = ""
+    cluster: tuple[str, str] | None = None
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
@@ -618,6 +621,7 @@ EUROSAT_CLASSES = (
     "AnnualCrop", "Forest", "HerbaceousVegetation", "Highway", "Industrial", "Pasture", "PermanentCrop", "Residential",
     "River", "SeaLake",
 )  # fmt: skip
+SCENE = ("scene", r"(?:[^_]+_){4}[^_]+(?=_)")  # S1A_IW_GRDH_1SDV_20170613T165043 of _33UUP_61_39
 DFC_CLASSES = (
     "forest", "shrubland", "savanna", "grassland", "wetland", "cropland", "urban", "snow and ice", "barren", "water",
 )  # fmt: skip
@@ -644,6 +648,7 @@ register(
         band_sets=REBEN_BAND_SETS,
         all_bands=REBEN_BANDS,
         band_statistics={"reben": REBEN_ALL_STATISTICS},
+        cluster=SCENE,
     )
 )
 register(
@@ -659,6 +664,7 @@ register(
         builder="sarwmix.bigearthnet:build_benv1",
         description="BigEarthNet v1 Sentinel-1: Zarr store (format 2 or 3) with CSV split lists",
         options=("metadata", "id_col", "check", "labels"),
+        cluster=SCENE,
     )
 )
 register(
@@ -674,6 +680,7 @@ register(
         builder="sarwmix.demo:build",
         description="generated Sentinel-1 patches in the layout of BigEarthNet v2 (scripts/make_demo_data.py)",
         options=("metadata", "check"),
+        cluster=("site", SCENE[1]),
     )
 )
 register(
@@ -704,6 +711,7 @@ register(
         builder="sarwmix.sen12flood.dataset:build",
         description="SEN12-FLOOD pairs of Sentinel-1 images of one place, linear power in the files",
         options=("val_frac",),
+        cluster=("place", r".+?(?=__)"),
     )
 )
 register(
@@ -758,6 +766,7 @@ register(
         all_bands=FLOODS_BANDS,
         band_statistics={"published": FLOODS_STATISTICS},
         preprocessing=Preprocessing(geometry="window"),
+        cluster=("event", r"[^_]+(?=_)"),
     )
 )
 register(

@@ -6,7 +6,7 @@ import io
 import os
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from engine_finetune import Evaluation
 from sarwmix.datasets import SarDataset
 from sarwmix.features import fit_logistic_probe
 from sarwmix.heads import TaskModel
-from sarwmix.metrics import Report
+from sarwmix.intervals import cluster_numbers, metric_intervals
+from sarwmix.metrics import PERCENT, Report, evaluator
 from sarwmix.protocols import Workbench
 from sarwmix.selection import Selector
 from sarwmix.tasks import Task, per_class_text
@@ -131,8 +132,8 @@ class Results:
         facts: what every result line and metrics.json name: protocol, dataset, model, statistics, seed, samples, ...
         output_dir: the run's folder.
         task: formats and draws.
-        bootstrap: resamples for 95 % intervals; 0: none.
-        seed: of the bootstrap.
+        bootstrap: resamples of clusters for 95 % intervals; 0: none.
+        seed: seed of the resampling.
         entries: results by name (a checkpoint file, or the protocol), each with its epoch and its splits.
     """
 
@@ -154,12 +155,24 @@ class Results:
 
     def add(self, name: str, evaluation: Evaluation, *, epoch: int | None = None) -> Report:
         """Compute a split's metrics, with intervals where asked for, and keep them for metrics.json."""
-        report = self.task.report(evaluation.outputs, bootstrap=self.bootstrap, seed=self.seed)
+        report = self.task.report(evaluation.outputs)
+        if self.bootstrap:
+            report = replace(report, intervals=self.intervals(evaluation))
         entry = self.entries.setdefault(name, {"epoch": epoch})
         entry[evaluation.split] = report.as_dict()
         if evaluation.skipped:
             self.facts.setdefault("skipped", {})[evaluation.split] = list(evaluation.skipped)
         return report
+
+    def intervals(self, evaluation: Evaluation) -> dict[str, tuple[float, float]]:
+        """95 % intervals of the metrics over the clusters that the data set declares."""
+        outputs, task = evaluation.outputs, self.task
+        evaluate = evaluator(task.name, outputs, len(task.classes))
+        counted = outputs["confusion"].sum(axis=(1, 2)) > 0 if "confusion" in outputs else None
+        numbers = cluster_numbers(evaluation.clusters, len(evaluation.names), counted=counted)
+        self.facts.setdefault("clusters", {})[evaluation.split] = int(numbers.max()) + 1
+        percent = PERCENT.get(task.name, ())
+        return metric_intervals(evaluate, numbers, draws=self.bootstrap, seed=self.seed, percent=percent)
 
     def show(self, name: str, evaluation: Evaluation, data: SarDataset, *, epoch: int | None = None) -> Report:
         """`add`, and the tables on the console and the pictures beside the run; `data` is the evaluated split."""
@@ -175,9 +188,11 @@ class Results:
         return report
 
     def keep_predictions(self, evaluation: Evaluation) -> None:
-        """Write `predictions_<split>.npz`: `names` and the outputs of each sample, for reports and later questions."""
+        """Write `predictions_<split>.npz`: names, clusters (where the data set has them) and outputs of each sample."""
         buffer = io.BytesIO()
         arrays: dict[str, Any] = {"names": np.array(list(evaluation.names)), **evaluation.outputs}
+        if evaluation.clusters is not None:
+            arrays["clusters"] = np.array(evaluation.clusters)
         np.savez_compressed(buffer, **arrays)
         with atomic_write(self.output_dir / f"predictions_{evaluation.split}.npz") as stream:
             stream.write(buffer.getvalue())

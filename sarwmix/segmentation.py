@@ -21,7 +21,7 @@ from sarwmix.backbones import build_segmenter
 from sarwmix.datasets import IGNORED, MaskDataset, SarDataset
 from sarwmix.heads import SEGMENTATION_HEADS, TaskModel
 from sarwmix.loader import Loader
-from sarwmix.metrics import Report, bootstrap_intervals, value_table
+from sarwmix.metrics import Report, confusion_metrics, value_table
 from sarwmix.selection import Rule
 from sarwmix.tasks import ModelSettings, Predictor, Prepared, Task
 from sarwmix.transforms import SarTransform, apply_flips, cut_windows, draw_flips, draw_windows, window_starts
@@ -198,7 +198,7 @@ class SegmentationTask(Task):
                 outputs["skipped"] = batch["skipped"]
             yield batch["index"], outputs
 
-    def report(self, gathered: Mapping[str, np.ndarray], *, bootstrap: int = 0, seed: int = 0) -> Report:
+    def report(self, gathered: Mapping[str, np.ndarray]) -> Report:
         """Scalars: ``miou``, ``accuracy`` (of pixels), ``loss``; with two classes ``iou``, ``f1``, ``precision`` and
         ``recall`` of the second one, with more ``f1_macro``, ``precision_macro`` and ``recall_macro``.
 
@@ -231,17 +231,7 @@ class SegmentationTask(Task):
                 }
             )
         absent = tuple(str(row["class"]) for row in per_class if not row["support"])
-        intervals = {}
-        if bootstrap:
-            # Samples without a counted pixel are no part of the sample that is drawn from.
-            flat = matrices[matrices.any(axis=(1, 2))].reshape(-1, confusion.size)
-            shape = confusion.shape
-
-            def evaluate(counts: np.ndarray) -> dict[str, float]:
-                return confusion_metrics((counts @ flat).reshape(shape))
-
-            intervals = bootstrap_intervals(len(flat), evaluate, draws=bootstrap, seed=seed)
-        return Report(scalars=scalars, per_class=per_class, absent=absent, intervals=intervals)
+        return Report(scalars=scalars, per_class=per_class, absent=absent)
 
     def rules(self) -> tuple[Rule, ...]:
         chosen, what = ("iou", f"IoU of {self.classes[1]}") if self.binary else ("miou", "mean IoU")
@@ -374,39 +364,3 @@ def confusion_matrices(target: Tensor, predicted: Tensor, classes: int) -> Tenso
     place = (sample * classes + truth) * classes + predicted.long()
     counts = torch.bincount(place[counted], minlength=len(truth) * classes * classes)
     return counts.view(len(truth), classes, classes)
-
-
-def confusion_metrics(confusion: np.ndarray) -> dict[str, float]:
-    """Metrics of one confusion matrix (K, K), rows are true classes.
-
-    The mean IoU goes over the classes that are there or were claimed, the macro averages over those that are there.
-    Precision of a class never claimed is 0. Without any pixel all is NaN.
-    """
-    counts = confusion.astype(np.float64)
-    hits, truth, claimed = np.diag(counts), counts.sum(axis=1), counts.sum(axis=0)
-    union = truth + claimed - hits
-    nan = np.full(len(hits), np.nan)
-    iou = np.divide(hits, union, out=nan.copy(), where=union > 0)
-    f1 = np.divide(2 * hits, truth + claimed, out=nan.copy(), where=union > 0)
-    precision = np.divide(hits, claimed, out=np.zeros(len(hits)), where=claimed > 0)
-    recall = np.divide(hits, truth, out=nan.copy(), where=truth > 0)
-    total, present = counts.sum(), truth > 0
-    if total == 0:
-        names = ("iou", "f1", "precision", "recall") if len(hits) == 2 else ()
-        return dict.fromkeys(("miou", "accuracy", *names), float("nan"))
-    values = {"miou": float(np.nanmean(iou)), "accuracy": float(hits.sum() / total)}
-    if len(hits) == 2:
-        # nothing to find and nothing claimed: a perfect score would be as wrong as none; 0 as scikit-learn has it
-        values |= {
-            "iou": float(np.nan_to_num(iou[1])),
-            "f1": float(np.nan_to_num(f1[1])),
-            "precision": float(precision[1]),
-            "recall": float(np.nan_to_num(recall[1])),
-        }
-    else:
-        values |= {
-            "f1_macro": float(f1[present].mean()),
-            "precision_macro": float(precision[present].mean()),
-            "recall_macro": float(recall[present].mean()),
-        }
-    return values

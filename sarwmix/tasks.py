@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from sarwmix.backbones import build_classifier
 from sarwmix.datasets import SarDataset
 from sarwmix.heads import CLASSIFICATION_HEADS, TaskModel
-from sarwmix.metrics import Report, align_table, bootstrap_intervals, metric_table, multilabel_report
+from sarwmix.metrics import Report, align_table, metric_table, multilabel_report
 from sarwmix.mixup import smooth_labels
 from sarwmix.selection import Rule, multilabel_rules
 from sarwmix.transforms import SarTransform
@@ -260,7 +260,7 @@ class Task(ABC):
             yield batch["index"], self.outputs(logits, prepared.target)
 
     @abstractmethod
-    def report(self, gathered: Mapping[str, np.ndarray], *, bootstrap: int = 0, seed: int = 0) -> Report:
+    def report(self, gathered: Mapping[str, np.ndarray]) -> Report:
         """Metrics of a split from the outputs of all its samples in order, (N, ...); `loss` where there is one."""
 
     @abstractmethod
@@ -317,13 +317,12 @@ class SingleLabelTask(Task):
     primary = "acc"
 
     @abstractmethod
-    def metrics(self, truth: np.ndarray, predicted: np.ndarray, counts: np.ndarray | None = None) -> dict[str, float]:
+    def metrics(self, truth: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
         """Scalars of a split, ``acc`` among them.
 
         Args:
             truth: (N,) class numbers.
             predicted: (N,) class numbers.
-            counts: How often each sample counts, (N,); once by default.
         """
 
     def target(self, batch: Mapping[str, Any], device: torch.device) -> Tensor:
@@ -338,7 +337,7 @@ class SingleLabelTask(Task):
     def scores(self, logits: Tensor) -> Tensor:
         return torch.softmax(logits.double(), dim=1)
 
-    def report(self, gathered: Mapping[str, np.ndarray], *, bootstrap: int = 0, seed: int = 0) -> Report:
+    def report(self, gathered: Mapping[str, np.ndarray]) -> Report:
         """Scalars of `metrics` and ``loss``; the first of several classes with the same score is the predicted one."""
         from sklearn.metrics import average_precision_score
 
@@ -364,14 +363,7 @@ class SingleLabelTask(Task):
                 }
             )
         absent = tuple(str(row["class"]) for row in per_class if not row["support"])
-        intervals = {}
-        if bootstrap:
-
-            def evaluate(counts: np.ndarray) -> dict[str, float]:
-                return self.metrics(truth, predicted, counts)
-
-            intervals = bootstrap_intervals(len(truth), evaluate, draws=bootstrap, seed=seed)
-        return Report(scalars=scalars, per_class=per_class, absent=absent, intervals=intervals)
+        return Report(scalars=scalars, per_class=per_class, absent=absent)
 
     def rules(self) -> tuple[Rule, ...]:
         return (
@@ -409,8 +401,8 @@ class MultilabelTask(Task):
     def outputs(self, logits: Tensor, target: Tensor) -> dict[str, Tensor]:
         return {**super().outputs(logits, target), "target": target.to(torch.uint8)}
 
-    def report(self, gathered: Mapping[str, np.ndarray], *, bootstrap: int = 0, seed: int = 0) -> Report:
-        report = multilabel_report(gathered["scores"], gathered["target"], self.classes, bootstrap=bootstrap, seed=seed)
+    def report(self, gathered: Mapping[str, np.ndarray]) -> Report:
+        report = multilabel_report(gathered["scores"], gathered["target"], self.classes)
         if "loss" in gathered:  # k-NN has scores only
             report.scalars["loss"] = float(np.mean(gathered["loss"], dtype=np.float64))
         return report

@@ -131,8 +131,7 @@ def main() -> None:
     args = parser().parse_args()
     import numpy as np
 
-    from sarwmix.metrics import align_table
-    from sarwmix.segmentation import confusion_metrics
+    from sarwmix.metrics import align_table, confusion_metrics
     from util.files import make_directory, write_json
 
     folder = make_directory(args.out)

@@ -221,7 +221,7 @@ class Exclusive(MultilabelTask):
     exclusive = True
     primary = "accuracy"
 
-    def report(self, gathered, *, bootstrap=0, seed=0):  # type: ignore[no-untyped-def]
+    def report(self, gathered):  # type: ignore[no-untyped-def]
         from sarwmix.metrics import Report
 
         return Report({"accuracy": float((gathered["scores"].argmax(1) == gathered["target"].argmax(1)).mean())})

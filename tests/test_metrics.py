@@ -9,7 +9,6 @@ from sklearn.metrics import average_precision_score
 from sarwmix.metrics import (
     MultilabelResampler,
     SortedAveragePrecision,
-    bootstrap_intervals,
     metric_table,
     multilabel_report,
 )
@@ -127,26 +126,6 @@ def test_a_resample_equals_the_report_of_the_repeated_samples() -> None:
     assert MultilabelResampler(scores, truth)(counts) == pytest.approx(
         multilabel_report(scores[repeated], truth[repeated], names).scalars, abs=1e-12
     )
-
-
-def test_bootstrap_intervals_cover_the_value_and_are_reproducible() -> None:
-    rng = np.random.default_rng(2)
-    truth = rng.random((400, 3)) < 0.3
-    scores = np.clip(truth * 0.3 + rng.random((400, 3)) * 0.7, 0, 1)
-    report = multilabel_report(scores, truth, ["a", "b", "c"], bootstrap=200, seed=4)
-    assert set(report.intervals) == set(report.scalars)
-    for name, (low, high) in report.intervals.items():
-        assert low < report.scalars[name] < high, name
-        assert high - low < 0.2, name
-    assert multilabel_report(scores, truth, ["a", "b", "c"], bootstrap=200, seed=4).intervals == report.intervals
-
-
-def test_bootstrap_of_a_mean_has_the_textbook_width() -> None:
-    values = np.random.default_rng(0).standard_normal(1000)
-    (low, high) = bootstrap_intervals(1000, lambda counts: {"mean": float(counts @ values / 1000)}, draws=2000, seed=0)[
-        "mean"
-    ]
-    assert high - low == pytest.approx(2 * 1.96 * values.std() / np.sqrt(1000), rel=0.08)
 
 
 def test_table_has_macro_and_micro_columns() -> None:

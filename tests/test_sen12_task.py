@@ -20,11 +20,12 @@ from engine_finetune import gather_in_order
 from models_sen12_ft import MixMIMPair
 from sarwmix.datasets import UnreadableSample
 from sarwmix.loader import DeviceLoader, build_loader
+from sarwmix.metrics import pair_metrics
 from sarwmix.mixup import Mixup
 from sarwmix.registry import build_dataset
 from sarwmix.sen12flood.dataset import PairDataset
 from sarwmix.sen12flood.demo import DemoOptions
-from sarwmix.sen12flood.task import PairTask, PairTransform, pair_metrics
+from sarwmix.sen12flood.task import PairTask, PairTransform
 from sarwmix.tasks import ModelSettings, Predictor, build_task
 from sarwmix.transforms import SarTransform, draw_flips
 from util.errors import UserError
@@ -130,13 +131,11 @@ def gathered(truth: list[int], flood: list[float]) -> dict[str, np.ndarray]:
 
 def test_report_and_printing() -> None:
     task = PairTask(CLASSES)
-    report = task.report(gathered([1, 1, 0, 0], [0.9, 0.4, 0.2, 0.5]), bootstrap=20, seed=1)
+    report = task.report(gathered([1, 1, 0, 0], [0.9, 0.4, 0.2, 0.5]))
     assert report.scalars["acc"] == 75.0  # a tie is no flood
     assert report.scalars["loss"] == pytest.approx(-np.log([0.9, 0.4, 0.8, 0.5]).mean())
     assert [row["support"] for row in report.per_class] == [2, 2]
     assert report.per_class[1]["ap"] == pytest.approx((1 + 2 / 3) / 2)
-    assert set(report.intervals) == {"acc", "precision", "recall", "f1"}
-    report = task.report(gathered([1, 1, 0, 0], [0.9, 0.4, 0.2, 0.5]))
     best = {"epoch": 3, "score": 75.0}
     assert task.epoch_lines(best, report, improved=True) == [
         "Accuracy of the network on the 4 test images: 75.0000%",

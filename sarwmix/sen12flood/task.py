@@ -15,7 +15,7 @@ from models_sen12_ft import PATCH_OPS, MixMIMPair
 from sarwmix.backbones import is_mixmim
 from sarwmix.datasets import SarDataset
 from sarwmix.loader import Loader, ahead
-from sarwmix.metrics import Report
+from sarwmix.metrics import Report, pair_metrics
 from sarwmix.sen12flood.dataset import PairDataset, power_to_db
 from sarwmix.tasks import ModelSettings, Predictor, SingleLabelTask
 from sarwmix.transforms import SarTransform, draw_flips
@@ -184,9 +184,9 @@ class PairTask(SingleLabelTask):
             done += len(indices)
             features = {row: value for row, value in features.items() if last_use[row] >= done}
 
-    def metrics(self, truth: np.ndarray, predicted: np.ndarray, counts: np.ndarray | None = None) -> dict[str, float]:
+    def metrics(self, truth: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
         """``acc`` in %, ``precision``, ``recall``, ``f1`` of flood as fractions."""
-        return pair_metrics(truth, predicted, counts)
+        return pair_metrics(truth, predicted)
 
     # Printing and pictures ---------------------------------------------------------------------------------------
 
@@ -255,23 +255,3 @@ def _first_uses(batches: Sequence[np.ndarray], *, most: int) -> list[list[np.nda
         seen.update(int(row) for row in new)
         pieces.append([new[begin : begin + most] for begin in range(0, len(new), most)])
     return pieces
-
-
-def pair_metrics(truth: np.ndarray, predicted: np.ndarray, counts: np.ndarray | None = None) -> dict[str, float]:
-    """Accuracy in %, and precision, recall and F1 of class 1; 0 where nothing was predicted or is there to find.
-
-    Args:
-        truth: (N,) of 0 and 1.
-        predicted: (N,) of 0 and 1.
-        counts: How often each sample counts, (N,); once by default.
-    """
-    weight = np.ones(len(truth)) if counts is None else counts.astype(np.float64)
-    truth, predicted = truth.astype(bool), predicted.astype(bool)
-    hits = float(weight[truth & predicted].sum())
-    found, wanted = float(weight[predicted].sum()), float(weight[truth].sum())
-    return {
-        "acc": 100.0 * float(weight[truth == predicted].sum()) / float(weight.sum()),
-        "precision": hits / found if found else 0.0,
-        "recall": hits / wanted if wanted else 0.0,
-        "f1": 2 * hits / (found + wanted) if found + wanted else 0.0,
-    }

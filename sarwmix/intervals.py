@@ -1,0 +1,298 @@
+"""How sure a metric or a difference is: resampling of whole clusters, paired over runs, with seeds taken into account.
+
+Patches of one scene, place or event resemble each other, so that resampling single patches gives intervals that are far
+too narrow. A data set says which samples belong together; clusters are drawn with replacement, all of their samples at
+once. The draws give a standard error. The interval is the estimate -+ t(C - 1) standard errors on the logit scale for C
+clusters: percentiles of the draws would be shifted, because average precision rises where samples are repeated, and too
+narrow where clusters are few. Coverage is measured by `tests/test_intervals.py` and stands in docs/finetuning.md.
+
+A difference between two arms is computed on the same clusters for all of their runs in each draw, so that what is hard
+for both cancels; the spread over seeds is added to it.
+
+Shapes: N samples, C clusters, D draws, S runs (seeds) of an arm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from util.errors import UserError
+
+Evaluate = Callable[[np.ndarray], Mapping[str, float]]
+"""How often each sample counts, (N,) -> metric -> value; NaN where a metric is undefined."""
+DRAWS = 400
+POWER = 0.8
+
+
+def cluster_numbers(
+    clusters: Sequence[Any] | np.ndarray | None, count: int, *, counted: np.ndarray | None = None
+) -> np.ndarray:
+    """Clusters as numbers from 0, int64 (N,).
+
+    Args:
+        clusters: name or number of each sample's cluster; None: each sample is one.
+        count: number of samples N.
+        counted: which samples count in the metrics at all, (N,) bool; the others get -1 and make up no cluster.
+
+    Raises:
+        ValueError: another number of clusters than samples.
+    """
+    if counted is not None:
+        numbers = np.full(count, -1, dtype=np.int64)
+        own = None if clusters is None else np.asarray(clusters)[counted]
+        numbers[counted] = cluster_numbers(own, int(counted.sum()))
+        return numbers
+    if clusters is None:
+        return np.arange(count)
+    if len(clusters) != count:
+        raise ValueError(f"{len(clusters)} clusters are given for {count} samples")
+    return np.unique(np.asarray(clusters), return_inverse=True)[1].astype(np.int64)
+
+
+def cluster_draws(numbers: np.ndarray, draws: int, seed: int) -> Iterator[np.ndarray]:
+    """How often each sample counts in each resample, int64 (N,): C clusters are drawn with replacement."""
+    rng = np.random.default_rng(seed)
+    clusters = int(numbers.max()) + 1
+    for _ in range(draws):
+        yield np.bincount(rng.integers(0, clusters, size=clusters), minlength=clusters)[numbers]
+
+
+def metric_intervals(
+    evaluate: Evaluate,
+    numbers: np.ndarray,
+    *,
+    draws: int = DRAWS,
+    seed: int = 0,
+    percent: Collection[str] = (),
+) -> dict[str, tuple[float, float]]:
+    """95 % intervals of the metrics of one run; they cover what other clusters of the same kind would have given.
+
+    Args:
+        evaluate: metrics of a resampled split.
+        numbers: cluster of each sample, (N,), from `cluster_numbers`.
+        draws: number of resamples D.
+        seed: seed of the resampling; the same seed gives the same intervals.
+        percent: metrics in percent; all others lie in [0, 1].
+
+    Returns:
+        metric -> (low, high); without the metrics that are undefined in half of the draws, and empty where there are
+        fewer than two clusters.
+    """
+    clusters = int(numbers.max()) + 1
+    if clusters < 2:
+        return {}
+    whole = evaluate(np.ones(len(numbers), dtype=np.int64))
+    drawn: dict[str, list[float]] = {name: [] for name in whole}
+    for counts in cluster_draws(numbers, draws, seed):
+        for name, value in evaluate(counts).items():
+            drawn[name].append(value)
+    found = {}
+    for name, values in drawn.items():
+        scale = 100.0 if name in percent else 1.0
+        defined = np.asarray(values)[np.isfinite(values)] / scale
+        if 2 * len(defined) > draws and np.isfinite(whole[name]):
+            low, high = _between_0_and_1(whole[name] / scale, float(defined.std(ddof=1)), clusters)
+            found[name] = (scale * low, scale * high)
+    return found
+
+
+def _between_0_and_1(value: float, deviation: float, clusters: int) -> tuple[float, float]:
+    """Interval of a fraction from the standard deviation of its draws, symmetric in the logit."""
+    from scipy.special import expit, logit
+    from scipy.stats import t
+
+    if value <= 0 or value >= 1 or deviation == 0:
+        # every draw gives the same: the exact bound of a proportion of C that is 0 or 1
+        bound = 1 - 0.025 ** (1 / clusters)
+        return (max(0.0, value - bound), min(1.0, value + bound))
+    # C / (C - 1): what a jackknife gives; draws alone are too narrow where clusters are few
+    half = t.ppf(0.975, clusters - 1) * deviation * clusters / (clusters - 1) / (value * (1 - value))
+    return float(expit(logit(value) - half)), float(expit(logit(value) + half))
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A mean over runs, or the difference of two such means, with what it can vary by.
+
+    Attributes:
+        estimate: difference of the means over runs, in the metric's own unit.
+        low: lower end of the 95 % interval.
+        high: upper end of the 95 % interval; NaN, as `low`, where neither seeds nor clusters can be compared.
+        p: two-sided p value of "no difference".
+        sd_seeds: standard deviation over seeds; NaN where an arm has one run.
+        sd_clusters: standard deviation that one cluster contributes; NaN with fewer than two clusters.
+        n_seeds: runs of the smaller arm.
+        n_clusters: clusters of the test split.
+        paired_seeds: whether the runs were paired by seed.
+    """
+
+    estimate: float
+    low: float
+    high: float
+    p: float
+    sd_seeds: float
+    sd_clusters: float
+    n_seeds: int
+    n_clusters: int
+    paired_seeds: bool = False
+
+    @property
+    def covers(self) -> str:
+        """What the interval covers, in words."""
+        parts = [f"{self.n_seeds} seeds"] if np.isfinite(self.sd_seeds) else []
+        parts += [f"{self.n_clusters} test clusters"] if np.isfinite(self.sd_clusters) else []
+        return " and ".join(parts) or "nothing: one run and one cluster"
+
+
+def paired_difference(
+    first: Sequence[Evaluate],
+    second: Sequence[Evaluate],
+    numbers: np.ndarray,
+    metric: str,
+    *,
+    seeds: tuple[Sequence[int], Sequence[int]] | None = None,
+    draws: int = DRAWS,
+    seed: int = 0,
+) -> Difference:
+    """Mean metric of one arm minus that of another, paired over clusters, samples and, where they agree, seeds.
+
+    The variance has two parts. That of the clusters comes from draws in which all runs see the same clusters. That of
+    the seeds is the variance of the runs' values, less what they owe to the clusters being few (the interaction), so
+    that nothing counts twice (Cameron, Gelbach and Miller 2011). The degrees of freedom are Satterthwaite's: with three
+    seeds an interval is wide, as it must be.
+
+    Args:
+        first: metrics of each run of the arm.
+        second: the same of the arm that it is compared with, on the same samples; empty: the mean of `first` alone.
+        numbers: cluster of each sample, (N,).
+        metric: name of the metric.
+        seeds: seeds of the runs of both arms; runs are paired by seed where both have the same ones, once each.
+        draws: number of resamples D.
+        seed: seed of the resampling.
+
+    Raises:
+        UserError: a metric that a run does not have.
+    """
+    from scipy.stats import t
+
+    arms = [list(first), list(second)] if second else [list(first)]
+    paired = seeds is not None and bool(second) and sorted(seeds[0]) == sorted(set(seeds[1])) == sorted(seeds[1])
+    if paired and seeds is not None:
+        arms = [[runs[place] for place in np.argsort(own)] for runs, own in zip(arms, seeds, strict=True)]
+    clusters = int(numbers.max()) + 1
+    once = np.ones(len(numbers), dtype=np.int64)
+    values = [np.array([_value(run, once, metric) for run in runs]) for runs in arms]  # (S,) of each arm
+    drawn: list[np.ndarray] = [np.empty((0, len(runs))) for runs in arms]  # (D, S) of each arm
+    if clusters > 1:
+        each = [[[_value(run, counts, metric) for run in runs] for runs in arms]
+                for counts in cluster_draws(numbers, draws, seed)]  # fmt: skip
+        kept = [row for row in each if np.isfinite(np.concatenate(row)).all()]
+        drawn = [np.array([row[arm] for row in kept]).reshape(-1, len(runs)) for arm, runs in enumerate(arms)]
+    if paired:  # one arm of differences from here on
+        values, drawn = [values[0] - values[1]], [drawn[0] - drawn[1]]
+    signs = (1.0, -1.0)
+    estimate = float(sum(sign * own.mean() for sign, own in zip(signs, values, strict=False)))
+    n_seeds = min(len(own) for own in values)
+
+    # the clusters' part: the spread of the whole difference over draws
+    of_clusters = np.nan
+    if len(drawn[0]) > 1:
+        whole = sum(sign * own.mean(axis=1) for sign, own in zip(signs, drawn, strict=False))
+        of_clusters = float(np.var(whole, ddof=1)) * clusters / (clusters - 1)
+    # the seeds' part, and what of it is due to the clusters
+    of_seeds, shared = np.nan, 0.0
+    if n_seeds > 1:
+        of_seeds = sum(float(np.var(own, ddof=1)) / len(own) for own in values)
+        for own in drawn if np.isfinite(of_clusters) else ():
+            alone, together = np.var(own, axis=0, ddof=1).mean(), np.var(own.mean(axis=1), ddof=1)
+            shared += float(alone - together) * clusters / (clusters - 1) / (own.shape[1] - 1)
+    beyond = max(0.0, of_seeds - shared) if n_seeds > 1 else np.nan
+    known = [(part, count) for part, count in ((of_clusters, clusters), (beyond, n_seeds)) if np.isfinite(part)]
+    variance = sum(part for part, _ in known)
+    low = high = p = np.nan
+    if known:
+        p, low, high = float(estimate == 0), estimate, estimate
+    if variance > 0:
+        doubt = 0.0 if not np.isfinite(of_clusters) else of_clusters**2 / (clusters - 1)
+        doubt += 0.0 if n_seeds < 2 else of_seeds**2 / (n_seeds - 1 if paired or len(values) == 1 else _pooled(values))
+        freedom = variance**2 / doubt
+        half = float(t.ppf(0.975, freedom)) * np.sqrt(variance)
+        p = float(2 * t.sf(abs(estimate) / np.sqrt(variance), freedom))
+        low, high = estimate - half, estimate + half
+    return Difference(
+        estimate,
+        float(low),
+        float(high),
+        float(p),
+        float(np.sqrt(beyond * n_seeds)),
+        float(np.sqrt(of_clusters * clusters)),
+        n_seeds,
+        clusters,
+        paired,
+    )
+
+
+def _value(run: Evaluate, counts: np.ndarray, metric: str) -> float:
+    found = run(counts)
+    if metric not in found:
+        raise UserError(f"no test metric {metric!r}; there is: {', '.join(found)}")
+    return float(found[metric])
+
+
+def _pooled(values: Sequence[np.ndarray]) -> float:
+    """Welch's degrees of freedom of a difference of two means."""
+    parts = [float(np.var(own, ddof=1)) / len(own) for own in values]
+    doubt = sum(part**2 / (len(own) - 1) for part, own in zip(parts, values, strict=True))
+    return sum(parts) ** 2 / doubt if doubt > 0 else float(min(len(own) for own in values) - 1)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """P values corrected for their number by Holm's step-down method, in the given order; NaN stays and counts not."""
+    p = np.asarray(p_values, dtype=np.float64)
+    out = np.full(len(p), np.nan)
+    order = [int(i) for i in np.argsort(p) if np.isfinite(p[i])]
+    highest = 0.0
+    for rank, i in enumerate(order):
+        highest = max(highest, min(1.0, float(p[i]) * (len(order) - rank)))
+        out[i] = highest
+    return [float(value) for value in out]
+
+
+def resolvable(sd_seeds: float, sd_clusters: float, seeds: int, clusters: int) -> float:
+    """Smallest true difference that is found in 80 % of such experiments at the 5 % level.
+
+    Args:
+        sd_seeds: standard deviation over seeds; NaN: not known, left out.
+        sd_clusters: standard deviation that one cluster contributes; NaN: left out.
+        seeds: runs of each arm.
+        clusters: clusters of the test split.
+    """
+    from scipy.stats import t
+
+    parts = [(sd**2 / count, count) for sd, count in ((sd_seeds, seeds), (sd_clusters, clusters))
+             if np.isfinite(sd) and count > 1]  # fmt: skip
+    variance = sum(part for part, _ in parts)
+    if variance == 0:
+        return float("nan") if not parts else 0.0
+    freedom = variance**2 / sum(part**2 / (count - 1) for part, count in parts)
+    return float((t.ppf(0.975, freedom) + t.ppf(POWER, freedom)) * np.sqrt(variance))
+
+
+def power_line(difference: Difference, *, seeds: Sequence[int] = (3, 5, 10, 20)) -> str:
+    """One sentence: which differences such experiments can show, now and with more seeds."""
+    known = (("over seeds", difference.sd_seeds), ("a cluster", difference.sd_clusters))
+    sds = [f"{name} {value:.4f}" for name, value in known if np.isfinite(value)]
+    if not sds:
+        return "One run and one cluster: nothing tells how large a difference must be."
+
+    def of(count: int) -> str:
+        return f"{resolvable(difference.sd_seeds, difference.sd_clusters, count, difference.n_clusters):.4f}"
+
+    text = f"With these standard deviations ({', '.join(sds)}), {difference.n_seeds} seed(s) and "
+    text += f"{difference.n_clusters} clusters resolve {of(difference.n_seeds)} (80 % power at 5 %)"
+    more = [f"{count} seeds {of(count)}" for count in seeds if count > difference.n_seeds]
+    return text + (f"; {', '.join(more)}." if more and np.isfinite(difference.sd_seeds) else ".")
