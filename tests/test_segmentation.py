@@ -117,6 +117,7 @@ def test_metrics_equal_scikit_learn(classes: int) -> None:
     once = np.ones(len(outputs["confusion"]), dtype=np.int64)
     assert evaluate(once) == {name: value for name, value in report.scalars.items() if name != "loss"}
     assert metric_intervals(evaluate, np.arange(len(once)), draws=20)["miou"][0] < report.scalars["miou"]
+    assert "Mean IoU" in task.format_report(report)
 
 
 def test_windows_and_batches_change_nothing() -> None:

@@ -123,19 +123,37 @@ def test_polygons_that_are_no_grid(polygon: tuple[tuple[float, float], ...], mes
 # S1list.json --------------------------------------------------------------------------------------------------------
 
 
-def test_frames_are_sorted_by_time_whatever_their_keys(tmp_path: Path) -> None:
+def test_frames_come_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    """Numbers, not texts ("10" is after "2"), and not dates: the published pairs are named in that order."""
     content = {
         "0001": {
-            "count": 3,
+            "count": 4,
             "10": frame("2019-03-03", True, "S1C"),
             "2": frame("2019-01-01", False, "S1B"),
-            "1": frame("2019-01-01", False, "S1A"),
+            "1": frame("2019-02-01", False, "S1A"),
             "folder": "0001",
             "urls": [],
         }
     }
     frames = read_s1list(write_list(tmp_path, content)).sequences["0001"].frames
     assert [f.product for f in frames] == ["S1A", "S1B", "S1C"]
+    assert [(a, b, label) for a, b, label in make_pairs([f.flooding for f in frames])] == [
+        (0, 1, 0),
+        (0, 2, 1),
+        (1, 2, 1),
+    ]
+
+
+def test_the_real_list_names_pairs_as_published(realdata: Path) -> None:
+    """104 of the 20,583 pairs have an image of a later date first: of two dry images the lower number leads."""
+    catalogue = read_s1list(realdata / "sen12flood_metadata" / "S1list.json")
+    pairs = later = 0
+    for sequence in catalogue.sequences.values():
+        for first, second, label in make_pairs([f.flooding for f in sequence.frames]):
+            one, two = sequence.frames[first], sequence.frames[second]
+            pairs += 1
+            later += label == 0 and (one.date, one.product) > (two.date, two.product)
+    assert (pairs, later) == (20_583, 104)
 
 
 def test_missing_and_broken_lists_are_refused(tmp_path: Path) -> None:

@@ -41,9 +41,9 @@ class Problem:
         return f"{self.where}: {self.message}"
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Frame:
-    """One Sentinel-1 acquisition; frames sort by date, then product name.
+    """One Sentinel-1 acquisition.
 
     Attributes:
         date: ``YYYY-MM-DD``.
@@ -62,7 +62,7 @@ class SequenceInfo:
 
     Attributes:
         folder: Its id, also the name of its directory.
-        frames: Acquisitions in the order of time, each product once.
+        frames: Acquisitions in the order of their numbers in S1list.json, each product once.
         polygon: Corners (longitude, latitude) in degrees, possibly empty.
     """
 
@@ -101,7 +101,8 @@ class Split:
 def read_s1list(path: str | Path) -> Catalogue:
     """Read and check S1list.json.
 
-    Frame keys ("1", "2", ...) are unordered strings. Entries that cannot be used are left out and listed.
+    Frame keys ("1", "2", ...) are strings in any order; frames come in the order of these numbers.
+    Entries that cannot be used are left out and listed.
 
     Raises:
         UserError: The file is missing, is not JSON, or has another structure altogether.
@@ -201,7 +202,8 @@ def _sequence(folder: str, entry: dict[str, Any], source: str, problems: list[Pr
                     f"frame {key} of {source} repeats this product with another FLOODING value; left out; correct it",
                 )
             )
-    frames = tuple(sorted(f for f in found.values() if f.product not in contradictory))
+    # in the order of their numbers, as the published pairs are: where dates and numbers disagree, the number decides
+    frames = tuple(f for f in found.values() if f.product not in contradictory)
     return SequenceInfo(folder, frames, _polygon(entry.get("geo")))
 
 
@@ -337,11 +339,11 @@ def make_pairs(flooding: Sequence[bool]) -> list[tuple[int, int, int]]:
     """The pairing rule for one sequence.
 
     The first image shows no flood; the second shows one (label 1) or not (label 0). No image is paired with itself and
-    an unordered pair appears once, the earlier image first. Flood pairs are formed whatever their order in time: the
-    first image is the one without flood. n dry and m flooded frames give n * m + n * (n - 1) / 2 pairs.
+    an unordered pair appears once, the frame of the lower number first. Flood pairs are formed whatever their order in
+    time: the first image is the one without flood. n dry and m flooded frames give n * m + n * (n - 1) / 2 pairs.
 
     Args:
-        flooding: For each frame, in the order of time, whether it shows the flood.
+        flooding: For each frame, in the order of the numbers, whether it shows the flood.
 
     Returns:
         (first, second, label) as indices into ``flooding``, sorted.
