@@ -4,14 +4,14 @@
     python main_finetune.py --dataset benv2 --data_path /data/BigEarthNet-S1 --eval --resume checkpoint_best.pth
 
 Published recipe on 8 GPUs: 128 x 8 = 1024, lr = 5e-4 * 1024 / 256 = 2e-3, --layer_decay 0.7; 50 epochs, 5 of warm-up.
-Trains on train, selects the best epochs on val, reports test.
+Trains on train, selects the best epoch on val (--select), reports test.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -53,6 +53,10 @@ RECIPE = (
     "weight_decay", "layer_decay", "drop_path", "drop_rate", "clip_grad", "smoothing", "mixup", "cutmix", "mixup_prob",
     "mixup_switch_prob", "mixup_mode", "reprob", "class_weights",
 )  # fmt: skip
+# What an evaluation takes from its checkpoint.
+MODEL_FLAGS = ("model", "input_size", "head", "pool", "protocol", "patch_op", "legacy_tiling")
+DATA_FLAGS = ("dataset", "bands", "statistics", "label_set", "no_savanna", "val_frac", "select_on", "data_option")
+VAL_FRAC = 0.1  # of the training samples, or of whole sequences, where a data set has no validation part
 IMAGE_FLAGS = ("reprob", "mixup", "cutmix")
 START_FACTS = ("initialisation", "initialisation_sha256")  # where the weights came from; kept in checkpoints
 
@@ -80,11 +84,14 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def main() -> int | None:
-    args = get_parser().parse_args()
+    parser = get_parser()
+    args = parser.parse_args()
+    if args.eval:
+        settings_of_checkpoint(args, groups.given_flags(parser))
     check_args(args)
 
     from sarwmix.protocols import Workbench, check_protocol, data_facts, open_splits
-    from sarwmix.results import Results
+    from sarwmix.results import Results, evaluation_folder
     from sarwmix.tasks import ModelSettings, build_task
     from sarwmix.transforms import SarTransform
     from sarwmix.weights import load_start, load_timm_weights
@@ -100,12 +107,16 @@ def main() -> int | None:
         world_size=args.world_size,
         dist_on_itp=args.dist_on_itp,
     )
+    if args.eval:
+        folder = evaluation_folder(args.output_dir, args.resume) if processes.is_main else None
+        args.output_dir = str(processes.broadcast_object(folder))
     setup_logging(args.output_dir, rank=processes.rank)
     seed_everything(args.seed)
 
     options = data_options(args)
     spec = registry.get_spec(args.dataset, args.bands, options)
     task = build_task(spec.task, spec.classes, task_options(args, spec, options))
+    task.rules()  # refuses an unknown --select before any data is read
     check_protocol(task, args.protocol, head=args.head)
     splits = open_splits(
         args.dataset,
@@ -149,6 +160,8 @@ def main() -> int | None:
         options=options,
     )
     facts = {
+        "task": task.name,
+        "cluster": spec.cluster[0] if spec.cluster else "image",  # what intervals are computed over
         "protocol": args.protocol if args.probe_solver == "sgd" else f"{args.protocol} ({args.probe_solver})",
         "dataset": spec.name,
         "model": args.model,
@@ -173,7 +186,7 @@ def main() -> int | None:
     if args.compile:
         model.compile_blocks()  # type: ignore[operator]
     if args.eval:
-        results.evaluate_checkpoint(bench, model, args.resume, protocol=args.protocol)
+        results.evaluate_checkpoint(bench, model, Path(args.resume), protocol=args.protocol)
     else:
         facts["initialisation"] = args.finetune or (f"timm {args.model}" if args.pretrained else "random")
         if args.finetune and processes.is_main:  # the file may be written again while or after this run trains
@@ -217,14 +230,60 @@ def task_options(
         "legacy_tiling": args.legacy_tiling or None,
         "class_weights": args.class_weights,
     }
-    if spec.task == "pair":
-        return own | {"val_frac": args.val_frac}
-    return own | {"select_on": "test" if selects_on_test(spec, options) else None}
+    return own | {"select": args.select, "select_on": args.select_on}
 
 
-def selects_on_test(spec: registry.DatasetSpec, options: Mapping[str, object]) -> bool:
-    """Published splits without a validation part: test selects the best epoch unless a part of train is held out."""
-    return "val_frac" in spec.options and options.get("val_frac") is None
+def choose_validation(args: argparse.Namespace) -> None:
+    """Hold out a part of train where the data set has no validation split, unless test selects, as published.
+
+    Raises:
+        UserError: flags that contradict each other.
+    """
+    if "val_frac" not in registry.get_spec(args.dataset).options:
+        return
+    if args.select_on == "test" and args.val_frac is not None:
+        raise UserError(
+            f"--val_frac {args.val_frac} holds out samples to select on, which --select_on test does not use; "
+            "leave one of them out"
+        )
+    if args.protocol == "knn" and args.val_frac is None:
+        args.select_on = "test"  # nothing is selected: all of train are neighbours
+    elif args.select_on == "val" and "val_frac" not in registry.parse_options(args.data_option):
+        args.val_frac = VAL_FRAC if args.val_frac is None else args.val_frac
+
+
+def settings_of_checkpoint(args: argparse.Namespace, given: Collection[str]) -> None:
+    """Take model and data options for an evaluation from its checkpoint; what the command line names stays.
+
+    Args:
+        args: with `resume`; changed in place.
+        given: names of the flags on the command line.
+
+    Raises:
+        UserError: no such checkpoint.
+    """
+    from util.checkpoint import load_checkpoint, resolve_resume
+
+    if not args.resume:
+        raise UserError("--eval evaluates a fine-tuned checkpoint: give --resume CKPT")
+    if args.resume != "auto" and not Path(args.resume).is_file():
+        raise UserError(f"checkpoint {args.resume} does not exist; give the path of a .pth file")
+    path = resolve_resume(args.resume, args.output_dir)
+    if path is None:
+        raise UserError(f"--eval --resume auto found no checkpoint in {args.output_dir}")
+    args.resume = str(path)
+    if "output_dir" not in given:
+        args.output_dir = str(path.parent)
+    saved = load_checkpoint(path, verify=False).get("args")
+    if not isinstance(saved, Mapping) or "protocol" not in saved:
+        return  # released weights and those of other tools: the command line must tell
+    same_data = "dataset" not in given or args.dataset == saved.get("dataset")
+    if "val_frac" in saved and "select_on" not in saved:  # of earlier versions, which selected on test without val_frac
+        held_out = "val_frac" not in registry.get_spec(str(saved["dataset"])).options or saved["val_frac"] is not None
+        saved = {**saved, "select_on": "val" if held_out else "test"}
+    for name in (*MODEL_FLAGS, *(DATA_FLAGS if same_data else ())):
+        if name in saved and name not in given:
+            setattr(args, name, saved[name])
 
 
 def check_args(args: argparse.Namespace) -> None:
@@ -236,7 +295,7 @@ def check_args(args: argparse.Namespace) -> None:
     for name, value in (PROTOCOLS[args.protocol] | TASK_DEFAULTS.get((args.protocol, kind), {})).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if args.eval and (not args.resume or args.finetune):
+    if args.eval and args.finetune:
         raise UserError("--eval evaluates a fine-tuned checkpoint: give --resume CKPT, and no --finetune")
     if args.finetune and args.resume not in ("", "auto"):  # a job that is submitted again may name both
         raise UserError("--resume continues a run, --finetune starts one from pretrained weights; give one of them")
@@ -266,24 +325,25 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError(f"--drop_rate has no place in --protocol {args.protocol}; leave it out")
     if args.probe_solver == "lbfgs" and args.protocol != "linear":
         raise UserError(f"--probe_solver lbfgs belongs to --protocol linear, not to {args.protocol}")
-    if args.probe_solver == "lbfgs" and selects_on_test(registry.get_spec(args.dataset), data_options(args)):
-        raise UserError(
-            f"--probe_solver lbfgs chooses C on a validation split, which {args.dataset} does not have of its own; "
-            "give --val_frac 0.1, which holds out a tenth of train"
-        )
+    if args.probe_solver == "lbfgs" and args.select_on == "test":
+        raise UserError("--probe_solver lbfgs chooses C on samples that are not tested; leave out --select_on test")
+    if args.protocol == "knn" and args.select:
+        raise UserError("--select chooses an epoch; --protocol knn has none")
+    choose_validation(args)
     groups.check_epochs(args)
 
 
 def export_result(args: argparse.Namespace, results: Results) -> None:
     """Export the evaluated checkpoint, or the best one of the run that has just ended."""
     from sarwmix.export import export_model, push_to_hub
+    from sarwmix.selection import BEST
     from util.log import get_logger
 
     if args.eval:
         name, entry = next(iter(results.entries.items()))
         checkpoint = Path(name)
     else:
-        checkpoint = Path(args.output_dir) / results.task.rules()[0].filename
+        checkpoint = Path(args.output_dir) / BEST
         entry = results.entries[checkpoint.name]
     export_model(checkpoint, args.export, metrics=entry)
     if args.push_to_hub:
@@ -335,7 +395,7 @@ def train(
     from sarwmix.heads import count_trainable
     from sarwmix.mixup import Mixup
     from sarwmix.results import EpochJournal, best_on_disk
-    from sarwmix.selection import EarlyStopping, Selector
+    from sarwmix.selection import Selector
     from sarwmix.weights import load_trained
     from util.distributed import data_parallel, share_statistics
     from util.log import Progress, get_logger
@@ -365,7 +425,7 @@ def train(
     amp_dtype, scaler = precision(args.amp if bench.transform is not None else "off", device)
     loader, judge = bench.loader("train", train=True), bench.loader(task.select_on, train=False)
     steps = min(TEST_RUN_STEPS, len(loader)) if args.test_run else len(loader)
-    selector, stopping = Selector(task.rules()), EarlyStopping(task.primary, args.patience)
+    selector = Selector(task.rules(keep_published=whole))
     results.facts["trainable_parameters"] = count_trainable(module)
     results.facts["effective_batch"] = effective
     run = {
@@ -378,6 +438,7 @@ def train(
         # not the peak rate, which follows from these and the effective batch: that may change when a run is resumed
         "schedule": {name: getattr(args, name) for name in ("epochs", "warmup_epochs", "lr", "blr", "min_lr")},
         "seed": args.seed,
+        "selection": {"rule": task.select, "split": task.select_on},
         "recipe": {name: getattr(args, name) for name in RECIPE} | {"optimizer": "sgd" if by_sgd else "adamw"},
         "test_run": args.test_run,  # a real run must not continue where a trial stopped
     }
@@ -406,7 +467,6 @@ def train(
         )
         resumed = replace(resumed, run_id=bench.processes.broadcast_object(resumed.run_id))  # `group` may be alone
         selector.load_state_dict(resumed.entries["best"])
-        stopping.load_state_dict(resumed.entries.get("patience", {}))
         spent = float(resumed.entries["seconds"])
         # the file may have changed since, and a run may be resumed without naming it
         results.facts |= {name: resumed.entries[name] for name in START_FACTS if name in resumed.entries}
@@ -454,7 +514,6 @@ def train(
         trainer=trainer,
         changing=lambda: {
             "best": selector.state_dict(),
-            "patience": stopping.state_dict(),
             "seconds": spent + time.monotonic() - began,
         },
     )
@@ -467,8 +526,16 @@ def train(
     end_epoch = min(args.epochs, args.stop_epoch or args.epochs)
     if args.test_run:
         end_epoch = min(end_epoch, start_epoch + 2)
-    if stopping.exhausted:  # the checkpoint is that of a run that has ended early
+
+    def given_up(epoch: int) -> bool:
+        """Whether no epoch has been better for --patience epochs."""
+        return args.patience is not None and selector.waited(epoch) >= args.patience
+
+    done = start_epoch - 1
+    if given_up(done):  # the checkpoint is that of a run that has ended early
         end_epoch = start_epoch
+    log.info("best epoch: %s on %s%s", selector.rules[0].description, task.select_on,
+             ", which is then no independent measure" if task.select_on == "test" else "")  # fmt: skip
     log.info("%d trainable parameters", results.facts["trainable_parameters"])
     log.info("effective batch %d, peak lr %.3g, %d steps an epoch, up to epoch %d", effective, lr, steps, end_epoch - 1)
     for epoch in range(start_epoch, end_epoch):
@@ -493,9 +560,9 @@ def train(
         share_statistics(module, group)
         evaluation = bench.evaluate(trainer.model, task.select_on, saver.watch(iter(judge), alone=True))
         report = task.report(evaluation.outputs)
-        improved = selector.update(epoch, report.scalars)
+        improved, done = selector.update(epoch, report.scalars), epoch
         journal.write(epoch, result.stats, report, improved, selector.best[selector.rules[0].filename])
-        last = stopping.update(report.scalars) or epoch + 1 == end_epoch
+        last = given_up(epoch) or epoch + 1 == end_epoch
         due = (epoch + 1) % args.save_every == 0 or last
         if improved or due:
             names = [*improved, *(["checkpoint.pth"] if due else [])]
@@ -507,8 +574,8 @@ def train(
             break
     if not saver.stopped:
         saver.close()
-    if stopping.exhausted:
-        log.info("stopped early: %s has not risen for %d epochs (--patience)", stopping.metric, stopping.waited)
+    if given_up(done):
+        log.info("stopped early: no better epoch by %s for %d epochs (--patience)", task.select, args.patience)
     journal.close()
     loader.close()
     judge.close()

@@ -181,7 +181,7 @@ def fit_logistic_probe(
     parameters does at evaluation.
 
     Args:
-        task: gives targets, scores and the metric to maximise (`task.primary`).
+        task: gives targets, scores and the rule to maximise (`task.select`).
         probe: a `LinearProbe`; gets the best weights.
         train: labelled `FeatureDataset` to fit.
         val: labelled `FeatureDataset` to choose C on.
@@ -189,7 +189,7 @@ def fit_logistic_probe(
         max_iter: L-BFGS iterations for each fit.
 
     Returns:
-        The primary validation metric of each C.
+        The validation score of each C.
     """
     assert isinstance(train, FeatureDataset)
     assert isinstance(val, FeatureDataset)
@@ -204,6 +204,7 @@ def fit_logistic_probe(
     with torch.no_grad():
         inputs = probe.norm(batch["features"]).double().numpy()
     target = task.soft_target(task.target(batch, cpu)).numpy() > 0.5  # (N, K)
+    rule = task.rules()[0]
     found: dict[str, float] = {}
     best: dict[str, Tensor] = {}
     for c in grid:
@@ -212,8 +213,8 @@ def fit_logistic_probe(
             probe.linear.weight.copy_(torch.from_numpy(weight))
             probe.linear.bias.copy_(torch.from_numpy(bias))
             outputs = task.outputs(probe(val_batch["features"]), task.target(val_batch, cpu))
-        value = task.report({key: out.numpy() for key, out in outputs.items()}).scalars[task.primary]
-        get_logger().info("L-BFGS probe, C = %g: validation %s %.4f", c, task.primary, value)
+        value = rule.score(task.report({key: out.numpy() for key, out in outputs.items()}).scalars)
+        get_logger().info("L-BFGS probe, C = %g: validation %s %.4f", c, rule.name, value)
         if not found or value > max(found.values()):
             best = {name: tensor.clone() for name, tensor in probe.state_dict().items()}
         found[f"{c:g}"] = value

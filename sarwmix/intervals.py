@@ -105,7 +105,7 @@ def _between_0_and_1(value: float, deviation: float, clusters: int) -> tuple[flo
     from scipy.special import expit, logit
     from scipy.stats import t
 
-    if value <= 0 or value >= 1 or deviation == 0:
+    if value <= 0 or value >= 1 or deviation < 1e-9:
         # every draw gives the same: the exact bound of a proportion of C that is 0 or 1
         bound = 1 - 0.025 ** (1 / clusters)
         return (max(0.0, value - bound), min(1.0, value + bound))

@@ -24,14 +24,15 @@ class MulticlassTask(SingleLabelTask):
     Args:
         classes: Class names.
         select_on: Split that selects the best epoch.
+        select: Metric that selects it, accuracy by default.
     """
 
     name = "multiclass"
-    options = ("select_on",)
+    metric_names = ("acc", "aacc")
     class_columns = (("Accuracy", "recall"), ("F1", "f1"), ("Precision", "precision"), ("AP", "ap"))
 
-    def __init__(self, classes: Sequence[str], select_on: str = "val") -> None:
-        super().__init__(classes, select_on)
+    def __init__(self, classes: Sequence[str], select_on: str = "val", select: str | None = None) -> None:
+        super().__init__(classes, select_on, select)
         if len(self.classes) < 2:
             raise UserError(f"the multiclass task needs two classes or more, got {', '.join(self.classes)}")
 

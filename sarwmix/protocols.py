@@ -90,8 +90,6 @@ def open_splits(
             if name not in spec.extra_splits:
                 raise
             get_logger().info("split %s is not evaluated: %s", name, error)
-    if "val" not in splits and "train" in splits:
-        get_logger().info("the best epoch is selected on the test split, as published; --val_frac 0.1 avoids that")
     if train_frac < 1 and "train" in splits:
         ids = make_directory(output_dir) / "train_ids.txt"
         splits["train"] = take_fraction(splits["train"], train_frac, seed=seed, ids_file=ids)

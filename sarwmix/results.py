@@ -20,15 +20,35 @@ from sarwmix.heads import TaskModel
 from sarwmix.intervals import cluster_numbers, metric_intervals
 from sarwmix.metrics import PERCENT, Report, evaluator
 from sarwmix.protocols import Workbench
-from sarwmix.selection import Selector
+from sarwmix.selection import BEST, Selector
 from sarwmix.tasks import Task, per_class_text
 from sarwmix.weights import load_trained
 from util.checkpoint import load_checkpoint, read_info
 from util.errors import UserError
 from util.files import atomic_write, make_directory, write_json
 from util.log import EpochLog, ScalarWriter, format_duration, get_logger, memory_mib
-from util.resume import Resumed, find_checkpoint, load_verified
+from util.resume import Resumed, load_verified
 from util.tracking import Tracker
+
+ON_TEST = "selected on test: optimistic"
+NOTHING_SELECTED: dict[str, Any] = {"split": None, "rule": None, "epoch": None}
+
+
+def evaluation_folder(output_dir: str, checkpoint: str) -> str:
+    """Folder of an evaluation: `output_dir` when it is new, else the first free ``eval_<checkpoint>`` in it.
+
+    Args:
+        output_dir: asked for, or the checkpoint's own folder.
+        checkpoint: what is evaluated.
+    """
+    wanted = Path(output_dir)
+    if not wanted.exists() or not any(wanted.iterdir()):
+        return output_dir
+    number, name = 1, f"eval_{Path(checkpoint).stem}"
+    while (wanted / name).exists():
+        number += 1
+        name = f"eval_{Path(checkpoint).stem}_{number}"
+    return str(wanted / name)
 
 
 class EpochJournal:
@@ -83,9 +103,9 @@ class EpochJournal:
             stats["images_per_s"],
             split,
             self._task.format_epoch(report),
-            "  (best so far)" if improved else "",
+            f"  (best {self._task.select} so far)" if BEST in improved else "",
         )
-        for line in self._task.epoch_lines(best, report, improved=bool(improved)):
+        for line in self._task.epoch_lines(best, report, improved=BEST in improved):
             get_logger().info("%s", line)
 
     def close(self) -> None:
@@ -150,8 +170,13 @@ class Results:
         return (
             f"protocol {self.facts['protocol']}, data set {self.facts['dataset']}, split {split}, "
             f"model {self.facts['model']}, statistics {self.facts['statistics']}, seed {self.facts['seed']}, "
-            f"samples: {samples}"
+            f"samples: {samples}" + (f", {ON_TEST}" if self.selected_on["split"] == "test" else "")
         )
+
+    @property
+    def selected_on(self) -> dict[str, Any]:
+        """Split, rule and epoch of the main result; without a split where nothing was selected."""
+        return self.facts.get("selected_on", NOTHING_SELECTED)
 
     def add(self, name: str, evaluation: Evaluation, *, epoch: int | None = None) -> Report:
         """Compute a split's metrics, with intervals where asked for, and keep them for metrics.json."""
@@ -170,7 +195,9 @@ class Results:
         evaluate = evaluator(task.name, outputs, len(task.classes))
         counted = outputs["confusion"].sum(axis=(1, 2)) > 0 if "confusion" in outputs else None
         numbers = cluster_numbers(evaluation.clusters, len(evaluation.names), counted=counted)
-        self.facts.setdefault("clusters", {})[evaluation.split] = int(numbers.max()) + 1
+        count = self.facts.setdefault("clusters", {})[evaluation.split] = int(numbers.max()) + 1
+        if count < 2:
+            get_logger().warning("no interval for split %s: it has one %s", evaluation.split, self.facts["cluster"])
         percent = PERCENT.get(task.name, ())
         return metric_intervals(evaluate, numbers, draws=self.bootstrap, seed=self.seed, percent=percent)
 
@@ -201,33 +228,45 @@ class Results:
         """Write everything as JSON."""
         write_json(self.output_dir / filename, {**self.facts, **extra, "results": self.entries})
 
-    def evaluate_checkpoint(self, bench: Workbench, model: TaskModel, resume: str, *, protocol: str) -> None:
+    def evaluate_checkpoint(self, bench: Workbench, model: TaskModel, path: Path, *, protocol: str) -> None:
         """Val and test of one fine-tuned checkpoint. Called by every process.
 
         Args:
             bench: the splits to evaluate.
             model: takes the weights.
-            resume: path, or "auto" for the newest one of the run.
+            path: of the checkpoint.
             protocol: with which the checkpoint must have been trained.
 
         Raises:
-            UserError: no such checkpoint, or one that does not fit.
+            UserError: a checkpoint that does not fit.
         """
-        path = find_checkpoint(resume, self.output_dir, bench.processes)
-        if path is None:
-            raise UserError(f"--eval --resume auto found no checkpoint in {self.output_dir}")
         checkpoint = load_verified(path, bench.processes)
         self.task.check_settings(checkpoint.get("model_config") or {}, source=str(path))
         bands = bench.splits["test"].spec.bands
         load_trained(model, checkpoint, source=str(path), protocol=protocol, classes=self.task.classes, bands=bands)
+        self.facts["selected_on"] = self._selection_of(checkpoint, path.name)
         evaluations = [bench.evaluate(model, split) for split in bench.splits]
 
         def work() -> None:
             for evaluation in evaluations:
                 self.show(str(path), evaluation, bench.splits[evaluation.split], epoch=checkpoint.get("epoch"))
+            self.entries[str(path)]["selected_on"] = self.selected_on
             self.write("metrics_eval.json")
+            get_logger().info("the evaluation is in %s", self.output_dir / "metrics_eval.json")
 
         bench.processes.main_works(work)
+
+    def _selection_of(self, checkpoint: Mapping[str, Any], name: str) -> dict[str, Any]:
+        """How the epoch of a checkpoint was selected, where its run says so."""
+        best = checkpoint.get("best") or {}
+        entry = best.get(name)
+        if not isinstance(entry, Mapping) or entry["epoch"] != checkpoint.get("epoch"):
+            return {**NOTHING_SELECTED, "epoch": checkpoint.get("epoch")}
+        # earlier versions stored no name: several files meant the published rules
+        published = {rule.filename: rule.name for rule in self.task.published_rules()} | {BEST: "weighted"}
+        rule = entry.get("rule") or (published[name] if len(best) > 1 else self.task.primary)
+        split = (checkpoint.get("selection") or {}).get("split", self.task.select_on)
+        return {"split": split, "rule": rule, "epoch": entry["epoch"]}
 
     def report_knn(self, bench: Workbench, *, k: int) -> None:
         """Nearest neighbours on cached features, computed by rank 0. Called by every process."""
@@ -244,6 +283,7 @@ class Results:
 
         def work() -> None:
             self.facts["c_sweep"] = fit_logistic_probe(self.task, model.head, train, val)
+            self.facts["selected_on"] = {"split": self.task.select_on, "rule": f"{self.task.select} (C)", "epoch": None}
             self._report_untrained(bench, lambda split: bench.evaluate(model.head, split), "linear (lbfgs)", began)
 
         bench.processes.main_works(work)
@@ -254,6 +294,8 @@ class Results:
         for split in bench.splits:
             if split != "train":
                 self.show(name, evaluate(split), bench.splits[split])
+        self.facts.setdefault("selected_on", NOTHING_SELECTED)
+        self.entries[name]["selected_on"] = self.selected_on
         self.write(seconds=time.monotonic() - began)
 
     def finish(
@@ -305,6 +347,8 @@ class Results:
         """Show and write what `finish` evaluated; `chosen` is in the order of the rules, the first one is the main."""
         log, reports = get_logger(), {}
         main = next(iter(chosen))
+        split = self.task.select_on
+        self.facts["selected_on"] = {"split": split, "rule": chosen[main]["rule"], "epoch": chosen[main]["epoch"]}
         for name, best in chosen.items():
             epoch = int(best["epoch"])
             if name == main:
@@ -313,14 +357,17 @@ class Results:
                 self.entries[name] = {"epoch": epoch, "test": reports[epoch].as_dict()}
             else:
                 reports[epoch] = self.add(name, by_epoch[epoch], epoch=epoch)
-            self.entries[name][self.task.select_on + "_scalars"] = best["metrics"]
+            self.entries[name][split + "_scalars"] = best["metrics"]
+            self.entries[name]["selected_on"] = {"split": split, "rule": best["rule"], "epoch": epoch}
             log.info(
-                "%s: epoch %d, score %.4f on %s, %s on test",
+                "%s: epoch %d, best by %s on %s (%.4f), %s on test%s",
                 name,
                 epoch,
+                best["rule"],
+                split,
                 best["score"],
-                self.task.select_on,
                 self.task.format_epoch(reports[epoch]),
+                f"  ({ON_TEST})" if split == "test" else "",
             )
         best = chosen[main]
         self.write(best_epoch=best["epoch"], training_seconds=seconds)

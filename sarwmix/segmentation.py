@@ -22,7 +22,6 @@ from sarwmix.datasets import IGNORED, MaskDataset, SarDataset
 from sarwmix.heads import SEGMENTATION_HEADS, TaskModel
 from sarwmix.loader import Loader
 from sarwmix.metrics import Report, confusion_metrics, value_table
-from sarwmix.selection import Rule
 from sarwmix.tasks import ModelSettings, Predictor, Prepared, Task
 from sarwmix.transforms import SarTransform, apply_flips, cut_windows, draw_flips, draw_windows, window_starts
 from util.errors import UserError
@@ -41,11 +40,11 @@ class SegmentationTask(Task):
         class_weights: Weight of each class in the loss; None: all 1. The loss of a batch is the weighted sum over its
             pixels divided by the sum of their weights.
         select_on: Split that selects the best epoch.
+        select: Metric that selects it; IoU of water by default, with more classes than two the mean IoU.
     """
 
     name = "segmentation"
-    options = ("class_weights", "select_on")
-    primary = "miou"
+    options = ("class_weights", "select", "select_on")
     mixable = False
     exclusive = True
     heads = SEGMENTATION_HEADS
@@ -53,9 +52,16 @@ class SegmentationTask(Task):
     class_columns = (("IoU", "iou"), ("F1", "f1"), ("Precision", "precision"), ("Recall", "recall"))
 
     def __init__(
-        self, classes: Sequence[str], class_weights: Sequence[float] | None = None, select_on: str = "val"
+        self,
+        classes: Sequence[str],
+        class_weights: Sequence[float] | None = None,
+        select_on: str = "val",
+        select: str | None = None,
     ) -> None:
-        super().__init__(classes, select_on)
+        self.primary = "iou" if len(classes) == 2 else "miou"
+        binary, several = ("iou", "miou", "f1", "precision", "recall"), ("miou", "f1_macro", "precision_macro")
+        self.metric_names = (*(binary if len(classes) == 2 else (*several, "recall_macro")), "accuracy")
+        super().__init__(classes, select_on, select)
         if len(self.classes) < 2:
             raise UserError(f"the segmentation task needs two classes or more, got {', '.join(self.classes)}")
         if class_weights is not None:
@@ -232,17 +238,6 @@ class SegmentationTask(Task):
             )
         absent = tuple(str(row["class"]) for row in per_class if not row["support"])
         return Report(scalars=scalars, per_class=per_class, absent=absent)
-
-    def rules(self) -> tuple[Rule, ...]:
-        chosen, what = ("iou", f"IoU of {self.classes[1]}") if self.binary else ("miou", "mean IoU")
-        return (
-            Rule(
-                "checkpoint_best.pth",
-                f"maximum of {what}",
-                lambda new, best: new[chosen] > best[chosen],
-                lambda metrics: metrics[chosen],
-            ),
-        )
 
     # Printing and pictures ---------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ its state is plain data and travels inside the checkpoint, so an interrupted run
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from util.errors import UserError
@@ -19,31 +19,42 @@ SIX_METRICS = ("ap_macro", "ap_micro", "f1_macro", "f1_micro", "precision_macro"
 MACRO_METRICS = ("ap_macro", "f1_macro", "precision_macro")
 
 
+BEST = "checkpoint_best.pth"
+"""File of the best epoch by the rule that was asked for: the run's main result."""
+
+
 @dataclass(frozen=True)
 class Rule:
     """One selection rule.
 
     Attributes:
+        name: what ``--select`` calls it: a metric, or the name of a published rule.
         filename: checkpoint file that holds the rule's best epoch.
-        description: for the log, e.g. "sum of all six metrics".
+        description: words for the log, e.g. "highest ap_macro".
         wins: (new metrics, best metrics so far) -> whether the new epoch replaces it. Ties keep the earlier epoch.
         score: metrics -> one number to print; for rules without one, a stand-in named in `description`.
     """
 
+    name: str
     filename: str
     description: str
     wins: Callable[[Metrics, Metrics], bool]
     score: Callable[[Metrics], float]
 
 
-def weighted_sum_rule(filename: str, weights: Mapping[str, float]) -> Rule:
+def metric_rule(metric: str) -> Rule:
+    """The rule that takes the epoch with the highest value of one metric."""
+    return Rule(metric, BEST, f"highest {metric}", lambda new, best: new[metric] > best[metric], lambda m: m[metric])
+
+
+def weighted_sum_rule(name: str, filename: str, weights: Mapping[str, float]) -> Rule:
     """The rule that maximises sum_m weights[m] * metrics[m]."""
 
     def score(metrics: Metrics) -> float:
         return sum(weight * metrics[name] for name, weight in weights.items())
 
     terms = " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in weights.items())
-    return Rule(filename, f"maximum of {terms}", lambda new, best: score(new) > score(best), score)
+    return Rule(name, filename, f"highest {terms}", lambda new, best: score(new) > score(best), score)
 
 
 def most_best_results(new: Metrics, best: Metrics) -> bool:
@@ -61,13 +72,16 @@ def most_best_results(new: Metrics, best: Metrics) -> bool:
 
 
 def multilabel_rules() -> tuple[Rule, ...]:
-    """The three rules of the BigEarthNet protocol."""
+    """The three rules of the published BigEarthNet protocol."""
     return (
         weighted_sum_rule(
-            "checkpoint_best.pth", {"f1_macro": 1.3, "f1_micro": 1.1, "ap_macro": 1.2, "precision_macro": 1.2}
+            "weighted",
+            "checkpoint_best_weighted.pth",
+            {"f1_macro": 1.3, "f1_micro": 1.1, "ap_macro": 1.2, "precision_macro": 1.2},
         ),
-        weighted_sum_rule("checkpoint_best_default.pth", dict.fromkeys(SIX_METRICS, 1.0)),
+        weighted_sum_rule("sum", "checkpoint_best_default.pth", dict.fromkeys(SIX_METRICS, 1.0)),
         Rule(
+            "mbr",
             "checkpoint_best_mbr.pth",
             "most best results over the six metrics, pairwise, macro metrics break ties (score: their sum)",
             most_best_results,
@@ -76,41 +90,28 @@ def multilabel_rules() -> tuple[Rule, ...]:
     )
 
 
-class EarlyStopping:
-    """Ends training when a metric has not risen for a number of epochs.
+def selection_rules(
+    select: str, metrics: Sequence[str], published: Sequence[Rule] = (), *, keep_published: bool = False
+) -> tuple[Rule, ...]:
+    """The rules of a run: first the one that was asked for, which is stored as `BEST`.
 
     Args:
-        metric: name of the scalar that should rise.
-        patience: epochs without a new best value after which training ends; None: never.
+        select: name of a metric or of a published rule.
+        metrics: metrics of the task.
+        published: the task's published rules.
+        keep_published: whether the best epochs of the other published rules are stored, too.
+
+    Raises:
+        UserError: the task has no such metric or rule.
     """
-
-    def __init__(self, metric: str, patience: int | None) -> None:
-        self.metric, self.patience = metric, patience
-        self.best: float | None = None
-        self.waited = 0
-
-    @property
-    def exhausted(self) -> bool:
-        """Whether training is over."""
-        return self.patience is not None and self.waited >= self.patience
-
-    def update(self, metrics: Metrics) -> bool:
-        """Take an epoch's metrics in; returns `exhausted`."""
-        value = float(metrics[self.metric])
-        if self.best is None or value > self.best:
-            self.best, self.waited = value, 0
-        else:
-            self.waited += 1
-        return self.exhausted
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain data for the checkpoint, so that a resumed run goes on counting."""
-        return {"metric": self.metric, "best": self.best, "waited": self.waited}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over the count of an earlier part of the run; one of another metric starts afresh."""
-        if state.get("metric") == self.metric:
-            self.best, self.waited = state["best"], int(state["waited"])
+    named = {rule.name: rule for rule in published}
+    if select not in named and select not in metrics:
+        raise UserError(
+            f"--select {select} is neither a metric of this task ({', '.join(metrics)})"
+            + (f" nor a published rule ({', '.join(named)})" if named else "")
+        )
+    first = replace(named[select], filename=BEST) if select in named else metric_rule(select)
+    return (first, *(rule for rule in published if keep_published and rule.name != select))
 
 
 class Selector:
@@ -138,6 +139,7 @@ class Selector:
             best = self.best.get(rule.filename)
             if best is None or rule.wins(metrics, best["metrics"]):
                 self.best[rule.filename] = {
+                    "rule": rule.name,
                     "epoch": int(epoch),
                     "score": float(rule.score(metrics)),
                     "metrics": {name: float(value) for name, value in metrics.items()},
@@ -155,13 +157,27 @@ class Selector:
         Raises:
             UserError: the state belongs to other rules.
         """
-        known = {rule.filename for rule in self.rules}
-        if set(state) - known:
+        mine = {rule.filename: rule for rule in self.rules}
+        before = state.get(BEST)
+        # earlier versions stored no name: several files meant the published rules, a single one the task's metric
+        name = None if before is None else before.get("rule", "weighted" if len(state) > 1 else mine[BEST].name)
+        if name is not None and name != mine[BEST].name:
             raise UserError(
-                f"the checkpoint's best scores are those of {sorted(state)}, this task selects {sorted(known)}; "
-                "resume with the data set and options the run was started with"
+                f"the run selects its best epoch by {name!r}, this command by {mine[BEST].name!r}; resume with "
+                f"--select {name}"
             )
         self.best = {
-            name: {"epoch": int(entry["epoch"]), "score": float(entry["score"]), "metrics": dict(entry["metrics"])}
+            name: {
+                "rule": mine[name].name,
+                "epoch": int(entry["epoch"]),
+                "score": float(entry["score"]),
+                "metrics": dict(entry["metrics"]),
+            }
             for name, entry in state.items()
+            if name in mine
         }
+
+    def waited(self, epoch: int) -> int:
+        """Epochs since the best one by the first rule, `epoch` being the last one that was compared."""
+        best = self.best.get(self.rules[0].filename)
+        return 0 if best is None else epoch - int(best["epoch"])

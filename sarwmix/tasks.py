@@ -30,7 +30,7 @@ from sarwmix.datasets import SarDataset
 from sarwmix.heads import CLASSIFICATION_HEADS, TaskModel
 from sarwmix.metrics import Report, align_table, metric_table, multilabel_report
 from sarwmix.mixup import smooth_labels
-from sarwmix.selection import Rule, multilabel_rules
+from sarwmix.selection import SIX_METRICS, Rule, multilabel_rules, selection_rules
 from sarwmix.transforms import SarTransform
 from util.errors import UserError
 
@@ -124,9 +124,11 @@ class Task(ABC):
 
     name: ClassVar[str]
     # options of this task beyond the class names, as the entry script may hand them to `build_task`
-    options: ClassVar[tuple[str, ...]] = ()
-    # scalar metric shown while training and searched for by probes, larger is better
-    primary: ClassVar[str]
+    options: ClassVar[tuple[str, ...]] = ("select", "select_on")
+    # scalar metric shown while training, in tables and searched for by probes, larger is better
+    primary: str
+    # all metrics that may select the best epoch, larger is better
+    metric_names: tuple[str, ...]
     # whether mixup and CutMix make sense
     mixable: ClassVar[bool] = True
     # whether a sample has exactly one class (softmax), or each label is a yes/no question of its own (sigmoid)
@@ -139,11 +141,12 @@ class Task(ABC):
     # columns of the per-class table: title, key of the report's rows
     class_columns: ClassVar[tuple[tuple[str, str], ...]] = (("AP", "ap"), ("F1", "f1"), ("Precision", "precision"))
 
-    def __init__(self, classes: Sequence[str], select_on: str = "val") -> None:
+    def __init__(self, classes: Sequence[str], select_on: str = "val", select: str | None = None) -> None:
         if not classes:
             raise UserError(f"task {self.name} needs a data set with labels, this one has no classes")
         self.classes = tuple(classes)
         self.select_on = select_on  # split that selects the best epoch: "test" where a published protocol does so
+        self.select = select or self.primary  # what "best" means: a metric, or the name of a published rule
 
     @property
     def num_outputs(self) -> int:
@@ -263,9 +266,20 @@ class Task(ABC):
     def report(self, gathered: Mapping[str, np.ndarray]) -> Report:
         """Metrics of a split from the outputs of all its samples in order, (N, ...); `loss` where there is one."""
 
-    @abstractmethod
-    def rules(self) -> tuple[Rule, ...]:
-        """Selection rules; the first one's file is the run's main result."""
+    def published_rules(self) -> tuple[Rule, ...]:
+        """Selection rules of the published protocol, by name, where it has more than the highest metric."""
+        return ()
+
+    def rules(self, *, keep_published: bool = False) -> tuple[Rule, ...]:
+        """Selection rules; the first one is `select`, and its file the run's main result.
+
+        Args:
+            keep_published: whether the best epochs by the other published rules are stored, too.
+
+        Raises:
+            UserError: `select` is neither a metric of the task nor a published rule.
+        """
+        return selection_rules(self.select, self.metric_names, self.published_rules(), keep_published=keep_published)
 
     @abstractmethod
     def format_report(self, report: Report) -> str:
@@ -311,7 +325,7 @@ class Task(ABC):
 
 
 class SingleLabelTask(Task):
-    """Exactly one class a sample: cross-entropy and softmax; the best epoch is that of the highest accuracy."""
+    """Exactly one class a sample: cross-entropy and softmax."""
 
     exclusive = True
     primary = "acc"
@@ -365,22 +379,13 @@ class SingleLabelTask(Task):
         absent = tuple(str(row["class"]) for row in per_class if not row["support"])
         return Report(scalars=scalars, per_class=per_class, absent=absent)
 
-    def rules(self) -> tuple[Rule, ...]:
-        return (
-            Rule(
-                "checkpoint_best.pth",
-                "maximum of accuracy",
-                lambda new, best: new["acc"] > best["acc"],
-                lambda metrics: metrics["acc"],
-            ),
-        )
-
 
 class MultilabelTask(Task):
     """Several classes may be present at once: BigEarthNet with 19 classes and data sets like it."""
 
     name = "multilabel"
     primary = "ap_macro"
+    metric_names = SIX_METRICS
 
     def build_model(self, settings: ModelSettings) -> TaskModel:
         return build_classifier(settings, self.num_outputs)
@@ -407,7 +412,7 @@ class MultilabelTask(Task):
             report.scalars["loss"] = float(np.mean(gathered["loss"], dtype=np.float64))
         return report
 
-    def rules(self) -> tuple[Rule, ...]:
+    def published_rules(self) -> tuple[Rule, ...]:
         return multilabel_rules()
 
     def format_report(self, report: Report) -> str:

@@ -220,6 +220,7 @@ def test_logistic_probe_with_a_class_that_is_never_or_always_there() -> None:
 class Exclusive(MultilabelTask):
     exclusive = True
     primary = "accuracy"
+    metric_names = ("accuracy",)
 
     def report(self, gathered):  # type: ignore[no-untyped-def]
         from sarwmix.metrics import Report

@@ -30,7 +30,7 @@ REALDATA = Path(__file__).resolve().parents[2] / "shared" / "realdata" / "sen1fl
 CASES: dict[str, tuple[str, ...]] = {
     "eurosat_sar": ("--input_size", "64", "--bands", "VV,VH"),
     "benv2": ("--input_size", "64", "--bands", "all"),
-    "dfc2020": ("--input_size", "128", "--label_set", "igbp", "--no_savanna"),
+    "dfc2020": ("--input_size", "128", "--label_set", "igbp", "--no_savanna", "--batch_size", "2"),
     "sen1floods11": ("--input_size", "256", "--bands", "s1s2", "--class_weights", "0.1", "0.5"),
     "satlas": ("--input_size", "256", "--bands", "rgb", "--val_frac", "0.4", "--batch_size", "2"),
 }
@@ -50,8 +50,10 @@ def script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Script]:
             command += ["--head", "fused"]
         monkeypatch.setattr(sys, "argv", [str(word) for word in command])
         main_finetune.main()
-        name = "metrics_eval.json" if "--eval" in args else "metrics.json"
-        return json.loads((tmp_path / "run" / name).read_text())
+        if "--eval" in args:  # each evaluation has a folder of its own
+            newest = max((tmp_path / "run").glob("eval_*/metrics_eval.json"), key=lambda path: path.stat().st_mtime_ns)
+            return json.loads(newest.read_text())
+        return json.loads((tmp_path / "run" / "metrics.json").read_text())
 
     yield run
     torch.set_num_threads(threads)
@@ -73,7 +75,12 @@ def test_train_resume_evaluate(script: Script, tmp_path: Path, dataset: str) -> 
     test = build_dataset(dataset, root, "test", **choice)
     assert metrics["bands"] == list(test.spec.bands)
     assert metrics["splits"]["test"]["names_sha256"] == test.identity()["names_sha256"]
-    used = {"dfc2020": {"label_set": "igbp", "no_savanna": 1}, "satlas": {"val_frac": 0.4}}
+    used = {
+        "dfc2020": {"label_set": "igbp", "no_savanna": 1, "val_frac": 0.1},
+        "eurosat_sar": {"val_frac": 0.1},
+        "satlas": {"val_frac": 0.4},
+    }
+    assert metrics["selected_on"]["split"] == "val"
     assert metrics["data_options"] == used.get(dataset, {})
     scalars = metrics["results"]["checkpoint_best.pth"]["test"]["scalars"]
     with np.load(tmp_path / "run/predictions_test.npz") as arrays:
@@ -194,8 +201,8 @@ def test_help_says_which_seed_cuts_splits(capsys: pytest.CaptureFixture[str]) ->
 
 @pytest.mark.parametrize("dataset", ["eurosat_sar", "sen12flood"])
 def test_the_test_split_does_not_choose_the_regularisation(script: Script, tmp_path: Path, dataset: str) -> None:
-    with pytest.raises(UserError, match=f"lbfgs chooses C on a validation split, which {dataset} .* --val_frac 0.1"):
-        script(dataset, tmp_path / "nowhere", "--protocol", "linear", "--probe_solver", "lbfgs")
+    with pytest.raises(UserError, match="lbfgs chooses C on samples that are not tested; leave out --select_on test"):
+        script(dataset, tmp_path / "nowhere", "--protocol", "linear", "--probe_solver", "lbfgs", "--select_on", "test")
 
 
 def test_lbfgs_probe_with_a_validation_part(script: Script, tmp_path: Path) -> None:
@@ -228,12 +235,14 @@ def test_floods_without_bolivia_and_with_an_empty_chip(script: Script, tmp_path:
         path.unlink()
     evaluate = (*options, "--eval", "--resume", tmp_path / "run/checkpoint_best.pth")
     found = script("sen1floods11", root, *evaluate)
+    log = tmp_path / "run/eval_checkpoint_best/run.log"
     assert "split bolivia is not evaluated: none of the 1 chips" in log.read_text()
     (root / "splits/flood_handlabeled/flood_bolivia_data.csv").unlink()
     expected = script("sen1floods11", root, *evaluate, "--data_option", f"skip={empty}")
+    log = tmp_path / "run/eval_checkpoint_best_2/run.log"
     assert "split bolivia is not evaluated: split 'bolivia' of sen1floods11" in log.read_text()
     ((entry,), (alone,)) = (list(metrics["results"].values()) for metrics in (found, expected))
-    assert set(entry) == {"epoch", "val", "test"}
+    assert set(entry) == {"epoch", "val", "test", "selected_on"}
     for other in (alone["test"], trained["results"]["checkpoint_best.pth"]["test"]):
         # another batch size rounds the loss differently
         assert entry["test"] == {**other, "scalars": pytest.approx(other["scalars"], rel=1e-6)}

@@ -6,7 +6,14 @@ import json
 
 import pytest
 
-from sarwmix.selection import SIX_METRICS, Selector, most_best_results, multilabel_rules, weighted_sum_rule
+from sarwmix.selection import (
+    SIX_METRICS,
+    Selector,
+    most_best_results,
+    multilabel_rules,
+    selection_rules,
+    weighted_sum_rule,
+)
 from tests.conftest import PARITY
 from util.errors import UserError
 
@@ -36,10 +43,10 @@ def test_most_best_results_by_hand() -> None:
 
 def test_the_three_rules_and_their_weights() -> None:
     first, second, third = multilabel_rules()
-    assert [first.filename, second.filename, third.filename] == [
-        "checkpoint_best.pth",
-        "checkpoint_best_default.pth",
-        "checkpoint_best_mbr.pth",
+    assert [(rule.name, rule.filename) for rule in (first, second, third)] == [
+        ("weighted", "checkpoint_best_weighted.pth"),
+        ("sum", "checkpoint_best_default.pth"),
+        ("mbr", "checkpoint_best_mbr.pth"),
     ]
     values = metrics(0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
     # 1.3 F1macro + 1.1 F1micro + 1.2 APmacro + 1.2 Pmacro
@@ -61,7 +68,7 @@ def test_rules_choose_independently() -> None:
     # precision micro alone is much better: the sum rises, the weighted sum does not see it, five of six ranks are lost
     assert selector.update(1, metrics(0.49, 0.49, 0.49, 0.49, 0.49, 0.9)) == ["checkpoint_best_default.pth"]
     assert selector.best["checkpoint_best_default.pth"]["epoch"] == 1
-    assert selector.best["checkpoint_best.pth"]["epoch"] == 0
+    assert selector.best["checkpoint_best_weighted.pth"]["epoch"] == 0
 
 
 def test_best_scores_survive_a_resume() -> None:
@@ -81,14 +88,61 @@ def test_best_scores_survive_a_resume() -> None:
     assert second.best == whole.best
 
 
-def test_state_of_another_task_is_refused() -> None:
-    selector = Selector([weighted_sum_rule("checkpoint_best.pth", {"accuracy": 1.0})])
-    other = Selector(multilabel_rules())
-    other.update(0, metrics(*[0.5] * 6))
-    with pytest.raises(UserError, match="best scores"):
-        selector.load_state_dict(other.state_dict())
+def test_the_epoch_shown_is_the_best_by_the_metric_shown() -> None:
+    """An untrained probe that claims much wins by the composite of F1 and precision, never by average precision."""
+    rules = selection_rules("ap_macro", SIX_METRICS, multilabel_rules(), keep_published=True)
+    assert [(rule.name, rule.filename) for rule in rules] == [
+        ("ap_macro", "checkpoint_best.pth"),
+        ("weighted", "checkpoint_best_weighted.pth"),
+        ("sum", "checkpoint_best_default.pth"),
+        ("mbr", "checkpoint_best_mbr.pth"),
+    ]
+    selector = Selector(rules)
+    selector.update(0, metrics(0.24, 0.24, 0.35, 0.4, 0.25, 0.3))
+    selector.update(1, metrics(0.38, 0.38, 0.1, 0.2, 0.3, 0.5))
+    assert {entry["rule"]: entry["epoch"] for entry in selector.best.values()} == {
+        "ap_macro": 1, "weighted": 0, "sum": 1, "mbr": 1,
+    }  # fmt: skip
+    assert selector.best["checkpoint_best.pth"]["score"] == 0.38
+    assert selector.waited(1) == 0
+    assert selector.waited(4) == 3
+
+
+def test_a_published_rule_by_name_and_rules_that_do_not_exist() -> None:
+    rules = selection_rules("weighted", SIX_METRICS, multilabel_rules(), keep_published=True)
+    assert [rule.filename for rule in rules] == [
+        "checkpoint_best.pth", "checkpoint_best_default.pth", "checkpoint_best_mbr.pth",
+    ]  # fmt: skip
+    (alone,) = selection_rules("mbr", SIX_METRICS, multilabel_rules())
+    assert (alone.name, alone.filename) == ("mbr", "checkpoint_best.pth")
+    with pytest.raises(UserError, match="--select ap is neither a metric of this task .* nor a published rule"):
+        selection_rules("ap", SIX_METRICS, multilabel_rules())
+    with pytest.raises(UserError, match=r"neither a metric of this task \(acc\)$"):
+        selection_rules("mbr", ["acc"])
+
+
+def test_a_run_goes_on_with_the_rule_that_it_was_started_with() -> None:
+    started = Selector(selection_rules("f1_macro", SIX_METRICS, multilabel_rules()))
+    started.update(0, metrics(*[0.5] * 6))
+    other = Selector(selection_rules("ap_macro", SIX_METRICS, multilabel_rules()))
+    with pytest.raises(UserError, match="by 'f1_macro', this command by 'ap_macro'; resume with --select f1_macro"):
+        other.load_state_dict(started.state_dict())
+
+
+def test_runs_of_earlier_versions_selected_by_the_published_rules() -> None:
+    """Three files without names of rules; one file was the highest metric."""
+    entry = {"epoch": 3, "score": 1.0, "metrics": metrics(*[0.5] * 6)}
+    old = {"checkpoint_best.pth": entry, "checkpoint_best_default.pth": entry, "checkpoint_best_mbr.pth": entry}
+    with pytest.raises(UserError, match="resume with --select weighted"):
+        Selector(selection_rules("ap_macro", SIX_METRICS, multilabel_rules())).load_state_dict(old)
+    selector = Selector(selection_rules("weighted", SIX_METRICS, multilabel_rules(), keep_published=True))
+    selector.load_state_dict(old)
+    assert [one["rule"] for one in selector.best.values()] == ["weighted", "sum", "mbr"]
+    single = Selector(selection_rules("acc", ["acc"]))
+    single.load_state_dict({"checkpoint_best.pth": {"epoch": 1, "score": 0.5, "metrics": {"acc": 0.5}}})
+    assert single.best["checkpoint_best.pth"]["epoch"] == 1
 
 
 def test_two_rules_with_one_file_are_refused() -> None:
     with pytest.raises(ValueError, match="distinct"):
-        Selector([weighted_sum_rule("a.pth", {"x": 1.0}), weighted_sum_rule("a.pth", {"y": 1.0})])
+        Selector([weighted_sum_rule("x", "a.pth", {"x": 1.0}), weighted_sum_rule("y", "a.pth", {"y": 1.0})])

@@ -130,7 +130,7 @@ def gathered(truth: list[int], flood: list[float]) -> dict[str, np.ndarray]:
 
 
 def test_report_and_printing() -> None:
-    task = PairTask(CLASSES)
+    task = PairTask(CLASSES, select_on="test")
     report = task.report(gathered([1, 1, 0, 0], [0.9, 0.4, 0.2, 0.5]))
     assert report.scalars["acc"] == 75.0  # a tie is no flood
     assert report.scalars["loss"] == pytest.approx(-np.log([0.9, 0.4, 0.8, 0.5]).mean())
@@ -146,7 +146,7 @@ def test_report_and_printing() -> None:
         "Best model saved at epoch 3 with score 75.0000",
     ]
     assert len(task.epoch_lines(best, report, improved=False)) == 5
-    held_out = PairTask(CLASSES, val_frac=0.1).epoch_lines(best, report, improved=False)
+    held_out = PairTask(CLASSES).epoch_lines(best, report, improved=False)
     assert held_out[0] == "Accuracy of the network on the 4 held-out training images: 75.0000%"
     first = task.summary(best, report, 4).splitlines()[0]
     assert first == "Best Results Summary: Epoch 3 Best Accuracy Score 75.0000"
@@ -160,12 +160,12 @@ def test_best_accuracy_selects_and_ties_keep_the_earlier() -> None:
 
 
 def test_task_options() -> None:
-    task = build_task("pair", CLASSES, {"patch_op": "max", "legacy_tiling": True, "val_frac": None})
+    task = build_task("pair", CLASSES, {"patch_op": "max", "legacy_tiling": True, "select_on": "test"})
     model = task.build_model(ModelSettings("mixmim_tiny", 256, 2))
     assert isinstance(model, MixMIMPair)
     assert (model.patch_op, model.legacy_tiling, model.img_size) == ("max", True, 128)
     assert task.select_on == "test"
-    assert build_task("pair", CLASSES, {"val_frac": 0.1}).select_on == "val"
+    assert build_task("pair", CLASSES).select_on == "val"
     task.check_settings({}, source="released.pth")
     task.check_settings({"patch_op": "max", "legacy_tiling": True, "name": "mixmim_base"}, source="ours.pth")
     with pytest.raises(UserError, match=r"ours.pth was trained with patch_op avg, not max; give --patch_op"):
@@ -321,11 +321,24 @@ def test_a_run_prints_logs_and_draws_what_the_contract_says(
     prepared: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     common = ("--data_path", prepared["store"], "--batch_size", 8)
-    training = ("--epochs", 2, "--warmup_epochs", 0, "--lr", 1e-3, "--mixup", 0.5)
+    training = (
+        "--epochs",
+        2,
+        "--warmup_epochs",
+        0,
+        "--lr",
+        1e-3,
+        "--mixup",
+        0.5,
+        "--select_on",
+        "test",
+        "--bootstrap",
+        20,
+    )
     finetune(monkeypatch, *common, *training, "--output_dir", tmp_path / "run")
     output = capsys.readouterr().out
     count = len(open_pairs(prepared["store"]))
-    assert "the best epoch is selected on the test split, as published" in output
+    assert "best epoch: highest acc on test, which is then no independent measure" in output
     assert len(re.findall(rf"^Accuracy of the network on the {count} test images: \d+\.\d{{4}}%$", output, re.M)) >= 3
     for line in (r"Precision: \d\.\d+", r"Recall: \d\.\d+", r"F1 Score: \d\.\d+", r"Max accuracy: \d+\.\d+%"):
         assert re.search(rf"^{line}$", output, re.M), line
@@ -335,6 +348,15 @@ def test_a_run_prints_logs_and_draws_what_the_contract_says(
     result = json.loads((tmp_path / "run" / "metrics.json").read_text())
     scalars = result["results"]["checkpoint_best.pth"]["test"]["scalars"]
     assert set(scalars) == {"acc", "precision", "recall", "f1", "loss"}
+    places = {name.split("__")[0] for name in open_pairs(prepared["store"]).names}
+    assert result["clusters"] == {"test": len(places)}
+    with np.load(tmp_path / "run" / "predictions_test.npz") as arrays:
+        assert set(arrays["clusters"]) == places
+    if len(places) > 1:
+        low, high = result["results"]["checkpoint_best.pth"]["test"]["intervals_95"]["acc"]
+        assert 0 <= low <= scalars["acc"] <= high <= 100
+    assert result["selected_on"] == {"split": "test", "rule": "acc", "epoch": result["best_epoch"]}
+    assert "selected on test: optimistic" in output
     assert (tmp_path / "run" / "pictures" / "wrong_pairs_test.png").exists()
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -367,7 +389,7 @@ def test_two_processes_select_on_held_out_places_and_count_each_pair_once(
     held_out = len(open_pairs(prepared["store"], "val", val_frac=0.3))
     assert f"Accuracy of the network on the {held_out} held-out training images" in done.stdout
     assert done.stdout.count(f"on the {count} test images") == 2  # table and summary of the end: test is read once
-    assert "selected on the test split" not in done.stdout
+    assert "selected on test" not in done.stdout
     two = json.loads((tmp_path / "two" / "metrics.json").read_text())["results"]["checkpoint_best.pth"]
     evaluation = [
         "--eval",

@@ -6,6 +6,7 @@ Each `add_*` function adds one group with a title; a script composes what it use
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,6 +24,20 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(
         description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )
+
+
+def given_flags(parser: argparse.ArgumentParser, words: Sequence[str] | None = None) -> set[str]:
+    """Names of the flags that a command line names, whatever their values.
+
+    Args:
+        parser: knows the flags.
+        words: the command line; None: that of the program.
+    """
+    suppressed = copy.deepcopy(parser)
+    suppressed._defaults = {}
+    for action in suppressed._actions:
+        action.default = argparse.SUPPRESS
+    return set(vars(suppressed.parse_args(words)))
 
 
 def args_to_dict(args: argparse.Namespace) -> dict[str, Any]:
@@ -446,8 +461,8 @@ def add_pair_args(parser: argparse.ArgumentParser) -> None:
         "--legacy_tiling", action="store_true", help="cut tiles as the published code does, for its released checkpoint"
     )
     group.add_argument("--val_frac", type=open_fraction, default=None, metavar="F",
-                       help="hold out this share of the training sequences or samples to select the best epoch; "
-                            "not given: select on test, as published")  # fmt: skip
+                       help="data sets without a validation part: hold out this share of the training sequences or "
+                            "samples to select the best epoch (not given: 0.1)")  # fmt: skip
 
 
 def add_protocol_args(parser: argparse.ArgumentParser) -> None:
@@ -481,7 +496,25 @@ def add_protocol_args(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="leave the head of the --finetune checkpoint out, e.g. for other classes",
     )
-    group.add_argument("--eval", action="store_true", help="evaluate --resume CKPT on val and test, and exit")
+    group.add_argument(
+        "--select",
+        default=None,
+        metavar="NAME",
+        help="what makes an epoch the best one: a metric of the task, or a published rule of the multi-label task: "
+        "weighted, sum, mbr (not given: macro AP, accuracy, IoU of water or mean IoU)",
+    )
+    group.add_argument(
+        "--select_on",
+        choices=("val", "test"),
+        default="val",
+        help="split that selects; test, as published for data sets without a validation part: the result is optimistic",
+    )
+    group.add_argument(
+        "--eval",
+        action="store_true",
+        help="evaluate --resume CKPT on val and test, and exit; model and data options are those of the checkpoint "
+        "unless given; goes to a new folder beside it (not given: --output_dir)",
+    )
     group.add_argument(
         "--probe_solver",
         choices=("sgd", "lbfgs"),
@@ -506,7 +539,7 @@ def add_protocol_args(parser: argparse.ArgumentParser) -> None:
         type=positive_int,
         default=None,
         metavar="N",
-        help="stop when the task's main metric (macro AP, ...) has not risen for N epochs (not given: never)",
+        help="stop when --select has found no better epoch for N epochs (not given: never)",
     )
     group.add_argument(
         "--train_frac",
@@ -516,7 +549,8 @@ def add_protocol_args(parser: argparse.ArgumentParser) -> None:
         help="train on this share of the labels: stratified on the label sets, chosen by --seed",
     )
     group.add_argument("--bootstrap", type=non_negative_int, default=0, metavar="N",
-                       help="95%% intervals of the test metrics from N resamples of the split")  # fmt: skip
+                       help="95%% intervals of the test metrics from N resamples of the split's clusters (scenes, "
+                            "places, events; images where the data set knows none)")  # fmt: skip
 
 
 def add_finetune_args(parser: argparse.ArgumentParser) -> None:

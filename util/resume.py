@@ -108,9 +108,10 @@ def _comparable(run: Mapping[str, Any], checkpoint: Mapping[str, Any], batch: Ba
     """The run's description as the checkpoint would put it.
 
     A peak rate given by --lr may be the one that followed from --blr before: so a run keeps its rate when the batch
-    changes. Checkpoints of other tools say nothing about the recipe.
+    changes. Checkpoints of other tools say nothing about the recipe, older ones nothing about the selection.
     """
-    wanted = {name: value for name, value in run.items() if name != "recipe" or name in checkpoint}
+    optional = ("recipe", "selection")
+    wanted = {name: value for name, value in run.items() if name not in optional or name in checkpoint}
     schedule, saved, old = wanted.get("schedule"), checkpoint.get("schedule"), checkpoint.get("batch")
     if isinstance(schedule, Mapping) and isinstance(saved, Mapping) and isinstance(old, Mapping):
         same_rate = math.isclose(batch.lr, float(old.get("lr", 0.0)), rel_tol=1e-3)  # as the messages print it

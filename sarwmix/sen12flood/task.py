@@ -61,11 +61,13 @@ class PairTask(SingleLabelTask):
         classes: Names of the two classes, flood last.
         patch_op: ``"avg"`` or ``"max"`` over tiles.
         legacy_tiling: Tiles as the published code cuts them.
-        val_frac: Whether sequences of train are held out, which then select the best epoch.
+        select_on: Split that selects the best epoch: sequences of train that are held out, or test, as published.
+        select: Metric that selects it, accuracy by default.
     """
 
     name = "pair"
-    options = ("patch_op", "legacy_tiling", "val_frac")
+    options = ("patch_op", "legacy_tiling", "select", "select_on")
+    metric_names = ("acc", "f1", "precision", "recall")
     heads = ("linear",)
 
     def __init__(
@@ -73,10 +75,10 @@ class PairTask(SingleLabelTask):
         classes: Sequence[str],
         patch_op: str = "avg",
         legacy_tiling: bool = False,
-        val_frac: float | None = None,
+        select_on: str = "val",
+        select: str | None = None,
     ) -> None:
-        # The published protocol selects on test; with --val_frac the held-out sequences select.
-        super().__init__(classes, "test" if val_frac is None else "val")
+        super().__init__(classes, select_on, select)
         if len(self.classes) != 2:
             raise UserError(f"the pair task has two classes, no flood and flood; got {', '.join(self.classes)}")
         if patch_op not in PATCH_OPS:
@@ -213,14 +215,16 @@ class PairTask(SingleLabelTask):
         text = self.format_report(report)
         if self.select_on != "test":
             text = text.replace(" test images", " held-out training images")
-        lines = [*text.splitlines(), f"Max accuracy: {best['score']:.4f}%"]
+        name, unit = ("accuracy", "%") if self.select == "acc" else (self.select, "")
+        lines = [*text.splitlines(), f"Max {name}: {best['score']:.4f}{unit}"]
         if improved:
             lines.append(f"Best model saved at epoch {best['epoch']} with score {best['score']:.4f}")
         return lines
 
     def summary(self, best: Mapping[str, Any], report: Report, samples: int) -> str:
+        name = "Accuracy" if self.select == "acc" else self.select
         return (
-            f"Best Results Summary: Epoch {best['epoch']} Best Accuracy Score {best['score']:.4f}\n"
+            f"Best Results Summary: Epoch {best['epoch']} Best {name} Score {best['score']:.4f}\n"
             f"{self.format_report(report)}"
         )
 
