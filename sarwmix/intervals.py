@@ -161,9 +161,9 @@ def paired_difference(
     """Mean metric of one arm minus that of another, paired over clusters, samples and, where they agree, seeds.
 
     The variance has two parts. That of the clusters comes from draws in which all runs see the same clusters. That of
-    the seeds is the variance of the runs' values, less what they owe to the clusters being few (the interaction), so
-    that nothing counts twice (Cameron, Gelbach and Miller 2011). The degrees of freedom are Satterthwaite's: with three
-    seeds an interval is wide, as it must be.
+    the seeds is the variance of the runs' values; what runs owe to single clusters is in both, which makes the interval
+    a little wide where runs differ by clusters alone. The degrees of freedom are Satterthwaite's: with three seeds an
+    interval is wide, as it must be.
 
     Args:
         first: metrics of each run of the arm.
@@ -203,16 +203,10 @@ def paired_difference(
     if len(drawn[0]) > 1:
         whole = sum(sign * own.mean(axis=1) for sign, own in zip(signs, drawn, strict=False))
         of_clusters = float(np.var(whole, ddof=1)) * clusters / (clusters - 1)
-    # the seeds' part, and what of it is due to the clusters
-    of_seeds, shared = np.nan, 0.0
-    if n_seeds > 1:
-        of_seeds = sum(float(np.var(own, ddof=1)) / len(own) for own in values)
-        for own in drawn if np.isfinite(of_clusters) else ():
-            alone, together = np.var(own, axis=0, ddof=1).mean(), np.var(own.mean(axis=1), ddof=1)
-            shared += float(alone - together) * clusters / (clusters - 1) / (own.shape[1] - 1)
-    beyond = max(0.0, of_seeds - shared) if n_seeds > 1 else np.nan
-    known = [(part, count) for part, count in ((of_clusters, clusters), (beyond, n_seeds)) if np.isfinite(part)]
-    variance = sum(part for part, _ in known)
+    # the seeds' part: their spread on the split as it is
+    of_seeds = sum(float(np.var(own, ddof=1)) / len(own) for own in values) if n_seeds > 1 else np.nan
+    known = [part for part in (of_clusters, of_seeds) if np.isfinite(part)]
+    variance = sum(known)
     low = high = p = np.nan
     if known:
         p, low, high = float(estimate == 0), estimate, estimate
@@ -228,7 +222,7 @@ def paired_difference(
         float(low),
         float(high),
         float(p),
-        float(np.sqrt(beyond * n_seeds)),
+        float(np.sqrt(of_seeds * n_seeds)),
         float(np.sqrt(of_clusters * clusters)),
         n_seeds,
         clusters,
