@@ -162,8 +162,7 @@ def paired_difference(
 
     The variance has two parts. That of the clusters comes from draws in which all runs see the same clusters. That of
     the seeds is the variance of the runs' values; what runs owe to single clusters is in both, which makes the interval
-    a little wide where runs differ by clusters alone. The degrees of freedom are Satterthwaite's: with three seeds an
-    interval is wide, as it must be.
+    a little wide where runs differ by clusters alone. With three seeds an interval is wide, as it must be.
 
     Args:
         first: metrics of each run of the arm.
@@ -177,8 +176,6 @@ def paired_difference(
     Raises:
         UserError: a metric that a run does not have.
     """
-    from scipy.stats import t
-
     arms = [list(first), list(second)] if second else [list(first)]
     paired = seeds is not None and bool(second) and sorted(seeds[0]) == sorted(set(seeds[1])) == sorted(seeds[1])
     if paired and seeds is not None:
@@ -205,23 +202,14 @@ def paired_difference(
         of_clusters = float(np.var(whole, ddof=1)) * clusters / (clusters - 1)
     # the seeds' part: their spread on the split as it is
     of_seeds = sum(float(np.var(own, ddof=1)) / len(own) for own in values) if n_seeds > 1 else np.nan
-    known = [part for part in (of_clusters, of_seeds) if np.isfinite(part)]
-    variance = sum(known)
-    low = high = p = np.nan
-    if known:
-        p, low, high = float(estimate == 0), estimate, estimate
-    if variance > 0:
-        doubt = 0.0 if not np.isfinite(of_clusters) else of_clusters**2 / (clusters - 1)
-        doubt += 0.0 if n_seeds < 2 else of_seeds**2 / (n_seeds - 1 if paired or len(values) == 1 else _pooled(values))
-        freedom = variance**2 / doubt
-        half = float(t.ppf(0.975, freedom)) * np.sqrt(variance)
-        p = float(2 * t.sf(abs(estimate) / np.sqrt(variance), freedom))
-        low, high = estimate - half, estimate + half
+    parts = [(of_clusters, float(clusters - 1))] if np.isfinite(of_clusters) else []
+    parts += [(of_seeds, _freedom(values))] if n_seeds > 1 else []
+    half = _margin(parts, 0.05) if parts else np.nan
     return Difference(
         estimate,
-        float(low),
-        float(high),
-        float(p),
+        float(estimate - half),
+        float(estimate + half),
+        _p_value(estimate, parts),
         float(np.sqrt(of_seeds * n_seeds)),
         float(np.sqrt(of_clusters * clusters)),
         n_seeds,
@@ -237,8 +225,29 @@ def _value(run: Evaluate, counts: np.ndarray, metric: str) -> float:
     return float(found[metric])
 
 
-def _pooled(values: Sequence[np.ndarray]) -> float:
-    """Welch's degrees of freedom of a difference of two means."""
+def _margin(parts: Sequence[tuple[float, float]], level: float) -> float:
+    """Half of the interval of the given level: margins of all parts (variance, degrees of freedom), squared and added.
+
+    Satterthwaite's formula would give a seed's few degrees of freedom too little weight where its part looks small.
+    """
+    from scipy.stats import t
+
+    return float(np.sqrt(sum(part * t.isf(level / 2, freedom) ** 2 for part, freedom in parts)))
+
+
+def _p_value(estimate: float, parts: Sequence[tuple[float, float]]) -> float:
+    """The level at which the interval just reaches 0; NaN where nothing is known."""
+    if not parts:
+        return float("nan")
+    low, high = 0.0, 1.0
+    for _ in range(60):  # the margin falls from infinity at 0 to nothing at 1
+        level = (low + high) / 2
+        low, high = (level, high) if _margin(parts, level) > abs(estimate) else (low, level)
+    return high
+
+
+def _freedom(values: Sequence[np.ndarray]) -> float:
+    """Degrees of freedom of the mean of one arm, or of a difference of two (Welch)."""
     parts = [float(np.var(own, ddof=1)) / len(own) for own in values]
     doubt = sum(part**2 / (len(own) - 1) for part, own in zip(parts, values, strict=True))
     return sum(parts) ** 2 / doubt if doubt > 0 else float(min(len(own) for own in values) - 1)
@@ -265,15 +274,11 @@ def resolvable(sd_seeds: float, sd_clusters: float, seeds: int, clusters: int) -
         seeds: runs of each arm.
         clusters: clusters of the test split.
     """
-    from scipy.stats import t
-
-    parts = [(sd**2 / count, count) for sd, count in ((sd_seeds, seeds), (sd_clusters, clusters))
+    parts = [(sd**2 / count, float(count - 1)) for sd, count in ((sd_seeds, seeds), (sd_clusters, clusters))
              if np.isfinite(sd) and count > 1]  # fmt: skip
-    variance = sum(part for part, _ in parts)
-    if variance == 0:
-        return float("nan") if not parts else 0.0
-    freedom = variance**2 / sum(part**2 / (count - 1) for part, count in parts)
-    return float((t.ppf(0.975, freedom) + t.ppf(POWER, freedom)) * np.sqrt(variance))
+    if not parts:
+        return float("nan")
+    return _margin(parts, 0.05) + _margin(parts, 2 * (1 - POWER))
 
 
 def power_line(difference: Difference, *, seeds: Sequence[int] = (3, 5, 10, 20)) -> str:

@@ -227,7 +227,7 @@ def held_out_sequences(pairs: Sequence[PairRow], fraction: float) -> set[str]:
     if flooded <= held or not flooded:
         raise UserError(
             f"val_frac {fraction} of {len(flooded)} training sequence(s) with floods leaves none to train or to "
-            "select; expected at least two: prepare more sequences, or train without --val_frac"
+            "select; expected at least two: prepare more sequences, or select on test (--select_on test, as published)"
         )
     return held
 
