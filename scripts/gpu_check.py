@@ -652,8 +652,13 @@ def _finetune_rate(check: Check, *, pair: bool, batch: int, compiled: bool, size
 def _finetune_table(check: Check, *, pair: bool, batches: tuple[int, ...], size: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for batch in batches:
-        for name, compiled, graph in (("compiled", True, False), ("eager", False, False), ("graph of eager", False, True),
-                                      ("graph of compiled", True, True)):  # fmt: skip
+        kinds = (
+            ("compiled", True, False),
+            ("eager", False, False),
+            ("graph of eager", False, True),
+            ("graph of compiled", True, True),
+        )
+        for name, compiled, graph in kinds:
             if check.dry and (compiled or graph):
                 continue
             if check.left < 60 and found:

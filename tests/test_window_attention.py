@@ -101,7 +101,8 @@ def check(kernel, types, fixed, warps):
 for kind in ("*bf16", "*fp16"):
     for window, has_bias in CHOSEN:
         fixed = {"N": window, "D": 32, "C": 512, "HAS_BIAS": has_bias, "PRECISION": "tf32", "TILE": wa.TILE}
-        types = dict.fromkeys(("QKV", "OUT", "DOUT", "DQKV"), kind) | {"BIAS": "*fp32", "DBIAS": "*fp32", "scale": "fp32"}
+        types = dict.fromkeys(("QKV", "OUT", "DOUT", "DQKV"), kind)
+        types |= {"BIAS": "*fp32", "DBIAS": "*fp32", "scale": "fp32"}
         check(wa._forward_kernel, types, fixed, wa.WARPS[0])
         check(wa._backward_kernel, types, {**fixed, "SUM_BIAS": has_bias}, wa.WARPS[1 if has_bias else 2])
 print("fine")
