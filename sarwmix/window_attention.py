@@ -302,7 +302,8 @@ if triton is not None:
     def _second_gradients(ctx: Any, ddqkv: Tensor, ddbias: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the gradients, by the explicit form: correct, and no faster than that."""
         with torch.enable_grad():
-            qkv, bias, dout = (None if t is None else t.detach().requires_grad_() for t in ctx.saved_tensors)
+            saved: list[Any] = [None if t is None else t.detach().requires_grad_() for t in ctx.saved_tensors]
+            qkv, bias, dout = saved
             sources = (qkv,) if not ctx.sum_bias else (qkv, bias)
             out = explicit_window_attention(qkv, bias, ctx.num_heads, window=ctx.window)
             first = torch.autograd.grad(out, sources, dout, create_graph=True)
