@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 from sarwmix import pictures
 from sarwmix.datasets import SarDataset
 from sarwmix.pictures import CYCLE
-from sarwmix.prediction import Options, Source, _nothing, _tiles, radar_channels, resolve_unit, say_about_place, starts
+from sarwmix.prediction import Options, Source, _nothing, _tiles, radar_channels, resolve_unit, say_about_place
 from sarwmix.pretrained import Pretrained
 from sarwmix.scenes import Scene, SceneReader
+from sarwmix.transforms import starts
 from util.errors import UserError
 from util.log import Progress
 

@@ -36,6 +36,7 @@ from sarwmix.rasters import same_crs
 from sarwmix.registry import DECIBEL, REFLECTANCE, unit_of
 from sarwmix.scenes import BLOCK_CACHE, UNITS, Scene, SceneReader, check_unit, find_scenes, parse_band_order
 from sarwmix.sen12flood.dataset import ZERO_POWER
+from sarwmix.transforms import blend_weights, starts
 from util.errors import UserError
 from util.files import TEMP_SUFFIX, WriteError, file_set, write_json
 from util.log import Progress, get_logger
@@ -240,13 +241,6 @@ class Source:
             yield row, buffer, first_new
 
 
-def starts(length: int, tile: int, stride: int) -> list[int]:
-    """First pixels of the tiles along one axis; the last tile ends with the scene."""
-    if length <= tile:
-        return [0]
-    return [*range(0, length - tile, stride), length - tile]
-
-
 def check_same_grid(first: Scene, second: Scene) -> None:
     """Refuse two dates on different grids.
 
@@ -359,12 +353,6 @@ def overlaps(start: float, length: float, cell: int, count: int) -> tuple[int, F
     last = min(int(-(-(start + length) // cell)), count)
     edges = np.clip(np.arange(first, max(last, first + 1) + 1) * cell, start, start + length)
     return first, np.diff(edges).astype(np.float32)
-
-
-def blend_weights(side: int) -> FloatArray:
-    """Weights of a window that fall smoothly to almost 0 at its edges, (side, side): squared sines."""
-    line = np.sin(np.pi * (np.arange(side) + 0.5) / side) ** 2
-    return np.outer(line, line).astype(np.float32)
 
 
 # Files -----------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from sarwmix.heads import SEGMENTATION_HEADS, TaskModel
 from sarwmix.loader import Loader
 from sarwmix.metrics import Report, confusion_metrics, value_table
 from sarwmix.tasks import ModelSettings, Predictor, Prepared, Task
-from sarwmix.transforms import SarTransform, apply_flips, cut_windows, draw_flips, draw_windows, window_starts
+from sarwmix.transforms import SarTransform, apply_flips, blend_weights, cut_windows, draw_flips, draw_windows, starts
 from util.errors import UserError
 
 PICTURED = 8  # samples in the picture of a split
@@ -318,8 +318,9 @@ def map_step(data: Any) -> int:
 def label_images(model: Predictor, images: Tensor, transform: SarTransform) -> Tensor:
     """Logits (B, K, H, W), float32, of whole images in their own resolution.
 
-    Images larger than the model's input are covered by windows that overlap where they must; overlapping logits are
-    averaged. Smaller ones are enlarged and their logits brought back (bilinear).
+    Images larger than the model's input are covered as scenes are in prediction: a window every half of its side,
+    probabilities blended with weights that fall to 0 at its edges. Smaller images are enlarged and their logits brought
+    back (bilinear).
 
     Args:
         model: (B, bands, S, S) -> logits (B, K, S, S).
@@ -329,20 +330,29 @@ def label_images(model: Predictor, images: Tensor, transform: SarTransform) -> T
     height, width = images.shape[-2:]
     whole = transform.preprocessing.geometry != "window"
     size = max(height, width) if whole else transform.size
+    rows, columns = (starts(length, size, max(1, size // 2)) for length in (height, width))
+
+    def label(part: Tensor) -> Tensor:
+        logits = model(transform(part).images).float()
+        if logits.shape[-2:] != part.shape[-2:]:
+            logits = F.interpolate(logits, size=part.shape[-2:], mode="bilinear", align_corners=False)
+        return logits
+
+    if len(rows) == len(columns) == 1:
+        return label(images)
+    weights = torch.from_numpy(blend_weights(size)).to(images.device)
     total: Tensor | None = None
     count = torch.zeros(height, width, device=images.device)
-    for top in window_starts(height, size):
-        for left in window_starts(width, size):
-            part = images[..., top : top + size, left : left + size]
-            logits = model(transform(part).images).float()
-            if logits.shape[-2:] != part.shape[-2:]:
-                logits = F.interpolate(logits, size=part.shape[-2:], mode="bilinear", align_corners=False)
-            if total is None:
-                total = logits.new_zeros(*logits.shape[:2], height, width)
-            total[..., top : top + size, left : left + size] += logits
-            count[top : top + size, left : left + size] += 1
+    for top in rows:
+        for left in columns:
+            area = (..., slice(top, top + size), slice(left, left + size))
+            chances = label(images[area]).softmax(dim=1)
+            total = chances.new_zeros(*chances.shape[:2], height, width) if total is None else total
+            share = weights[: chances.shape[-2], : chances.shape[-1]]
+            total[area] += chances * share
+            count[area] += share
     assert total is not None
-    return total / count
+    return (total / count).clamp(min=torch.finfo(torch.float32).tiny).log()
 
 
 def confusion_matrices(target: Tensor, predicted: Tensor, classes: int) -> Tensor:

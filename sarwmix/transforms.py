@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -127,12 +128,17 @@ def cut_windows(maps: Tensor, corners: Tensor, size: int) -> Tensor:
     return torch.gather(cut, -1, columns)
 
 
-def window_starts(length: int, size: int) -> list[int]:
-    """First pixels of as few windows as cover `length` pixels, evenly spread; they overlap where they must."""
-    if length <= size:
+def starts(length: int, tile: int, stride: int) -> list[int]:
+    """First pixels of the windows along one axis, one every `stride`; the last one ends with the image."""
+    if length <= tile:
         return [0]
-    count = math.ceil(length / size)
-    return [round(number * (length - size) / (count - 1)) for number in range(count)]
+    return [*range(0, length - tile, stride), length - tile]
+
+
+def blend_weights(side: int) -> np.ndarray:
+    """Weights of a window that fall smoothly to almost 0 at its edges, (side, side) float32: squared sines."""
+    line = np.sin(np.pi * (np.arange(side) + 0.5) / side) ** 2
+    return np.outer(line, line).astype(np.float32)
 
 
 class SarTransform:

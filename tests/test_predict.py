@@ -30,14 +30,13 @@ from sarwmix.prediction import (
     Mosaic,
     Options,
     Source,
-    blend_weights,
     open_scenes,
     overlaps,
     predict_scene,
-    starts,
 )
 from sarwmix.pretrained import Pretrained, from_checkpoint
 from sarwmix.scenes import SceneReader
+from sarwmix.transforms import blend_weights, starts
 from tests.conftest import ROOT, clean_environment
 from tests.prediction_fixtures import ORIGIN, backscatter, write_finetuned, write_pretrained, write_scene
 from util.errors import UserError

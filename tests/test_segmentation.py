@@ -21,7 +21,7 @@ from sarwmix.pictures import label_map_figure
 from sarwmix.registry import Preprocessing, Statistics, get_spec
 from sarwmix.segmentation import SegmentationTask, confusion_matrices, label_images
 from sarwmix.tasks import Predictor, build_task
-from sarwmix.transforms import SarTransform, cut_windows, draw_windows, window_starts
+from sarwmix.transforms import SarTransform, cut_windows, draw_windows, starts
 from util.errors import UserError
 
 STATISTICS = Statistics((-19.0, -12.0), (5.0, 5.0), (-31.0, -24.0), (-7.0, 0.0), "made up")
@@ -212,7 +212,7 @@ def test_masks_follow_their_images() -> None:
 
 
 def test_windows() -> None:
-    assert [window_starts(length, 8) for length in (8, 5, 16, 20)] == [[0], [0], [0, 8], [0, 6, 12]]
+    assert [starts(length, 8, 4) for length in (8, 5, 16, 18)] == [[0], [0], [0, 4, 8], [0, 4, 8, 10]]
     corners = draw_windows(400, 24, 10, 8, torch.Generator().manual_seed(0))
     assert set(corners[:, 0].tolist()) == set(range(17))
     assert set(corners[:, 1].tolist()) == {0, 1, 2}
