@@ -212,11 +212,13 @@ class Row:
         values: of the grid, without the seed.
         scores: of each finished seed.
         missing: how many seeds have no result.
+        selected: what chose the epochs, on which split.
     """
 
     values: Mapping[str, str]
     scores: tuple[float, ...]
     missing: int
+    selected: tuple[str, ...] = ()
 
     @property
     def mean(self) -> float:
@@ -263,7 +265,8 @@ def collect(combinations: Sequence[Combination], metric: str | None) -> tuple[st
             if i in runs and metric not in runs[i].scalars:
                 raise UserError(f"{runs[i].path} has no test metric {metric!r}; it has: {', '.join(runs[i].scalars)}")
             scores += [runs[i].scalars[metric]] if i in runs else []
-        rows.append(Row(dict(key), tuple(scores), len(members) - len(scores)))
+        selected = dict.fromkeys(runs[i].selected for i in members if i in runs)
+        rows.append(Row(dict(key), tuple(scores), len(members) - len(scores), tuple(selected)))
     return metric, rows
 
 
@@ -281,7 +284,8 @@ def as_markdown(metric: str, rows: Sequence[Row]) -> str:
     lines = [f"| {' | '.join([*names, metric, '95 %', 'seeds'])} |", "|" + "---|" * (len(names) + 3)]
     lines += [f"| {' | '.join([*row.values.values(), *_cells(row, '+-')])} |" for row in rows]
     note = f"{metric} on test, mean over seeds; 95 %: confidence interval of that mean over seeds (Student's t)"
-    return "\n".join([*lines, "", note, ""])
+    selected = ", ".join(dict.fromkeys(text for row in rows for text in row.selected))
+    return "\n".join([*lines, "", note, f"Best epoch by: {selected or 'not recorded'}", ""])
 
 
 def as_latex(metric: str, rows: Sequence[Row]) -> str:

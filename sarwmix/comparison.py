@@ -19,6 +19,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from sarwmix.selection import ON_TEST, selected_text
 from util.errors import UserError
 from util.files import read_json, sha256_file
 from util.text import tex
@@ -28,14 +29,13 @@ PUBLISHED_FILE = ROOT / "datasets" / "published_results.csv"
 NOT_OURS = "published, not ours"
 
 # the metric shown for each kind of run: the first one that it has
-METRICS = {"ap_macro": "macro AP", "miou": "mean IoU", "acc": "accuracy"}
+METRICS = {"ap_macro": "macro AP", "iou": "IoU", "miou": "mean IoU", "acc": "accuracy"}
 METRIC_LABELS = METRICS | {
     "ap_micro": "micro AP",
     "f1_macro": "macro F1",
     "f1_micro": "micro F1",
     "precision_macro": "macro precision",
     "precision_micro": "micro precision",
-    "iou": "IoU",
     "aacc": "mean class accuracy",
     "f1": "F1",
 }
@@ -54,7 +54,7 @@ IRRELEVANT_ARGS = frozenset(
 LABEL_ARGS = ("label_set", "no_savanna", "val_frac", "data_option")
 FACT_ARGS = frozenset(
     ("dataset", "data_path", "bands", "statistics", "train_frac", "protocol", "probe_solver", "model", "head", "pool")
-    + ("finetune", "pretrained")
+    + ("finetune", "pretrained", "select", "select_on")
     + LABEL_ARGS
 )
 # Flags of training, which nearest neighbours and L-BFGS do without
@@ -89,6 +89,7 @@ class Run:
         scalars: test metrics of the run's main result.
         data: `DATA_FACTS` of the run, as text that can be compared.
         recipe: the flags that change the result under its protocol; empty where args.json is not there.
+        selected: what chose the epoch, on which split.
     """
 
     path: Path
@@ -103,6 +104,7 @@ class Run:
     scalars: Mapping[str, float]
     data: Mapping[str, str]
     recipe: Mapping[str, str]
+    selected: str
 
     @property
     def line(self) -> tuple[Any, ...]:
@@ -112,7 +114,7 @@ class Run:
     @property
     def setup(self) -> tuple[Any, ...]:
         """Everything but the seed."""
-        return (*self.line, self.protocol, tuple(sorted(self.recipe.items())))
+        return (*self.line, self.protocol, tuple(sorted(self.recipe.items())), self.selected)
 
 
 def read_run(path: str | Path) -> Run:
@@ -158,6 +160,7 @@ def read_run(path: str | Path) -> Run:
             },
             data=_data(content, args),
             recipe=_recipe(content, args),
+            selected=selected_text(content),
         )
     except (KeyError, TypeError, ValueError, AttributeError, StopIteration) as error:
         raise UserError(
@@ -422,10 +425,12 @@ def _marks(cells: Sequence[Cell], common: Mapping[str, str]) -> tuple[dict[int, 
     marks: dict[int, list[str]] = {}
     usual: dict[str, dict[str, str]] = {}
     seeds: dict[str, str] = {}
+    selected: dict[str, str] = {}
     for protocol in {cell.runs[0].protocol for cell in cells}:
         same = [cell for cell in cells if cell.runs[0].protocol == protocol]
         usual[protocol] = _most_common([cell.runs[0].recipe for cell in same if cell.runs[0].recipe], NOT_GIVEN)
         seeds[protocol] = Counter(_text(cell.seeds) for cell in same).most_common(1)[0][0]
+        selected[protocol] = Counter(cell.runs[0].selected for cell in same).most_common(1)[0][0]
     for cell in cells:
         run = cell.runs[0]
         found = _differences(run.data, common, NOT_RECORDED)
@@ -433,6 +438,10 @@ def _marks(cells: Sequence[Cell], common: Mapping[str, str]) -> tuple[dict[int, 
             found += _differences(run.recipe, usual[run.protocol], NOT_GIVEN)
         elif usual[run.protocol]:
             found.append("recipe unknown: args.json is not there")
+        if ON_TEST in run.selected:  # never like for like, however many do it
+            found.append(f"best epoch by {run.selected}")
+        elif run.selected != selected[run.protocol]:
+            found.append(f"best epoch by {run.selected} instead of {selected[run.protocol]}")
         if _text(cell.seeds) != seeds[run.protocol]:
             found.append(f"seeds {_text(cell.seeds)} instead of {seeds[run.protocol]}")
         for text in found:
@@ -548,6 +557,8 @@ def _remarks(table: Table) -> list[str]:
         if table.common.get(name, NOT_RECORDED) not in (NOT_RECORDED, "none")
     ]
     remarks = [f"Shared by most runs: {'; '.join(facts)}." if facts else ""]
+    chosen = Counter(run.selected for row in table.rows for cell in row.cells.values() for run in cell.runs)
+    remarks.append("Best epoch by: " + ", ".join(chosen) + "." if chosen else "")
     if any(len(cell.runs) > 1 for row in table.rows for cell in row.cells.values()):
         remarks.append("Mean ± sample deviation (number of seeds).")
     if any(row.published for row in table.rows):
@@ -586,7 +597,7 @@ def as_latex(tables: Sequence[Table]) -> str:
 
 CSV_COLUMNS = (
     *("origin", "dataset", "protocol", "encoder", "start", "train_frac", "split", "metric", "mean", "std", "runs"),
-    *("seeds", "source", "notes"),
+    *("seeds", "selected_on", "source", "notes"),
 )
 
 
@@ -614,6 +625,7 @@ def as_records(tables: Sequence[Table]) -> list[dict[str, Any]]:
                             "std": "" if value[1] is None else value[1],
                             "runs": len(cell.runs),
                             "seeds": " ".join(map(str, cell.seeds)),
+                            "selected_on": cell.runs[0].selected,
                             "source": " ".join(str(run.path) for run in cell.runs),
                             "notes": notes,
                         }
@@ -633,6 +645,7 @@ def as_records(tables: Sequence[Table]) -> list[dict[str, Any]]:
                 "std": "",
                 "runs": "",
                 "seeds": "",
+                "selected_on": "",
                 "source": entry.source,
                 "notes": entry.note,
             }

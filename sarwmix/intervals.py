@@ -14,13 +14,17 @@ Shapes: N samples, C clusters, D draws, S runs (seeds) of an arm.
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from sarwmix.metrics import evaluator
 from util.errors import UserError
+from util.files import read_json
 
 Evaluate = Callable[[np.ndarray], Mapping[str, float]]
 """How often each sample counts, (N,) -> metric -> value; NaN where a metric is undefined."""
@@ -112,6 +116,83 @@ def _between_0_and_1(value: float, deviation: float, clusters: int) -> tuple[flo
     # C / (C - 1): what a jackknife gives; draws alone are too narrow where clusters are few
     half = t.ppf(0.975, clusters - 1) * deviation * clusters / (clusters - 1) / (value * (1 - value))
     return float(expit(logit(value) - half)), float(expit(logit(value) + half))
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a finished run kept of its test samples.
+
+    Attributes:
+        names: sample names, (N,).
+        numbers: cluster of each sample, (N,).
+        evaluate: metrics of a resampled split.
+    """
+
+    names: np.ndarray
+    numbers: np.ndarray
+    evaluate: Evaluate
+
+
+def read_predictions(folder: str | Path, *, split: str = "test") -> Predictions:
+    """Read `predictions_<split>.npz` of a finished run or evaluation.
+
+    Args:
+        folder: of the run.
+        split: whose predictions.
+
+    Raises:
+        UserError: the files are not there, are damaged, or of an unknown data set.
+    """
+    from sarwmix import registry
+
+    folder = Path(folder)
+    results = next((folder / name for name in ("metrics.json", "metrics_eval.json") if (folder / name).is_file()), None)
+    if results is None:
+        raise UserError(f"{folder} holds no finished run: metrics.json is missing")
+    content = read_json(results)
+    file = folder / f"predictions_{split}.npz"
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            outputs = {name: arrays[name] for name in arrays.files if name not in ("prediction", "loss")}
+        task = content.get("task") or registry.get_spec(str(content["dataset"])).task
+        names = outputs.pop("names")
+        clusters = outputs.pop("clusters", None)
+        counted = np.asarray(outputs["confusion"].sum(axis=(1, 2)) > 0) if "confusion" in outputs else None
+        evaluate = evaluator(task, outputs, len(content["classes"]))
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"{file} cannot be read ({error}); evaluate the checkpoint again: main_finetune.py --eval --resume CKPT"
+        ) from error
+    return Predictions(names, cluster_numbers(clusters, len(names), counted=counted), evaluate)
+
+
+def difference_of_runs(
+    first: Sequence[str | Path],
+    second: Sequence[str | Path],
+    metric: str,
+    *,
+    seeds: tuple[Sequence[int], Sequence[int]] | None = None,
+    draws: int = DRAWS,
+) -> Difference:
+    """`paired_difference` of finished runs by their folders; samples are paired by name.
+
+    Args:
+        first: folders of the arm's runs.
+        second: folders of the arm that it is compared with; empty: the mean of `first` alone.
+        metric: name of a test metric.
+        seeds: seeds of the runs of both arms, see `paired_difference`.
+        draws: number of resamples.
+
+    Raises:
+        UserError: runs that were tested on different samples, or whose predictions are not there.
+    """
+    read = [[read_predictions(folder) for folder in arm] for arm in (first, second)]
+    whole = read[0][0]
+    for run, folder in zip([*read[0], *read[1]], [*first, *second], strict=True):
+        if not np.array_equal(run.names, whole.names):
+            raise UserError(f"{first[0]} and {folder} were tested on different samples; they cannot be paired")
+    arms = [[run.evaluate for run in arm] for arm in read]
+    return paired_difference(arms[0], arms[1], whole.numbers, metric, seeds=seeds, draws=draws)
 
 
 @dataclass(frozen=True)

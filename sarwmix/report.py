@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from sarwmix import pictures, registry
+from sarwmix.selection import selected_text
 from util.errors import UserError
 from util.files import atomic_write, make_directory, read_json, read_jsonl
 from util.text import tex
@@ -456,13 +457,13 @@ class Row:
     cells: Mapping[str, Cell]
 
 
-COLUMNS = ("run", "data", "protocol", "initial weights", "labels", "seeds")
+COLUMNS = ("run", "data", "protocol", "initial weights", "labels", "seeds", "best epoch by")
 
 
 def paper_rows(runs: Sequence[Run]) -> list[Row]:
     """Group runs that differ only in the seed.
 
-    One run: its bootstrap interval, where it has one. Several: mean and 95 % interval of Student's t over the seeds.
+    One run: its interval over clusters, where it has one. Several: mean and 95 % interval of Student's t over seeds.
     """
     groups: dict[tuple[str, ...], list[Run]] = {}
     starts = _start_names(runs)
@@ -470,7 +471,8 @@ def paper_rows(runs: Sequence[Run]) -> list[Row]:
         if run.result() is not None:
             facts = run.metrics
             share = f"{100 * float(facts.get('train_frac') or 1.0):g} %"
-            shown = (str(facts.get("dataset", "")), str(facts.get("protocol", "")), starts[run.name], share)
+            shown = (str(facts.get("dataset", "")), str(facts.get("protocol", "")), starts[run.name], share,
+                     selected_text(facts))  # fmt: skip
             key: tuple[str, ...] = (*shown, run.origin(), _plain_settings(run.args))
             if not run.args:  # of an evaluation nothing more is known: it stands alone
                 key = (*key, run.name)
@@ -491,7 +493,7 @@ def paper_rows(runs: Sequence[Run]) -> list[Row]:
             if len(values) == len(results):
                 interval = members[0].interval(metric) if len(results) == 1 else _t_interval(values)
                 cells[metric] = Cell(float(np.mean(values)), *(interval or (None, None)))
-        rows.append(Row((name, *key[:2], weights, key[3], _seed_text(members)), cells))
+        rows.append(Row((name, *key[:2], weights, key[3], _seed_text(members), key[4]), cells))
     return rows
 
 
@@ -701,7 +703,7 @@ def write_report(folders: Sequence[str | Path], out: str | Path, *, title: str =
         results += _table((*COLUMNS, *(METRIC_NAMES.get(name, name) for name in metrics)),
                           [(*row.setting, *(_percent(row.cells.get(name), " [{low:.2f}, {high:.2f}]")
                                             for name in metrics)) for row in rows], numbers=len(metrics))  # fmt: skip
-        results += ('<p class="note">Percent. Intervals are 95 %: bootstrap of the test samples for one run, '
+        results += ('<p class="note">Percent. Intervals are 95 %: over clusters of test samples for one run, '
                     "Student's t over seeds for several. Without an interval, neither was there.</p>")  # fmt: skip
     per_class = class_figure(tuned, figures / "average_precision.png")
     results += _figure(per_class, "Average precision of each class") if per_class else ""

@@ -20,7 +20,7 @@ from sarwmix.heads import TaskModel
 from sarwmix.intervals import cluster_numbers, metric_intervals
 from sarwmix.metrics import PERCENT, Report, evaluator
 from sarwmix.protocols import Workbench
-from sarwmix.selection import BEST, Selector
+from sarwmix.selection import BEST, ON_TEST, Selector
 from sarwmix.tasks import Task, per_class_text
 from sarwmix.weights import load_trained
 from util.checkpoint import load_checkpoint, read_info
@@ -30,7 +30,6 @@ from util.log import EpochLog, ScalarWriter, format_duration, get_logger, memory
 from util.resume import Resumed, load_verified
 from util.tracking import Tracker
 
-ON_TEST = "selected on test: optimistic"
 NOTHING_SELECTED: dict[str, Any] = {"split": None, "rule": None, "epoch": None}
 
 

@@ -19,6 +19,7 @@ SIX_METRICS = ("ap_macro", "ap_micro", "f1_macro", "f1_micro", "precision_macro"
 MACRO_METRICS = ("ap_macro", "f1_macro", "precision_macro")
 
 
+ON_TEST = "selected on test: optimistic"
 BEST = "checkpoint_best.pth"
 """File of the best epoch by the rule that was asked for: the run's main result."""
 
@@ -112,6 +113,23 @@ def selection_rules(
         )
     first = replace(named[select], filename=BEST) if select in named else metric_rule(select)
     return (first, *(rule for rule in published if keep_published and rule.name != select))
+
+
+def selected_text(content: Mapping[str, Any], *, epoch: bool = False) -> str:
+    """How the epoch of a finished run was chosen, for tables: "ap_macro on val"; test is marked.
+
+    Args:
+        content: what metrics.json holds.
+        epoch: name the epoch, too.
+    """
+    found = content.get("selected_on")
+    if not isinstance(found, Mapping):
+        return "not recorded"
+    if not found.get("rule"):
+        return "nothing selected"
+    text = f"{found['rule']} on {found.get('split')}"
+    text += f", epoch {found['epoch']}" if epoch and found.get("epoch") is not None else ""
+    return f"{text} ({ON_TEST})" if found.get("split") == "test" else text
 
 
 class Selector:

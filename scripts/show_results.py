@@ -3,8 +3,8 @@
 
     python scripts/show_results.py runs/quickstart/finetune_pretrained runs/quickstart/finetune_random
 
-One line a run: protocol, start, data set, statistics, seed, training samples, and the test metrics of the run's main
-result (checkpoint_best.pth where epochs were selected).
+One line a run: protocol, start, data set, statistics, seed, training samples, what chose the epoch, and the test
+metrics of the run's main result (checkpoint_best.pth where epochs were selected).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from sarwmix.selection import selected_text
 from util.errors import UserError, run_cli
 from util.files import read_json
 
@@ -39,6 +40,7 @@ def read_run(folder: Path) -> dict[str, Any]:
         result = next(iter(content["results"].values()))
         row = {name: content.get(name, "-") for name in FACTS}
         row["train"] = content.get("samples", {}).get("train", "-")
+        row["selected_on"] = selected_text(content, epoch=True)
         return {"run": folder.name, **row, **result.get("test", {}).get("scalars", {})}
     except (KeyError, TypeError, AttributeError, StopIteration) as error:
         raise UserError(
@@ -49,7 +51,7 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Aligned text; metrics that no run has are left out."""
-    columns = ["run", *FACTS, "train", *[name for name in METRICS if any(name in row for row in rows)]]
+    columns = ["run", *FACTS, "train", "selected_on", *[name for name in METRICS if any(name in row for row in rows)]]
     cells = [columns]
     for row in rows:
         values = [row.get(name, "-") for name in columns]

@@ -361,3 +361,20 @@ def test_script_writes_all_three_files(tmp_path: Path, run_script: Runner) -> No
     failed = run_script("scripts/compare.py", tmp_path / "absent", check=False)
     assert failed.returncode == 2
     assert failed.stderr.startswith("error: ")
+
+
+def test_numbers_that_were_selected_on_test_are_marked_and_never_averaged_with_others(tmp_path: Path) -> None:
+    """Also where all runs do it: then there is nothing that differs, and yet each number is optimistic."""
+    runs = []
+    for name, split, seed in (("a", "test", 0), ("b", "test", 1), ("c", "val", 2)):
+        chosen = {"split": split, "rule": "ap_macro", "epoch": seed}
+        runs.append(read_run(write_run(tmp_path / name, seed=seed, selected_on=chosen)))
+    (table,) = build_tables(runs)
+    assert [[run.seed for run in cell.runs] for row in table.rows for cell in row.cells.values()] == [[0, 1], [2]]
+    (alone,) = build_tables(runs[:2])
+    (text,) = alone.notes.values()
+    assert text == "best epoch by ap_macro on test (selected on test: optimistic)"
+    assert "[a]" in as_markdown([alone])
+    assert "Best epoch by: ap_macro on test (selected on test: optimistic)." in as_markdown([alone])
+    assert {record["selected_on"] for record in as_records([alone])} == {runs[0].selected}
+    assert read_run(write_run(tmp_path / "old")).selected == "not recorded"

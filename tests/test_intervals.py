@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from scipy.stats import norm, t
 from sarwmix.intervals import (
     cluster_draws,
     cluster_numbers,
+    difference_of_runs,
     holm,
     metric_intervals,
     paired_difference,
@@ -246,3 +248,29 @@ def test_data_sets_say_what_a_cluster_is(dataset: str, name: str, cluster: str) 
     data.spec = get_spec(dataset)
     data.names = type(data.names).of([name, "else"])
     assert data.clusters == [cluster, "else"]
+
+
+def test_differences_of_finished_runs(tmp_path: Path) -> None:
+    """From the files that runs keep: the same numbers as from the arrays; other samples are refused."""
+    rng = np.random.default_rng(0)
+    scores, truth, of = simulate(rng, 12, 6, 0.3)
+    names = np.arange(len(of)).astype(str)
+    for name, noise in (("a", 0.0), ("b", 0.3), ("c", 0.3)):
+        folder = tmp_path / name
+        folder.mkdir()
+        noisy = np.clip(scores + noise * rng.standard_normal(scores.shape), 0, 1)
+        kept = names[::-1] if name == "c" else names
+        np.savez(folder / "predictions_test.npz", names=kept, clusters=of, scores=noisy, target=truth.astype(np.uint8))
+        (folder / "metrics.json").write_text('{"task": "multilabel", "classes": ["a", "b", "c"], "results": {}}')
+    found = difference_of_runs([tmp_path / "a"], [tmp_path / "b"], "ap_macro", draws=50)
+    assert found.n_clusters == 12
+    assert found.low < found.estimate < found.high
+    expected = multilabel_report(scores, truth, ["a", "b", "c"]).scalars["ap_macro"]
+    assert difference_of_runs([tmp_path / "a"], (), "ap_macro", draws=20).estimate == pytest.approx(expected)
+    with pytest.raises(UserError, match="tested on different samples"):
+        difference_of_runs([tmp_path / "a"], [tmp_path / "c"], "ap_macro")
+    (tmp_path / "b" / "predictions_test.npz").write_bytes(b"cut")
+    with pytest.raises(UserError, match=r"predictions_test.npz cannot be read .* --eval"):
+        difference_of_runs([tmp_path / "a"], [tmp_path / "b"], "ap_macro")
+    with pytest.raises(UserError, match="no finished run"):
+        difference_of_runs([tmp_path], (), "ap_macro")

@@ -154,8 +154,8 @@ def test_seeds_are_averaged_with_an_interval(tmp_path: Path) -> None:
     runs.append(finetune_run(tmp_path / "other", value=0.3, start="pre/checkpoint_8.pth"))
     rows = report.paper_rows(report.load_runs(runs))
     assert [row.setting for row in rows] == [
-        ("s0 and 2 more", "demo", "finetune", "random", "100 %", "0, 1, 2"),
-        ("other", "demo", "finetune", "pre/checkpoint_8.pth", "100 %", "0"),
+        ("s0 and 2 more", "demo", "finetune", "random", "100 %", "0, 1, 2", "not recorded"),
+        ("other", "demo", "finetune", "pre/checkpoint_8.pth", "100 %", "0", "not recorded"),
     ]
     cell = rows[0].cells["ap_macro"]
     # t(0.975, 2 degrees of freedom) = 4.3027; standard error = 0.0361 / sqrt(3) = 0.02082
@@ -169,12 +169,14 @@ def test_tables_for_a_paper(tmp_path: Path) -> None:
     run = finetune_run(tmp_path / "a_b", value=0.5123, start="pre_x/checkpoint_8.pth", frac=0.125, interval=True)
     rows = report.paper_rows(report.load_runs([run]))
     markdown = report.markdown_table(rows).splitlines()
-    assert markdown[0].startswith("| run | data | protocol | initial weights | labels | seeds | AP macro | F1 macro |")
+    assert markdown[0].startswith(
+        "| run | data | protocol | initial weights | labels | seeds | best epoch by | AP macro | F1 macro |"
+    )
     assert markdown[2] == (
-        "| a_b | demo | finetune | pre_x/checkpoint_8.pth | 12.5 % | 0 | 51.23 [47.23, 55.23] | 25.61 |"
+        "| a_b | demo | finetune | pre_x/checkpoint_8.pth | 12.5 % | 0 | not recorded | 51.23 [47.23, 55.23] | 25.61 |"
     )
     latex = report.latex_table(rows)
-    assert r"a\_b & demo & finetune & pre\_x/checkpoint\_8.pth & 12.5 \% & 0 & 51.23 & 25.61 \\" in latex
+    assert r"a\_b & demo & finetune & pre\_x/checkpoint\_8.pth & 12.5 \% & 0 & not recorded & 51.23 & 25.61 \\" in latex
     assert r"{\scriptsize [47.23, 55.23]}" in latex
 
 

@@ -12,7 +12,7 @@ from scripts import demo_result, show_results
 from util.errors import UserError
 
 
-def write_run(folder: Path, start: str, value: float) -> Path:
+def write_run(folder: Path, start: str, value: float, split: str = "val") -> Path:
     folder.mkdir(parents=True)
     scalars = {"ap_macro": value, "ap_micro": value + 0.1, "f1_macro": 0.5, "f1_micro": 0.6}
     content = {
@@ -21,6 +21,7 @@ def write_run(folder: Path, start: str, value: float) -> Path:
         "dataset": "demo",
         "statistics": "demo",
         "seed": 0,
+        "selected_on": {"split": split, "rule": "ap_macro", "epoch": 3},
         "samples": {"train": 464, "val": 160, "test": 144},
         "results": {"checkpoint_best.pth": {"epoch": 3, "test": {"scalars": scalars}}},
     }
@@ -32,10 +33,15 @@ def test_one_line_a_run(tmp_path: Path) -> None:
     rows = [show_results.read_run(write_run(tmp_path / name, name, v)) for name, v in (("a", 0.25), ("b", 0.5))]
     lines = show_results.table(rows).splitlines()
     assert lines[0].split() == [
-        "run", "protocol", "initialisation", "dataset", "statistics", "seed", "train",
+        "run", "protocol", "initialisation", "dataset", "statistics", "seed", "train", "selected_on",
         "ap_macro", "ap_micro", "f1_macro", "f1_micro",
     ]  # fmt: skip
-    assert " ".join(lines[1].split()) == "a finetune a demo demo 0 464 0.2500 0.3500 0.5000 0.6000"
+    assert (
+        " ".join(lines[1].split())
+        == "a finetune a demo demo 0 464 ap_macro on val, epoch 3 0.2500 0.3500 0.5000 0.6000"
+    )
+    on_test = show_results.read_run(write_run(tmp_path / "c", "c", 0.5, split="test"))
+    assert "ap_macro on test, epoch 3 (selected on test: optimistic)" in show_results.table([on_test])
     assert "0.5000" in lines[2]
 
 
