@@ -757,7 +757,7 @@ class MixMIM(MixMIMEncoder):
         images: Tensor,
         weights: Tensor | None = None,
         *,
-        mask: Tensor | None = None,
+        mask: Tensor | CellMask | None = None,
         mask_ratio: float = 0.5,
         return_pred: bool = False,
     ) -> MixMIMOutput:
@@ -766,13 +766,13 @@ class MixMIM(MixMIMEncoder):
         Args:
             images: (B, bands, H, W), z-score.
             weights: loss weights, same shape or per cell (B, L, bands); 0 = invalid pixel. None: plain MixMAE.
-            mask: (L,) of 0/1, row-major; drawn when None.
+            mask: (L,) of 0/1, row-major, or prepared by :meth:`prepare_mask`; drawn when None.
             mask_ratio: share of masked cells when drawn.
             return_pred: also return all 2B predictions.
         """
         if mask is None:
             mask = self.draw_mask(mask_ratio)
-        cell_mask = self.prepare_mask(mask)
+        cell_mask = mask if isinstance(mask, CellMask) else self.prepare_mask(mask)
         latent = self.encode(self.embed(images, cell_mask), cell_mask)
         pred = self.decode(latent, cell_mask, both=return_pred)
         rec = self.merge_prediction(pred, cell_mask.cells) if return_pred else pred

@@ -109,7 +109,7 @@ def window_attention(qkv: Tensor, bias: Tensor | None, num_heads: int, *, window
     Returns:
         (B, T, C), contiguous.
     """
-    form = _forced or ("kernel" if qkv.is_cuda else "explicit")
+    form = _forced or _fastest(qkv)
     if form == "kernel" and not kernel_takes(qkv, bias, num_heads, window):
         form = "sdpa"
     if form == "sdpa" and (not qkv.is_cuda or qkv.shape[0] * qkv.shape[1] // window > _MOST_BATCH):
@@ -117,6 +117,14 @@ def window_attention(qkv: Tensor, bias: Tensor | None, num_heads: int, *, window
     if form == "kernel":
         return torch.ops.sarwmix.window_attention(qkv.contiguous(), bias, num_heads, window)
     return (_sdpa if form == "sdpa" else explicit_window_attention)(qkv, bias, num_heads, window=window)
+
+
+def _fastest(qkv: Tensor) -> str:
+    """The kernels where launching them costs no time of the host (compiled or in a CUDA graph); called one by one from
+    Python, as in eager mode, PyTorch's own operators have less to do before a launch."""
+    if not qkv.is_cuda:
+        return "explicit"
+    return "kernel" if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing() else "sdpa"
 
 
 def _split(qkv: Tensor, rows: int, num_heads: int, window: int) -> tuple[Tensor, ...]:
@@ -181,31 +189,31 @@ if triton is not None:
             return tl.where(same, 0.0, float("-inf"))
 
     @triton.jit
-    def _probabilities(q, k, added, scale, PRECISION: tl.constexpr):
-        """softmax(q k^T scale + added) in float32, rows of a tile. Every row has its own key, so none is empty."""
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale + added
+    def _probabilities(q, k, added, SCALE: tl.constexpr, PRECISION: tl.constexpr):
+        """softmax(q k^T SCALE + added) in float32, rows of a tile. Every row has its own key, so none is empty."""
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * SCALE + added
         scores = tl.exp(scores - tl.max(scores, axis=1)[:, None])
         return scores / tl.sum(scores, axis=1)[:, None]
 
     @triton.jit
     def _forward_kernel(
-        QKV, BIAS, OUT, tokens, rows, heads, scale,
-        N: tl.constexpr, D: tl.constexpr, C: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
-        TILE: tl.constexpr,
+        QKV, BIAS, OUT, tokens, rows, heads,
+        SCALE: tl.constexpr, N: tl.constexpr, D: tl.constexpr, C: tl.constexpr, HAS_BIAS: tl.constexpr,
+        PRECISION: tl.constexpr, TILE: tl.constexpr,
     ):  # fmt: skip
         head, tile = tl.program_id(0), tl.program_id(1)
         row, _, inside, q, k, v = _tile_of(QKV, tile, head, tokens, D, C, TILE)
         added = _bias_of(BIAS, tile, head, rows, heads, N, HAS_BIAS, TILE)
-        p = _probabilities(q, k, added, scale, PRECISION)
+        p = _probabilities(q, k, added, SCALE, PRECISION)
         out = tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
         where = row.to(tl.int64)[:, None] * C + head * D + tl.arange(0, D)[None, :]
         tl.store(OUT + where, out.to(v.dtype), mask=inside)
 
     @triton.jit
     def _backward_kernel(
-        QKV, BIAS, DOUT, DQKV, DBIAS, tokens, tiles, rows, heads, period, step, scale,
-        N: tl.constexpr, D: tl.constexpr, C: tl.constexpr, HAS_BIAS: tl.constexpr, SUM_BIAS: tl.constexpr,
-        PRECISION: tl.constexpr, TILE: tl.constexpr,
+        QKV, BIAS, DOUT, DQKV, DBIAS, tokens, tiles, rows, heads, period, step,
+        SCALE: tl.constexpr, N: tl.constexpr, D: tl.constexpr, C: tl.constexpr, HAS_BIAS: tl.constexpr,
+        SUM_BIAS: tl.constexpr, PRECISION: tl.constexpr, TILE: tl.constexpr,
     ):  # fmt: skip
         head, pattern, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
         # Tiles pattern, pattern + period, ... have the same rows of the bias: it is read once.
@@ -215,14 +223,14 @@ if triton is not None:
             row, offset, inside, q, k, v = _tile_of(QKV, tile, head, tokens, D, C, TILE)
             where = row.to(tl.int64)[:, None] * C + head * D + tl.arange(0, D)[None, :]
             dout = tl.load(DOUT + where, mask=inside, other=0.0)
-            p = _probabilities(q, k, added, scale, PRECISION)
+            p = _probabilities(q, k, added, SCALE, PRECISION)
             dv = tl.dot(tl.trans(p.to(v.dtype)), dout, input_precision=PRECISION)
             tl.store(DQKV + offset + 2 * C, dv.to(v.dtype), mask=inside)
             dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
             ds = p * (dp - tl.sum(p * dp, axis=1)[:, None])
             if SUM_BIAS:
                 total += ds
-            ds = (ds * scale).to(v.dtype)
+            ds = (ds * SCALE).to(v.dtype)
             dq = tl.dot(ds, k, input_precision=PRECISION)
             tl.store(DQKV + offset, dq.to(v.dtype), mask=inside)
             dk = tl.dot(tl.trans(ds), q, input_precision=PRECISION)
@@ -248,9 +256,9 @@ if triton is not None:
         tiles = triton.cdiv(batch * length, TILE)
         _launch(_forward_kernel)[(num_heads, tiles)](
             qkv, qkv if bias is None else bias.contiguous(), out, batch * length,
-            1 if bias is None else bias.shape[0], num_heads, (width // num_heads) ** -0.5,
-            N=window, D=width // num_heads, C=width, HAS_BIAS=bias is not None, PRECISION=_precision(qkv),
-            TILE=TILE, num_warps=WARPS[0],
+            1 if bias is None else bias.shape[0], num_heads,
+            SCALE=(width // num_heads) ** -0.5, N=window, D=width // num_heads, C=width, HAS_BIAS=bias is not None,
+            PRECISION=_precision(qkv), TILE=TILE, num_warps=WARPS[0],
         )  # fmt: skip
         return out
 
@@ -271,9 +279,9 @@ if triton is not None:
         )
         _launch(_backward_kernel)[(num_heads, period, parts)](
             qkv, qkv if bias is None else bias.contiguous(), dout, dqkv, sums, tokens, tiles, rows, num_heads, period,
-            parts, (width // num_heads) ** -0.5,
-            N=window, D=width // num_heads, C=width, HAS_BIAS=bias is not None, SUM_BIAS=sum_bias,
-            PRECISION=_precision(qkv), TILE=TILE, num_warps=WARPS[1 if bias is not None else 2],
+            parts, SCALE=(width // num_heads) ** -0.5, N=window, D=width // num_heads, C=width, HAS_BIAS=bias is not None,
+            SUM_BIAS=sum_bias, PRECISION=_precision(qkv), TILE=TILE,
+            num_warps=WARPS[1 if bias is not None else 2],
         )  # fmt: skip
         if not sum_bias:
             return dqkv, sums

@@ -108,7 +108,7 @@ class Check:
         for _ in range(1 if self.dry else 5):
             work()
         self.synchronize()
-        found: list[Any] = []
+        found = []
         for _ in range(repeats):
             if self.dry:
                 began = time.perf_counter()
@@ -121,7 +121,7 @@ class Check:
                 last.record()
                 found.append((first, last))
         self.synchronize()
-        return statistics.median(t if self.dry else t[0].elapsed_time(t[1]) / 1e3 for t in found)
+        return statistics.median(t if self.dry else t[0].elapsed_time(t[1]) / 1e3 for t in found)  # type: ignore[index,union-attr]
 
 
 SECTIONS: dict[str, Callable[[Check], Any]] = {}
@@ -229,7 +229,7 @@ def attention_errors(check: Check) -> Any:
             exact += torch.autograd.grad(
                 exact[0], [exact_qkv] if bias is None else [exact_qkv, exact_bias], dout.double()
             )
-            row: dict[str, Any] = {}
+            row = {}
             for form in FORMS:
                 try:
                     once, again = (_attend(form, qkv, bias, dout, shape) for _ in range(2))
@@ -302,7 +302,7 @@ def attention_speed(check: Check) -> Any:
     for name, shape in SHAPES.items():
         batch = 2 if check.dry else check.batch * (2 if name == "decoder" else 1)
         qkv, bias, dout = _attention_case(check, shape, torch.bfloat16, batch)
-        row: dict[str, Any] = {}
+        row = {}
         for form in FORMS:
             try:
                 with torch.no_grad(), attention_form(form):
@@ -475,8 +475,102 @@ KINDS = {
     "optimizer": r"adam|multi_tensor|foreach|lpnorm",
     "matrix products": r"gemm|cutlass|nvjet|xmma|cublas|splitK",
     "copies": r"memcpy|memset",
-    "generated": r"triton_",
+    "compiler's": r"triton_",
 }
+
+
+@section
+def graph(check: Check) -> Any:
+    """Forward and backward pass as one CUDA graph, the optimizer after it: what a host that launches nothing gains."""
+    import torch
+
+    from models_mixmim import CellMask
+    from sarwmix.window_attention import attention_form
+    from util.optim import gradient_norm
+
+    found: dict[str, Any] = {}
+    if check.dry:
+        return found
+    for compiled in (True, False):
+        steps = Steps(check, compiled=compiled)
+        model, optimizer = steps.model, steps.optimizer
+        image = steps.one()["image"]
+        cells = model.prepare_mask(model.draw_mask(0.5, torch.Generator().manual_seed(0)))
+        still = CellMask(*(part.clone() if isinstance(part, torch.Tensor) else part for part in cells))
+        parameters = [p for p in model.parameters() if p.requires_grad]
+
+        def work() -> Any:
+            sar = steps.transform(image, None)  # noqa: B023
+            with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
+                loss = model(sar.images, sar.weights, mask=still).loss  # noqa: B023
+            loss.backward()
+            return loss
+
+        def update() -> Any:
+            norm = gradient_norm(parameters)  # noqa: B023
+            optimizer.found_inf = (~torch.isfinite(norm)).float()  # noqa: B023
+            optimizer.step()  # noqa: B023
+
+        with attention_form("kernel"):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(3):
+                    optimizer.zero_grad(set_to_none=True)
+                    work()
+            torch.cuda.current_stream().wait_stream(side)
+            optimizer.zero_grad(set_to_none=True)
+            captured = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(captured):
+                loss = work()
+
+        def step_() -> None:
+            captured.replay()  # noqa: B023
+            update()
+
+        began = time.perf_counter()
+        for _ in range(10):
+            step_()
+        host = (time.perf_counter() - began) / 10
+        name = "compiled" if compiled else "eager"
+        seconds = check.seconds(step_, repeats=40)
+        found[name] = {
+            "images_per_s": check.batch / seconds,
+            "ms": 1e3 * seconds,
+            "graph_ms": 1e3 * check.seconds(captured.replay, repeats=40),
+            "host_ms": 1e3 * host,
+            "gib": check.gib(),
+            "loss": float(loss.detach()),
+        }
+        if compiled:
+            from torch.profiler import ProfilerActivity
+
+            with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as recorded:
+                for _ in range(4):
+                    step_()
+                torch.cuda.synchronize()
+            found["profile"] = _sums_of(recorded, check, 4)
+        print(f"  {name}: {found[name]}", flush=True)
+    return found
+
+
+def _sums_of(recorded: Any, check: Check, steps: int) -> dict[str, Any]:
+    """Milliseconds of a step by kind of work, and its largest kernels."""
+    spent: dict[str, tuple[float, int]] = {}
+    for event in recorded.key_averages():
+        time_us = event.self_cpu_time_total if check.dry else event.self_device_time_total
+        if time_us > 0:
+            spent[event.key] = (time_us / 1e3 / steps, event.count // steps)
+    sums = dict.fromkeys([*KINDS, "other"], 0.0)
+    for name, (ms, _) in spent.items():
+        sums[next((k for k, pattern in KINDS.items() if re.search(pattern, name, re.IGNORECASE)), "other")] += ms
+    largest = sorted(spent.items(), key=lambda item: -item[1][0])[:16]
+    return {
+        "ms": sum(ms for ms, _ in spent.values()),
+        "launches": sum(count for _, count in spent.values()),
+        "kinds_ms": sums,
+        "largest": [{"kernel": name[:110], "ms": ms, "calls": count} for name, (ms, count) in largest],
+    }
 
 
 @section
@@ -491,23 +585,7 @@ def profile(check: Check) -> Any:
         kinds = [ProfilerActivity.CPU] if check.dry else [ProfilerActivity.CUDA]
         with torch.profiler.profile(activities=kinds) as recorded:
             steps.run([batch] * 4, 4)
-    spent: dict[str, tuple[float, int]] = {}
-    for event in recorded.key_averages():
-        time_us = event.self_cpu_time_total if check.dry else event.self_device_time_total
-        if time_us > 0:
-            spent[event.key] = (time_us / 4e3, event.count // 4)
-    total = sum(ms for ms, _ in spent.values())
-    sums = dict.fromkeys([*KINDS, "other"], 0.0)
-    for name, (ms, _) in spent.items():
-        sums[next((k for k, pattern in KINDS.items() if re.search(pattern, name, re.IGNORECASE)), "other")] += ms
-    largest = sorted(spent.items(), key=lambda item: -item[1][0])[:16]
-    return {
-        "variant": best_form(check),
-        "ms": total,
-        "launches": sum(count for _, count in spent.values()),
-        "kinds_ms": sums,
-        "largest": [{"kernel": name[:110], "ms": ms, "calls": count} for name, (ms, count) in largest],
-    }
+    return {"variant": best_form(check), **_sums_of(recorded, check, 4)}
 
 
 @section
@@ -652,13 +730,12 @@ def _finetune_rate(check: Check, *, pair: bool, batch: int, compiled: bool, size
 def _finetune_table(check: Check, *, pair: bool, batches: tuple[int, ...], size: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for batch in batches:
-        kinds = (
+        for name, compiled, graph in (
             ("compiled", True, False),
             ("eager", False, False),
             ("graph of eager", False, True),
             ("graph of compiled", True, True),
-        )
-        for name, compiled, graph in kinds:
+        ):
             if check.dry and (compiled or graph):
                 continue
             if check.left < 60 and found:
