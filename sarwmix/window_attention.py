@@ -279,7 +279,8 @@ if triton is not None:
         )
         _launch(_backward_kernel)[(num_heads, period, parts)](
             qkv, qkv if bias is None else bias.contiguous(), dout, dqkv, sums, tokens, tiles, rows, num_heads, period,
-            parts, SCALE=(width // num_heads) ** -0.5, N=window, D=width // num_heads, C=width, HAS_BIAS=bias is not None,
+            parts,
+            SCALE=(width // num_heads) ** -0.5, N=window, D=width // num_heads, C=width, HAS_BIAS=bias is not None,
             SUM_BIAS=sum_bias, PRECISION=_precision(qkv), TILE=TILE,
             num_warps=WARPS[1 if bias is not None else 2],
         )  # fmt: skip

@@ -440,7 +440,7 @@ def step(check: Check) -> Any:
         name = f"{form}, {'compiled' if compiled else 'eager'}"
         if check.dry and (compiled or form == "sdpa"):
             continue
-        if check.left < 100 and found:
+        if check.left < 120 and found:
             found[name] = {"skipped": "no time left"}
             continue
         try:
@@ -482,76 +482,87 @@ KINDS = {
 @section
 def graph(check: Check) -> Any:
     """Forward and backward pass as one CUDA graph, the optimizer after it: what a host that launches nothing gains."""
+    if check.dry:
+        return {}
+    return {name: _graph_rate(check, compiled=name == "compiled") for name in ("compiled", "eager")}
+
+
+@section
+def graph_sizes(check: Check) -> Any:
+    """The same for larger models and another batch."""
+    found: dict[str, Any] = {}
+    for name, batch in (("mixmim_large", 256), ("mixmim_huge", 256), ("mixmim_base", 512)):
+        if check.dry or check.left < 70:
+            break
+        try:
+            found[f"{name}, batch {batch}"] = _graph_rate(check, compiled=True, name=name, batch=batch)
+        except RuntimeError as error:
+            found[f"{name}, batch {batch}"] = {"error": str(error)[:300]}
+    return found
+
+
+def _graph_rate(check: Check, *, compiled: bool, name: str = "", batch: int = 0) -> dict[str, Any]:
+    """Images a second of steps whose forward and backward pass are replayed."""
     import torch
+    from torch.profiler import ProfilerActivity
 
     from models_mixmim import CellMask
     from sarwmix.window_attention import attention_form
     from util.optim import gradient_norm
 
-    found: dict[str, Any] = {}
-    if check.dry:
-        return found
-    for compiled in (True, False):
-        steps = Steps(check, compiled=compiled)
-        model, optimizer = steps.model, steps.optimizer
-        image = steps.one()["image"]
-        cells = model.prepare_mask(model.draw_mask(0.5, torch.Generator().manual_seed(0)))
-        still = CellMask(*(part.clone() if isinstance(part, torch.Tensor) else part for part in cells))
-        parameters = [p for p in model.parameters() if p.requires_grad]
+    steps = Steps(check, compiled=compiled, name=name, batch=batch)
+    model, optimizer = steps.model, steps.optimizer
+    image = steps.one()["image"]
+    cells = model.prepare_mask(model.draw_mask(0.5, torch.Generator().manual_seed(0)))
+    still = CellMask(*(part.clone() if isinstance(part, torch.Tensor) else part for part in cells))
+    parameters = [p for p in model.parameters() if p.requires_grad]
 
-        def work() -> Any:
-            sar = steps.transform(image, None)  # noqa: B023
-            with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
-                loss = model(sar.images, sar.weights, mask=still).loss  # noqa: B023
-            loss.backward()
-            return loss
+    def work() -> Any:
+        sar = steps.transform(image, None)
+        with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
+            loss = model(sar.images, sar.weights, mask=still).loss
+        loss.backward()
+        return loss
 
-        def update() -> Any:
-            norm = gradient_norm(parameters)  # noqa: B023
-            optimizer.found_inf = (~torch.isfinite(norm)).float()  # noqa: B023
-            optimizer.step()  # noqa: B023
+    with attention_form("kernel"):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                optimizer.zero_grad(set_to_none=True)
+                work()
+        torch.cuda.current_stream().wait_stream(side)
+        optimizer.zero_grad(set_to_none=True)
+        captured = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(captured):
+            loss = work()
 
-        with attention_form("kernel"):
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(3):
-                    optimizer.zero_grad(set_to_none=True)
-                    work()
-            torch.cuda.current_stream().wait_stream(side)
-            optimizer.zero_grad(set_to_none=True)
-            captured = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(captured):
-                loss = work()
+    def replayed() -> None:
+        captured.replay()
+        norm = gradient_norm(parameters)
+        optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
+        optimizer.step()
 
-        def step_() -> None:
-            captured.replay()  # noqa: B023
-            update()
-
-        began = time.perf_counter()
-        for _ in range(10):
-            step_()
-        host = (time.perf_counter() - began) / 10
-        name = "compiled" if compiled else "eager"
-        seconds = check.seconds(step_, repeats=40)
-        found[name] = {
-            "images_per_s": check.batch / seconds,
-            "ms": 1e3 * seconds,
-            "graph_ms": 1e3 * check.seconds(captured.replay, repeats=40),
-            "host_ms": 1e3 * host,
-            "gib": check.gib(),
-            "loss": float(loss.detach()),
-        }
-        if compiled:
-            from torch.profiler import ProfilerActivity
-
-            with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as recorded:
-                for _ in range(4):
-                    step_()
-                torch.cuda.synchronize()
-            found["profile"] = _sums_of(recorded, check, 4)
-        print(f"  {name}: {found[name]}", flush=True)
-    return found
+    replayed()
+    check.synchronize()
+    began = time.perf_counter()
+    replayed()
+    host = time.perf_counter() - began
+    seconds = check.seconds(replayed, repeats=40)
+    found = {
+        "images_per_s": steps.batch / seconds,
+        "ms": 1e3 * seconds,
+        "graph_ms": 1e3 * check.seconds(captured.replay, repeats=40),
+        "host_ms": 1e3 * host,
+        "gib": check.gib(),
+        "loss": float(loss.detach()),
+    }
+    print(f"  {found}", flush=True)
+    with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        for _ in range(4):
+            replayed()
+        torch.cuda.synchronize()
+    return {**found, "profile": _sums_of(recorded, check, 4)}
 
 
 def _sums_of(recorded: Any, check: Check, steps: int) -> dict[str, Any]:
