@@ -108,7 +108,7 @@ class Check:
         for _ in range(1 if self.dry else 5):
             work()
         self.synchronize()
-        found = []
+        found: list[Any] = []
         for _ in range(repeats):
             if self.dry:
                 began = time.perf_counter()
@@ -121,7 +121,7 @@ class Check:
                 last.record()
                 found.append((first, last))
         self.synchronize()
-        return statistics.median(t if self.dry else t[0].elapsed_time(t[1]) / 1e3 for t in found)  # type: ignore[index,union-attr]
+        return statistics.median(t if self.dry else t[0].elapsed_time(t[1]) / 1e3 for t in found)
 
 
 SECTIONS: dict[str, Callable[[Check], Any]] = {}
@@ -229,7 +229,7 @@ def attention_errors(check: Check) -> Any:
             exact += torch.autograd.grad(
                 exact[0], [exact_qkv] if bias is None else [exact_qkv, exact_bias], dout.double()
             )
-            row = {}
+            row: dict[str, Any] = {}
             for form in FORMS:
                 try:
                     once, again = (_attend(form, qkv, bias, dout, shape) for _ in range(2))
@@ -302,7 +302,7 @@ def attention_speed(check: Check) -> Any:
     for name, shape in SHAPES.items():
         batch = 2 if check.dry else check.batch * (2 if name == "decoder" else 1)
         qkv, bias, dout = _attention_case(check, shape, torch.bfloat16, batch)
-        row = {}
+        row: dict[str, Any] = {}
         for form in FORMS:
             try:
                 with torch.no_grad(), attention_form(form):
@@ -514,7 +514,7 @@ def _graph_rate(check: Check, *, compiled: bool, name: str = "", batch: int = 0)
     model, optimizer = steps.model, steps.optimizer
     image = steps.one()["image"]
     cells = model.prepare_mask(model.draw_mask(0.5, torch.Generator().manual_seed(0)))
-    still = CellMask(*(part.clone() if isinstance(part, torch.Tensor) else part for part in cells))
+    still = CellMask(cells.cells.clone(), cells.z_cells.clone(), cells.order.clone(), cells.num_own)
     parameters = [p for p in model.parameters() if p.requires_grad]
 
     def work() -> Any:
