@@ -499,7 +499,7 @@ class GeoTiffTree:
     def labels(self, name: str) -> list[str] | None:
         path = f"{self.folder(name)}/{name}_labels_metadata.json"
         try:
-            with open(path, encoding="utf-8") as file:
+            with open(path, encoding="utf-8-sig") as file:
                 return [str(label) for label in json.load(file)["labels"]]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UnreadableSample(name, path, f"no labels: {error}") from error

@@ -128,7 +128,7 @@ def scene_batches(
             "model of single images"
         )
     say_about_place(scene)
-    reader = SceneReader("dB")
+    reader = SceneReader(None)
     source = Source(scene, reader, resolve_unit(reader, scene, unit, model.bands), radar_channels(model.bands))
     tile = model.tile
     stride = options.stride or tile

@@ -211,7 +211,7 @@ def read_band(path: str | Path, height: int, width: int) -> np.ndarray:
     if not os.path.exists(path):
         raise GeoTiffError("file does not exist")
     try:
-        with rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR"), rasterio.open(path) as source:
+        with rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR"), rasterio.open(path, driver="GTiff") as source:
             if source.count != 1:
                 raise GeoTiffError(f"has {source.count} bands, expected 1")
             if (source.height, source.width) != (height, width):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -65,9 +66,48 @@ def parse_header(text: bytes, size: int) -> dict[str, tuple[str, tuple[int, ...]
 _OPEN: dict[str, tuple[int, lmdb.Environment]] = {}
 
 
+_MAGIC = 0xBEEFC0DE
+_META = 152  # bytes of a page that describe the file: header 16, then magic, version, ..., last page, transaction
+
+
+def check_size(path: Path) -> None:
+    """Refuse a file that is no LMDB or shorter than it says: reading beyond its end kills the process ("Bus error").
+
+    An LMDB begins with two pages that describe it, of which the one with the later transaction counts.
+
+    Args:
+        path: Folder or file of the LMDB.
+
+    Raises:
+        UserError: Names the file, its size and what it should be.
+    """
+    file = path / "data.mdb" if path.is_dir() else path
+    try:
+        size = file.stat().st_size
+        with open(file, "rb") as stream:
+            first = stream.read(_META)
+            page = struct.unpack_from("<I", first, 40)[0] if len(first) == _META else 0
+            usable = 256 <= page <= 1 << 16 and struct.unpack_from("<I", first, 16)[0] == _MAGIC
+            stream.seek(page)
+            metas = [first, stream.read(_META)] if usable else []
+    except OSError as error:
+        raise UserError(f"LMDB {file} cannot be read: {error.strerror}") from error
+    metas = [meta for meta in metas if len(meta) == _META and struct.unpack_from("<I", meta, 16)[0] == _MAGIC]
+    if len(metas) < 2:
+        raise UserError(f"{file} ({size:,} bytes) is no LMDB, or only the beginning of one; copy it again")
+    last, _ = max((struct.unpack_from("<QQ", meta, 136) for meta in metas), key=lambda pair: pair[1])
+    needed = (last + 1) * page
+    if size < needed:
+        raise UserError(
+            f"LMDB {file} is cut short: it has {size:,} of {needed:,} bytes; copy it again (where the original is "
+            "as long, `mdb_copy -c` writes it whole)"
+        )
+
+
 def _open(path: Path) -> lmdb.Environment:
     import lmdb
 
+    check_size(path)
     key = os.path.realpath(path)
     process, environment = _OPEN.get(key, (0, None))
     if environment is not None:

@@ -30,11 +30,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sarwmix.pictures import class_colours
+from sarwmix.pixels import UNITS, blank_fills, check_unit, recognise, to_decibel
 from sarwmix.pretrained import Pretrained
 from sarwmix.quicklook import Thumbnail, classification_figure, flood_figure, segmentation_figure
 from sarwmix.rasters import same_crs
 from sarwmix.registry import DECIBEL, REFLECTANCE, unit_of
-from sarwmix.scenes import BLOCK_CACHE, UNITS, Scene, SceneReader, check_unit, find_scenes, parse_band_order
+from sarwmix.scenes import BLOCK_CACHE, Scene, SceneReader, find_scenes, parse_band_order
 from sarwmix.sen12flood.dataset import ZERO_POWER
 from sarwmix.transforms import blend_weights, starts
 from util.errors import UserError
@@ -155,15 +156,24 @@ def resolve_unit(reader: SceneReader, scene: Scene, declared: str | None, bands:
             raise UserError(f"--unit {declared} is for radar bands; the model reads {', '.join(bands)}: leave it out")
         return REFLECTANCE
     names, pixels = [bands[number] for number in radar], pixels[radar]
+    blank_fills(pixels[:, None], None)  # a view: (C, 1, n)
+    pixels = pixels[:, np.isfinite(pixels).all(axis=0)]
+    if pixels.shape[1] == 0:
+        raise EmptyScene(f"scene {scene.name} ({scene.bands[0].path}) holds fill values alone: no backscatter")
     unit = declared
     if unit is None:
-        unit = "dB" if float((pixels < 0).mean()) >= 0.05 else "linear"
+        unit = recognise(pixels, names)
         medians = ", ".join(f"{band} {value:.4g}" for band, value in zip(names, np.median(pixels, axis=1), strict=True))
+        if unit not in UNITS:
+            raise UserError(
+                f"scene {scene.name} ({scene.bands[0].path}): the values look like {unit} (median {medians}), not like "
+                f"calibrated backscatter in {', '.join(UNITS)}; calibrate or rescale the scene first"
+            )
         get_logger().warning(
             "scene %s: --unit is not given; the values look like %s (median %s)", scene.name, unit, medians
         )
     elif unit not in UNITS:
-        raise UserError(f"--unit {unit}: expected {' or '.join(UNITS)}")
+        raise UserError(f"--unit {unit}: expected one of {', '.join(UNITS)}")
     try:
         warning = check_unit(pixels, unit, scene.bands[0].path, names)
     except UserError as error:
@@ -208,13 +218,13 @@ class Source:
     def rows(self, row: int, height: int) -> FloatArray:
         """Rows of the scene, (C, height, width) float32, dB or reflectance x 1e4, NaN where there is no data."""
         values = read_stored(self.reader, self.scene, row, 0, height, self.scene.width)
-        for channel in self.radar if self.unit == "linear" else ():
-            power = values[channel]
-            if self.zero_is_dark:
-                power[power == 0] = ZERO_POWER
-            with np.errstate(divide="ignore", invalid="ignore"):
-                np.log10(power, out=power)
-            power *= 10.0
+        if self.radar:
+            radar = values[list(self.radar)]
+            blank_fills(radar, self.unit, zero_is_dark=self.zero_is_dark and self.unit == "linear")
+            values[:, np.isnan(radar).all(axis=0)] = np.nan
+            if self.zero_is_dark and self.unit == "linear":
+                radar[radar == 0] = ZERO_POWER
+            values[list(self.radar)] = to_decibel(radar, self.unit)
         values[~np.isfinite(values)] = np.nan
         return values
 
@@ -558,7 +568,7 @@ def predict_scene(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Dataset has no geotransform")
         for one in [scene] if second is None else [scene, second]:
-            reader = SceneReader("dB")  # read as stored; `Source` converts
+            reader = SceneReader(None)  # read as stored; `Source` converts
             sources.append(
                 Source(
                     one,

@@ -478,7 +478,10 @@ def build_dataset(name: str, data_path: str | Path, split: str, **options: Any) 
         _check_packed_options(given, root)
     module_name, function_name = builder.split(":")
     build = getattr(importlib.import_module(module_name), function_name)
-    return build(spec, root, split, statistics=statistics, on_error=on_error, **given)
+    data = build(spec, root, split, statistics=statistics, on_error=on_error, **given)
+    if spec.name != "s1_scenes" or is_packed(root):  # scenes are looked at as they are stored, each of them
+        importlib.import_module("sarwmix.pixels").check_at_door(data)
+    return data
 
 
 def option_defaults(spec: DatasetSpec) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import os
 import re
 import threading
 import warnings
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sarwmix.datasets import SarDataset, UnreadableSample, finish_image
+from sarwmix.pixels import UNITS, blank_fills, check_unit, describe_fills, to_decibel
 from sarwmix.registry import EmptySplit, parse_split
 from util.errors import UserError
 from util.log import get_logger
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from sarwmix.registry import DatasetSpec, Statistics
 
 SUFFIXES = (".tif", ".tiff")
-UNITS = ("dB", "linear")
 OPEN_FILES = 16
 """Files that a reading thread keeps open."""
 BLOCK_CACHE = 128 << 20
@@ -76,10 +76,12 @@ class Survey:
     Attributes:
         valid: Valid pixels of each tile, (rows, columns) of tiles.
         pixels: Some valid values of each band, (C, n), as stored.
+        fills: Values that stand for no data, and how many pixels had each.
     """
 
     valid: NDArray[np.int64]
     pixels: NDArray[np.float32]
+    fills: Counter[float] = field(default_factory=Counter)
 
 
 @dataclass
@@ -106,11 +108,46 @@ def find_files(root: Path) -> list[Path]:
     """GeoTIFFs below a folder (or the one file), sorted, without hidden ones."""
     if root.is_file():
         return [root]
-    found = []
-    for folder, folders, files in os.walk(root):
+    found, unnamed, seen = [], [], set()
+    for folder, folders, files in os.walk(root, followlinks=True):
+        place = os.path.realpath(folder)
+        if place in seen:  # a link that leads back, or to a folder that was met before
+            folders.clear()
+            continue
+        seen.add(place)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [Path(folder) / name for name in files if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
+        for name in files:
+            if not name.lower().endswith(SUFFIXES) or name.startswith("."):
+                continue
+            try:
+                name.encode("utf-8")
+                found.append(Path(folder) / name)
+            except UnicodeEncodeError:
+                unnamed.append(os.path.join(folder, name).encode("utf-8", "backslashreplace").decode())
+    if unnamed:
+        get_logger().warning(
+            "%d file(s) whose names are not UTF-8 left out; rename them: %s", len(unnamed), _listing(unnamed)
+        )
     return sorted(found)
+
+
+# Last words of the names of what processors write beside backscatter; the first ones tell wherever they stand.
+_SIDE_WORDS = ("bordermask", "layover", "shadow", "incidence", "coherence")
+_LAST_WORDS = ("mask", "inc", "lia", "theta", "angle", "ls", "lsmap", "noise", "coh", "area", "ratio", "dem", "rgb")
+
+
+def _side_product(path: Path) -> str | None:
+    """The word in a file's name that says that it holds no backscatter."""
+    words = [word.lower() for word in re.split(r"[^A-Za-z0-9]+", path.stem) if word]
+    for word in words:
+        if word in _SIDE_WORDS or (word in _LAST_WORDS and word == words[-1]):
+            return word
+    return None
+
+
+def _is_raw(path: Path) -> bool:
+    """Whether a file lies in an unpacked product of the ground segment: digital numbers, not backscatter."""
+    return any(part.upper().endswith(".SAFE") for part in path.parts)
 
 
 @dataclass(frozen=True)
@@ -124,8 +161,14 @@ class _Header:
     crs: str
     transform: tuple[float, ...]
 
-    def grid(self) -> tuple[Any, ...]:
-        return self.height, self.width, self.crs, tuple(round(value, 9) for value in self.transform)
+    def lies_on(self, other: _Header) -> bool:
+        """Whether both have the same pixels, to a hundredth of a pixel in every corner."""
+        if (self.height, self.width, self.crs) != (other.height, other.width, other.crs):
+            return False
+        corners = [(column, row, 1) for column in (0, self.width) for row in (0, self.height)]
+        here, there = (np.array(header.transform).reshape(2, 3) for header in (self, other))
+        pixel = max(np.hypot(here[0, 0], here[1, 0]), np.hypot(here[0, 1], here[1, 1]))
+        return bool(np.abs((here - there) @ np.array(corners, float).T).max() <= 0.01 * pixel)
 
     def shown(self) -> str:
         a, _, x, _, e, y = self.transform
@@ -149,7 +192,7 @@ def _read_header(path: Path) -> _Header | str:
     from rasterio.errors import RasterioError
 
     try:
-        with rasterio.open(path) as source:
+        with rasterio.open(path, driver="GTiff") as source:
             return _Header(
                 path,
                 source.count,
@@ -235,8 +278,13 @@ def find_scenes(
     whole: list[tuple[str, _Header, list[int]]] = []
     single: dict[tuple[Path, str], dict[str, _Header]] = {}
     for path, header in zip(paths, headers, strict=True):
+        side = _side_product(path)
         if isinstance(header, str):
             ignored.append(f"{path}: {header}")
+        elif _is_raw(path):
+            ignored.append(f"{path}: raw product, not calibrated")
+        elif side is not None:
+            ignored.append(f"{path}: a side product ({side}), no backscatter")
         elif "complex" in header.dtype:
             ignored.append(f"{path}: holds {header.dtype} values; expected detected backscatter (GRD), dB or linear")
         elif header.count > 1:
@@ -263,6 +311,10 @@ def find_scenes(
         gone = {_scene_key(path, bands) for path, text in zip(paths, headers, strict=True) if isinstance(text, str)}
         for key in [key for key, found in single.items() if len(found) < len(bands) and key in gone]:
             ignored += [f"{header.path}: its partner cannot be opened" for header in single.pop(key).values()]
+    complete = whole or any(len(found) == len(bands) for found in single.values())
+    if complete:  # one polarisation among scenes of both: left out by name
+        for key in [key for key, found in single.items() if len(found) < len(bands)]:
+            ignored += [f"{header.path}: no file of the other polarisation" for header in single.pop(key).values()]
     lone = [
         f"{next(iter(found.values())).path} (without {', '.join(b for b in bands if b not in found)})"
         for found in single.values()
@@ -280,7 +332,7 @@ def find_scenes(
     for (folder, stem), found in single.items():
         first, *others = (found[band] for band in bands)
         for other in others:
-            if other.grid() != first.grid():
+            if not other.lies_on(first):
                 raise UserError(
                     f"{first.path} and {other.path} lie on different grids ({first.shown()}; "
                     f"{other.shown()}); resample one to the other first, for example with gdalwarp"
@@ -312,6 +364,11 @@ def find_scenes(
                     header.transform,
                 ),
             )
+        )
+    if not scenes and any(_is_raw(path) for path in paths):
+        raise UserError(
+            f"{root} holds a raw product of digital numbers (.SAFE); calibrate it first (SNAP's Calibration and "
+            "Range-Doppler Terrain Correction, pyroSAR or S1Tiling write the GeoTIFFs that are read here)"
         )
     if not scenes:
         raise UserError(
@@ -345,11 +402,15 @@ def _rest(scene: Scene) -> tuple[Any, ...]:
 class SceneReader:
     """Reads windows of scenes; keeps a few files open in each thread and each process."""
 
-    def __init__(self, unit: str) -> None:
+    def __init__(self, unit: str | None) -> None:
+        """
+        Args:
+            unit: Of the values in the files, one of `UNITS`; None: any sensor's bands; who reads blanks fill values.
+        """
         self.unit = unit
         self._local = threading.local()
 
-    def __reduce__(self) -> tuple[type[SceneReader], tuple[str]]:
+    def __reduce__(self) -> tuple[type[SceneReader], tuple[str | None]]:
         return type(self), (self.unit,)
 
     def _open(self, path: str) -> Any:
@@ -364,17 +425,22 @@ class SceneReader:
             sources.move_to_end(path)
         else:
             with _without_georeference_warnings():
-                sources[path] = rasterio.open(path)
+                sources[path] = rasterio.open(path, driver="GTiff")
             if len(sources) > OPEN_FILES:
                 sources.popitem(last=False)[1].close()
         return sources[path]
 
-    def stored(self, scene: Scene, row: int, column: int, height: int, width: int) -> NDArray[np.float32]:
+    def stored(
+        self, scene: Scene, row: int, column: int, height: int, width: int, fills: Counter[float] | None = None
+    ) -> NDArray[np.float32]:
         """A window as it is stored.
 
+        Args:
+            fills: Takes how many pixels had which undeclared value that stands for no data.
+
         Returns:
-            (C, height, width) float32 in the unit of the file; NaN where the file has no data: its declared no-data
-            value, its mask, and where all bands are exactly 0, which is how borders without data are filled.
+            (C, height, width) float32 in the unit of the file; NaN in all bands where one has no data: its declared
+            no-data value, its mask, 0, or another value that processors write there (`sarwmix.pixels.blank_fills`).
 
         Raises:
             OSError: The pixels cannot be read.
@@ -386,6 +452,7 @@ class SceneReader:
 
         window = Window(column, row, width, height)
         result = np.empty((len(scene.bands), height, width), dtype=np.float32)
+        declared = np.zeros((height, width), dtype=bool)
         for out, band in zip(result, scene.bands, strict=True):
             try:
                 # GDAL would keep 5 % of the machine's memory in each process for blocks that are hardly read twice.
@@ -399,17 +466,18 @@ class SceneReader:
             scale, offset = source.scales[band.number - 1], source.offsets[band.number - 1]
             out[...] = values if (scale, offset) == (1.0, 0.0) else values.astype(np.float64) * scale + offset
             if mask is not None:
-                out[mask == 0] = np.nan
-        result[:, (result == 0).all(axis=0)] = np.nan
+                declared |= mask == 0
+        result[:, declared] = np.nan
+        if self.unit is None:
+            result[:, (result == 0).all(axis=0)] = np.nan
+        else:
+            blank_fills(result, self.unit, fills)
         return result
 
     def decibel(self, scene: Scene, row: int, column: int, height: int, width: int) -> NDArray[np.float32]:
         """A window (C, height, width) in dB; NaN where there is no data, also where linear power is not positive."""
-        values = self.stored(scene, row, column, height, width)
-        if self.unit == "linear":
-            with np.errstate(divide="ignore", invalid="ignore"):
-                values = np.where(values > 0, 10.0 * np.log10(values), np.float32(np.nan)).astype(np.float32)
-        return values
+        assert self.unit is not None
+        return to_decibel(self.stored(scene, row, column, height, width), self.unit)
 
 
 def tile_starts(length: int, tile: int, stride: int) -> NDArray[np.int64]:
@@ -429,62 +497,19 @@ def _survey(reader: SceneReader, scene: Scene, tile: int, stride: int, *, every_
         pixels = middle.reshape(len(middle), -1)
         return Survey(np.full((len(rows), len(columns)), tile * tile), pixels[:, np.isfinite(pixels).all(axis=0)])
     valid = np.zeros((len(rows), len(columns)), dtype=np.int64)
-    drawn = []
+    drawn, fills, above = [], Counter[float](), 0
     for number, row in enumerate(rows):
-        strip = reader.stored(scene, int(row), 0, tile, scene.width)
-        good = np.asarray(np.isfinite(strip).all(axis=0))
+        found = Counter[float]()
+        strip = reader.stored(scene, int(row), 0, tile, scene.width, found)
+        if int(row) >= above:  # strips may overlap: each pixel is counted once where they do not
+            fills, above = fills + found, int(row) + tile
+        good = np.asarray(np.isfinite(to_decibel(strip, reader.unit or "dB")).all(axis=0))
         total = np.concatenate([[0], np.cumsum(good.sum(axis=0))])
         valid[number] = total[columns + tile] - total[columns]
         # Every 7th pixel: enough for a check, and no multiple of a block or a field pattern.
-        thin, thin_good = strip[:, ::7, ::7], np.asarray(good[::7, ::7])
-        drawn.append(thin[:, thin_good])
-    return Survey(valid, np.concatenate(drawn, axis=1))
-
-
-def check_unit(pixels: NDArray[np.float32], unit: str, where: str, bands: Sequence[str] = ("VH", "VV")) -> str | None:
-    """Compare values with the declared unit.
-
-    Sentinel-1 backscatter in dB is negative nearly everywhere, linear power never is; a median outside -45 to +5 dB is
-    no calibrated backscatter.
-
-    Args:
-        pixels: Valid values (bands, n) of Sentinel-1 bands, as stored.
-        unit: Declared unit.
-        where: What the message calls the data.
-        bands: Their names.
-
-    Returns:
-        A warning, or None.
-
-    Raises:
-        UserError: The values contradict the declaration.
-    """
-    if pixels.shape[1] == 0:
-        return None
-    negative = float((pixels < 0).mean())
-    medians = np.median(pixels, axis=1)
-    named = " and ".join(f"{value:.4g} ({band})" for band, value in zip(bands, medians, strict=True))
-    shown = f"median {named}, {100 * negative:.1f} % negative"
-    if unit == "dB" and negative < 0.05:
-        raise UserError(
-            f"{where}: the unit is declared as dB, but the values look like linear power ({shown}); give unit=linear"
-        )
-    if unit == "linear" and negative > 0.05:
-        raise UserError(
-            f"{where}: the unit is declared as linear, but power cannot be negative, and the values look "
-            f"like dB ({shown}); give unit=dB"
-        )
-    with np.errstate(divide="ignore", invalid="ignore"):
-        level = 10 * np.log10(medians) if unit == "linear" else medians
-    if not ((level > -45) & (level < 5)).all():
-        return (
-            f"{where}: {shown} is outside -45 to +5 dB; calibrated backscatter (sigma nought or gamma nought) is "
-            "expected, digital numbers or amplitudes are not"
-        )
-    of = dict(zip(bands, level, strict=True))
-    if {"VH", "VV"} <= set(of) and of["VH"] > of["VV"] + 1:
-        return f"{where}: VH is brighter than VV ({shown}); the bands may be swapped"
-    return None
+        thin = strip[:, ::7, ::7]
+        drawn.append(thin[:, np.isfinite(thin).all(axis=0)])
+    return Survey(valid, np.concatenate(drawn, axis=1), fills)
 
 
 class SceneTiles(SarDataset):
@@ -599,7 +624,7 @@ def build(
         split: "train"; with `holdout` also "val" and "test", or several joined by "+".
         statistics: Statistics in use.
         on_error: "raise" or "replace".
-        unit: Unit of the values in the files: "dB" or "linear" (power).
+        unit: Unit of the values in the files: "dB", "linear" (power) or "amplitude" (its root).
         tile: Side of a tile, pixels.
         stride: Distance of neighbouring tiles, pixels; the tile's side by default.
         band_order: Names of all bands of multi-band files in their order, such as "VV,VH"; by default their band
@@ -613,7 +638,7 @@ def build(
         UserError: No usable scene, values that contradict the unit, or an option out of range.
     """
     if unit not in UNITS:
-        raise UserError(f"unit={unit}: expected {' or '.join(UNITS)}")
+        raise UserError(f"unit={unit}: expected one of {', '.join(UNITS)}")
     size = _number("tile", tile, kind=int, low=16, high=4096, expected="a number of pixels from 16 to 4096")
     step = (
         size
@@ -654,6 +679,8 @@ def build(
         warning = check_unit(found.pixels, unit, scene.bands[0].path)
         if warning is not None:
             remarks.append(warning)
+        if found.fills:
+            remarks.append(f"{scene.bands[0].path}: no data where the value is {describe_fills(found.fills)}")
         keep = found.valid >= max(1, int(np.ceil(least * size * size)))
         skipped.tiles += int((~keep).sum())
         if not keep.any():

@@ -126,7 +126,7 @@ def read_list(path: Path) -> list[str]:
     """
     names = []
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:
             for row in csv.reader(file):
                 if row and row[0].strip():
                     name = Path(row[0].strip()).name.removesuffix(".tif")

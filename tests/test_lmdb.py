@@ -165,7 +165,7 @@ def test_labels_are_not_needed_for_pretraining(tmp_path: Path) -> None:
 
 def test_no_lmdb(tmp_path: Path) -> None:
     (tmp_path / "data.mdb").write_bytes(b"no database")
-    with pytest.raises(UserError, match="cannot be opened"):
+    with pytest.raises(UserError, match="is no LMDB"):
         LmdbPatches(tmp_path, ("VH", "VV"), 120)
 
 

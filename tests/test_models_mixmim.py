@@ -25,7 +25,7 @@ from models_mixmim import (
 )
 from util.errors import UserError
 
-SMALL = {
+SMALL: dict = {
     "embed_dim": 16,
     "depths": (1, 1, 2, 1),
     "num_heads": (1, 2, 4, 8),
@@ -323,7 +323,7 @@ def test_planned_biases_have_the_strides_of_the_fused_kernels() -> None:
     for block in (module for module in model.modules() if isinstance(module, MixMIMBlock)):
         block.register_forward_hook(lambda module, inputs, output: seen.extend(inputs[2]))
     model(torch.randn(2, 2, 128, 128), mask=model.draw_mask())
-    assert len(seen) == sum(MODELS["mixmim_tiny"]["depths"])
+    assert len(seen) == sum(SMALL["depths"])
     assert all(bias.stride(-1) == 1 for bias in seen)
 
 

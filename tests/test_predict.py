@@ -130,7 +130,7 @@ def test_mosaic_is_the_weighted_mean() -> None:
 def test_strips_read_each_row_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values = backscatter(100, 40)
     (scene,) = open_scenes([write_scene(tmp_path / "s.tif", values)], ("VV", "VH"))
-    source = Source(scene, SceneReader("dB"), "dB", (0, 1))
+    source = Source(scene, SceneReader(None), "dB", (0, 1))
     reads: list[tuple[int, int]] = []
     original = Source.rows
 

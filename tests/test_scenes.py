@@ -14,7 +14,8 @@ from rasterio.transform import from_origin
 
 from sarwmix import registry
 from sarwmix.datasets import UnreadableSample
-from sarwmix.scenes import SceneTiles, check_unit, tile_starts
+from sarwmix.pixels import check_unit
+from sarwmix.scenes import SceneTiles, tile_starts
 from util.errors import UserError
 
 Writer = Callable[..., Path]
@@ -138,8 +139,10 @@ def test_implausible_values_warn() -> None:
     values = scene().reshape(2, -1)
     assert check_unit(values, "dB", "x") is None
     assert "swapped" in str(check_unit(values[::-1], "dB", "x"))
-    assert "digital numbers" in str(check_unit(np.full((2, 10), 300.0, np.float32), "linear", "x"))
-    assert "digital numbers" in str(check_unit(values * 100, "dB", "x"))
+    with pytest.raises(UserError, match="digital numbers.*calibrate"):
+        check_unit(np.full((2, 10), 300.0, np.float32), "linear", "x")
+    with pytest.raises(UserError, match="dB x 100.*divide by 100"):
+        check_unit(values * 100, "dB", "x")
 
 
 def test_no_data_in_all_its_forms(tmp_path: Path, write: Writer) -> None:
@@ -151,7 +154,8 @@ def test_no_data_in_all_its_forms(tmp_path: Path, write: Writer) -> None:
     write("chip.tif", values, descriptions=("VH", "VV"), nodata=-9999.0)
     dataset = build(tmp_path)
     invalid = np.argwhere(np.isnan(dataset.read(0))).tolist()
-    assert invalid == [[0, 0, 0], [0, 0, 2], [0, 0, 3], [1, 0, 1], [1, 0, 3]]
+    # what stands for no data in one band (-inf dB is power 0) holds for the pixel; NaN stands for its band
+    assert invalid == [[0, 0, 0], [0, 0, 2], [0, 0, 3], [1, 0, 0], [1, 0, 1], [1, 0, 2], [1, 0, 3]]
     assert not dataset[0]["valid"][0, 0, 0]
 
 

@@ -410,7 +410,7 @@ def add_data_detail_args(parser: argparse.ArgumentParser, *, split: str | None =
 def add_scene_args(parser: argparse.ArgumentParser) -> None:
     """How scenes are read and cut into tiles."""
     group = parser.add_argument_group("scenes")
-    group.add_argument("--unit", choices=("dB", "linear"), default=None,
+    group.add_argument("--unit", choices=("dB", "linear", "amplitude"), default=None,
                        help="of VH and VV (not given: found out, with a warning)")  # fmt: skip
     group.add_argument("--band_order", default=None, metavar="NAMES",
                        help="names of all bands of multi-band files without band descriptions, e.g. VV,VH")  # fmt: skip

@@ -146,7 +146,7 @@ def read_tile(path: Path) -> Tile:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", NotGeoreferencedWarning)
-            with rasterio.open(path) as source:
+            with rasterio.open(path, driver="GTiff") as source:
                 if source.count != 1:
                     raise TileError("wrong bands", f"has {source.count} bands, expected 1; replace the file")
                 crs, transform, nodata = source.crs, source.transform, source.nodata

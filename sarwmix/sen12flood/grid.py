@@ -86,7 +86,7 @@ def read_grid(path: str | Path) -> Grid:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", NotGeoreferencedWarning)
-            with rasterio.open(path) as source:
+            with rasterio.open(path, driver="GTiff") as source:
                 crs, transform, width, height = source.crs, source.transform, source.width, source.height
     except RasterioError as error:
         raise GridError(f"{path.name} cannot be read ({error})") from error
