@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sarwmix.mixup import Mixup, random_erase
-from sarwmix.tasks import Predictor, Prepared, Task
+from sarwmix.tasks.base import Predictor, Prepared, Task
 from sarwmix.transforms import SarTransform
 from util.errors import UserError
 from util.log import Progress

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sarwmix import registry
+from sarwmix.data import registry
 from util import args as groups
 from util.errors import EXIT_PREEMPTED, UserError, run_cli
 from util.files import make_directory, sha256_file, write_json
@@ -25,10 +25,10 @@ from util.files import make_directory, sha256_file, write_json
 if TYPE_CHECKING:
     import torch
 
+    from sarwmix.finetune.bench import Workbench
+    from sarwmix.finetune.results import Results
     from sarwmix.heads import TaskModel
-    from sarwmix.protocols import Workbench
-    from sarwmix.results import Results
-    from sarwmix.tasks import ModelSettings
+    from sarwmix.tasks.base import ModelSettings
 
 TEST_RUN_STEPS = 3
 KNN_NEIGHBOURS = 5
@@ -90,11 +90,11 @@ def main() -> int | None:
         settings_of_checkpoint(args, groups.given_flags(parser))
     check_args(args)
 
-    from sarwmix.protocols import Workbench, check_protocol, data_facts, open_splits
-    from sarwmix.results import Results, evaluation_folder
-    from sarwmix.tasks import ModelSettings, build_task
+    from sarwmix.finetune.bench import Workbench, check_protocol, data_facts, open_splits
+    from sarwmix.finetune.results import Results, evaluation_folder
+    from sarwmix.models.loading import load_start, load_timm_weights
+    from sarwmix.tasks.base import ModelSettings, build_task
     from sarwmix.transforms import SarTransform
-    from sarwmix.weights import load_start, load_timm_weights
     from util.distributed import setup_processes
     from util.log import get_logger, setup_logging
     from util.precision import precision
@@ -335,8 +335,8 @@ def check_args(args: argparse.Namespace) -> None:
 
 def export_result(args: argparse.Namespace, results: Results) -> None:
     """Export the evaluated checkpoint, or the best one of the run that has just ended."""
-    from sarwmix.export import export_model, push_to_hub
-    from sarwmix.selection import BEST
+    from sarwmix.inference.export import export_model, push_to_hub
+    from sarwmix.tasks.selection import BEST
     from util.log import get_logger
 
     if args.eval:
@@ -392,11 +392,11 @@ def train(
         module: what is trained: the model itself (its encoder may be frozen), or its head on cached features.
     """
     from engine_finetune import Augmentation, train_one_epoch
+    from sarwmix.finetune.results import EpochJournal, best_on_disk
     from sarwmix.heads import count_trainable
     from sarwmix.mixup import Mixup
-    from sarwmix.results import EpochJournal, best_on_disk
-    from sarwmix.selection import Selector
-    from sarwmix.weights import load_trained
+    from sarwmix.models.loading import load_trained
+    from sarwmix.tasks.selection import Selector
     from util.distributed import data_parallel, share_statistics
     from util.log import Progress, get_logger
     from util.optim import build_adamw, build_sgd, parameter_groups

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sarwmix import registry
+from sarwmix.data import registry
 from util import args as groups
 from util.errors import EXIT_OK, EXIT_PREEMPTED, UserError, run_cli
 from util.files import make_directory, write_json
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import torch
 
     from models_mixmim import MixMIM
-    from sarwmix.datasets import SarDataset
+    from sarwmix.data.base import SarDataset
     from sarwmix.transforms import SarTransform
     from util.distributed import Processes
 
@@ -240,7 +240,7 @@ def train(
 ) -> int:
     """Everything from loader to last checkpoint; returns the exit code."""
     from engine_pretrain import train_one_epoch
-    from sarwmix.loader import build_loader
+    from sarwmix.data.loader import build_loader
     from util.checkpoint import load_model_state
     from util.distributed import data_parallel
     from util.log import EpochLog, Progress, ScalarWriter, format_duration, get_logger, memory_mib
@@ -392,7 +392,7 @@ def draw_reconstructions(
     import torch
 
     from engine_pretrain import reconstruct
-    from sarwmix.pictures import reconstruction_panel
+    from sarwmix.figures.base import reconstruction_panel
     from util.log import get_logger
     from util.seeding import step_generator
 

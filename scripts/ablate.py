@@ -25,7 +25,17 @@ from types import FrameType
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from sarwmix.ablation import Combination, Job, as_csv, as_latex, as_markdown, collect, parse_axis, plan, split_words
+from sarwmix.reports.ablation import (
+    Combination,
+    Job,
+    as_csv,
+    as_latex,
+    as_markdown,
+    collect,
+    parse_axis,
+    plan,
+    split_words,
+)
 from util.errors import EXIT_OK, EXIT_PREEMPTED, UserError, run_cli
 from util.files import atomic_write, make_directory, write_json
 

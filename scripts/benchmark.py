@@ -242,7 +242,7 @@ def child_memory(kind: str, model: str, batch: str, threads: str) -> dict[str, A
 
 
 def demo(folder: Path, patches: int) -> Path:
-    from sarwmix.demo import generate
+    from sarwmix.synthetic.benv2 import generate
 
     root = folder / "demo"
     if not root.exists():
@@ -251,7 +251,7 @@ def demo(folder: Path, patches: int) -> Path:
 
 
 def split_by_split(root: Path) -> list[Any]:
-    from sarwmix.registry import build_dataset
+    from sarwmix.data.registry import build_dataset
 
     return [build_dataset("demo", root, split) for split in ("train", "val", "test")]
 
@@ -274,13 +274,13 @@ def part_loader(args: argparse.Namespace) -> list[dict[str, Any]]:
     import torch
     import torch.nn.functional as F
 
-    from sarwmix.lmdb_source import LmdbPatches, write_lmdb
-    from sarwmix.loader import build_loader
-    from sarwmix.packed import pack
-    from sarwmix.registry import build_dataset
+    from sarwmix.data.io.lmdb import LmdbPatches, write_lmdb
+    from sarwmix.data.io.zarr import ZarrPatches, write_zarr
+    from sarwmix.data.loader import build_loader
+    from sarwmix.data.packed import pack
+    from sarwmix.data.registry import build_dataset
     from sarwmix.transforms import SarTransform, draw_flips
     from sarwmix.weighting import WeightOptions, compute_weights
-    from sarwmix.zarr_source import ZarrPatches, write_zarr
     from util.memory import keep_freed_memory
 
     torch.set_num_threads(1)
@@ -366,7 +366,7 @@ def part_packing(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Patches packed per second by one process from the page cache."""
     import shutil
 
-    from sarwmix.packed import pack
+    from sarwmix.data.packed import pack
 
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         root = demo(Path(scratch), args.patches)
@@ -415,8 +415,8 @@ def write_listing(folder: Path) -> None:
     """A patch list as long as the official one of BigEarthNet v2, as parquet (ours) and as CSV (textbook)."""
     import pandas
 
-    from sarwmix.labels import CLASSES_19
-    from sarwmix.registry import OFFICIAL_COUNTS
+    from sarwmix.data.labels import CLASSES_19
+    from sarwmix.data.registry import OFFICIAL_COUNTS
 
     names, splits = [], []
     for split, count in OFFICIAL_COUNTS["benv2"].items():
@@ -432,7 +432,7 @@ def child_startup(kind: str, root: str, scratch: str) -> dict[str, Any]:
     if kind == "ours":
         import main_pretrain
         import util.training
-        from sarwmix.bigearthnet import read_metadata
+        from sarwmix.datasets.bigearthnet import read_metadata
 
         read_metadata([Path(scratch) / "listing.parquet"], ("train", "val"))
 
@@ -479,7 +479,7 @@ def child_startup(kind: str, root: str, scratch: str) -> dict[str, Any]:
     logging.getLogger("fvcore").setLevel(logging.ERROR)
     import numpy as np
 
-    from sarwmix.labels import CLASSES_19
+    from sarwmix.data.labels import CLASSES_19
 
     columns = {name: i for i, name in enumerate(CLASSES_19)}
     rows = []

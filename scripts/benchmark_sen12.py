@@ -95,7 +95,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--durable", action="store_true", help="time until everything is on the disk")
     args = parser.parse_args()
-    from sarwmix.sen12flood.demo import DemoOptions, generate
+    from sarwmix.synthetic.sen12flood import DemoOptions, generate
 
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         scratch = Path(name)

@@ -17,8 +17,8 @@ from util.log import Progress
 if TYPE_CHECKING:
     import torch
 
-    from sarwmix.datasets import SarDataset
-    from sarwmix.sen12flood.dataset import PairDataset
+    from sarwmix.data.base import SarDataset
+    from sarwmix.datasets.sen12flood import PairDataset
 
 ROOT = Path(__file__).resolve().parent.parent
 PEAK_TFLOPS = {"H200": 790.0, "H100": 790.0, "A100": 312.0}  # bf16 dense; others: no utilisation is printed
@@ -39,7 +39,7 @@ def pretraining_rate(
         data: patches, enough for `TIMED` steps.
         batch: samples of a step.
         device: where to train.
-        cache: see `sarwmix.loader.build_loader`.
+        cache: see `sarwmix.data.loader.build_loader`.
         compiled: whether blocks are compiled.
         folder: for what a run writes.
 
@@ -50,7 +50,7 @@ def pretraining_rate(
 
     from engine_pretrain import train_one_epoch
     from models_mixmim import MixMIM, model_config
-    from sarwmix.loader import build_loader
+    from sarwmix.data.loader import build_loader
     from sarwmix.transforms import SarTransform
     from sarwmix.weighting import WeightOptions
     from util.distributed import Processes
@@ -107,9 +107,9 @@ def part_gpu(patches: int, *, batches: list[int], model: str, scratch: str | Non
     packed store; pairs/s of SEN12-FLOOD."""
     import torch
 
-    from sarwmix.demo import generate
-    from sarwmix.packed import pack
-    from sarwmix.registry import build_dataset
+    from sarwmix.data.packed import pack
+    from sarwmix.data.registry import build_dataset
+    from sarwmix.synthetic.benv2 import generate
 
     if not torch.cuda.is_available():
         print("gpu: no CUDA device here; this part is ready to run where there is one")
@@ -157,9 +157,9 @@ def part_gpu(patches: int, *, batches: list[int], model: str, scratch: str | Non
 
 def make_pairs(folder: Path, *, sequences: int, frames: int, size: int) -> PairDataset:
     """A store of generated pairs: test split, as many images per sequence as the real data has."""
-    from sarwmix.registry import build_dataset
-    from sarwmix.sen12flood.dataset import PairDataset
-    from sarwmix.sen12flood.demo import DemoOptions, generate
+    from sarwmix.data.registry import build_dataset
+    from sarwmix.datasets.sen12flood import PairDataset
+    from sarwmix.synthetic.sen12flood import DemoOptions, generate
 
     raw = generate(folder / "raw", DemoOptions(2, sequences, frames, size))
     command = [sys.executable, "-m", "sarwmix.sen12flood.prepare", "--raw-root", str(raw), "--layout", "store"]
@@ -176,8 +176,8 @@ def pair_model(name: str, size: int, device: torch.device) -> tuple[Any, Any, An
     """Task, model and transform of pairs."""
     import torch
 
-    from sarwmix.registry import get_spec
-    from sarwmix.tasks import ModelSettings, build_task
+    from sarwmix.data.registry import get_spec
+    from sarwmix.tasks.base import ModelSettings, build_task
     from sarwmix.transforms import SarTransform
 
     torch.manual_seed(0)
@@ -235,7 +235,7 @@ def pair_evaluation(name: str, data: PairDataset, *, batch: int, device: torch.d
     import torch
 
     from engine_finetune import evaluate
-    from sarwmix.loader import build_loader
+    from sarwmix.data.loader import build_loader
     from util.precision import precision
 
     task, model, transform = pair_model(name, data.size, device)

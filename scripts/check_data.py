@@ -14,12 +14,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from typing import TYPE_CHECKING
 
-from sarwmix import registry
+from sarwmix.data import registry
 from util import args as groups
 from util.errors import UserError, run_cli
 
 if TYPE_CHECKING:
-    from sarwmix.data_check import Examination
+    from sarwmix.checks.samples import Examination
 
 FOUND = 10
 SHEET = 24
@@ -72,7 +72,8 @@ def draw(found: Examination, folder: Path, seed: int) -> list[Path]:
     """Histograms, label balance and contact sheet."""
     import numpy as np
 
-    from sarwmix import pictures, statistics
+    from sarwmix.checks import statistics
+    from sarwmix.figures import base as pictures
 
     dataset, moments = found.dataset, found.moments
     assert dataset is not None
@@ -162,7 +163,7 @@ def main() -> int:
     if not Path(args.data_path).exists():
         raise UserError(f"data path {args.data_path} does not exist; give an existing folder or store")
 
-    from sarwmix import data_check
+    from sarwmix.checks import samples as data_check
     from util.files import file_set, write_json
 
     with file_set(folder):  # a folder that cannot be written is found before hours of reading

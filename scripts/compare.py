@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from sarwmix.comparison import (
+from sarwmix.reports.comparison import (
     CSV_COLUMNS,
     PUBLISHED_FILE,
     as_latex,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sarwmix import registry
+from sarwmix.data import registry
 from util.errors import UserError, run_cli
 
 
@@ -53,8 +53,8 @@ def main() -> None:
     if not out.absolute().parent.is_dir():
         raise UserError(f"--out {out}: the folder {out.absolute().parent} does not exist; make it first")
 
-    from sarwmix import statistics
-    from sarwmix.pair_images import single_images
+    from sarwmix.checks import statistics
+    from sarwmix.datasets.sen12flood_images import single_images
     from util.files import write_json
 
     spec = registry.get_spec(args.dataset)

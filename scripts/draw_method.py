@@ -29,8 +29,8 @@ def main() -> None:
     import numpy as np
     import torch
 
-    from sarwmix.method_figure import method_figure
-    from sarwmix.registry import build_dataset
+    from sarwmix.data.registry import build_dataset
+    from sarwmix.figures.method import method_figure
     from sarwmix.transforms import resize
 
     data = build_dataset(args.dataset, args.data_path, "train")

@@ -41,7 +41,7 @@ def main() -> None:
     args = parser().parse_args()
     if not Path(args.checkpoint).is_file():
         raise UserError(_no_file(Path(args.checkpoint)))
-    from sarwmix.export import check_hub, export_model, push_to_hub
+    from sarwmix.inference.export import check_hub, export_model, push_to_hub
     from util.log import setup_logging
 
     setup_logging()

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sarwmix import registry
+from sarwmix.data import registry
 from util import args as groups
 from util.errors import UserError, run_cli
 
 if TYPE_CHECKING:
-    from sarwmix.datasets import SarDataset
-    from sarwmix.pretrained import Pretrained
+    from sarwmix.data.base import SarDataset
+    from sarwmix.inference.model import Pretrained
 
 SUFFIXES = (".npy", ".parquet")
 
@@ -65,9 +65,9 @@ def main() -> None:
         if not Path(path).exists():
             raise UserError(f"{path} does not exist; give a GeoTIFF with VH and VV, one file for each, or a folder")
 
-    from sarwmix import embeddings
-    from sarwmix.prediction import Options, open_scenes
-    from sarwmix.pretrained import choose_device, describe, open_model
+    from sarwmix.inference import embeddings
+    from sarwmix.inference.model import choose_device, describe, open_model
+    from sarwmix.inference.predict import Options, open_scenes
     from util.files import file_set
     from util.log import get_logger, setup_logging
 
@@ -144,7 +144,7 @@ def open_data(args: argparse.Namespace, model: Pretrained) -> SarDataset:
         return data
     if is_pair_model:
         return data
-    from sarwmix.pair_images import single_images
+    from sarwmix.datasets.sen12flood_images import single_images
 
     return single_images(data)
 

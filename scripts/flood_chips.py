@@ -51,12 +51,12 @@ def survey(data_path: Path, folder: Path) -> tuple[list[str], dict[str, np.ndarr
     import numpy as np
     import torch
 
-    from sarwmix import registry
-    from sarwmix.datasets import UnreadableSample
-    from sarwmix.rasters import list_files
-    from sarwmix.segmentation import IGNORED, confusion_matrices
-    from sarwmix.sen1floods11 import find_root
-    from sarwmix.water_threshold import threshold_water
+    from sarwmix.data import registry
+    from sarwmix.data.base import UnreadableSample
+    from sarwmix.data.io.rasters import list_files
+    from sarwmix.datasets.sen1floods11 import find_root
+    from sarwmix.inference.water_threshold import threshold_water
+    from sarwmix.tasks.segmentation import IGNORED, confusion_matrices
     from util.files import make_directory
 
     files = list_files(find_root(data_path) / "LabelHand")
@@ -131,7 +131,7 @@ def main() -> None:
     args = parser().parse_args()
     import numpy as np
 
-    from sarwmix.metrics import align_table, confusion_metrics
+    from sarwmix.tasks.metrics import align_table, confusion_metrics
     from util.files import make_directory, write_json
 
     folder = make_directory(args.out)

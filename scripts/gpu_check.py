@@ -638,10 +638,10 @@ def loop(check: Check) -> Any:
     """The whole loop from a packed store and from the card's memory, against a fixed batch."""
     import numpy as np
 
-    from sarwmix.datasets import SarDataset
-    from sarwmix.loader import build_loader
-    from sarwmix.packed import PackedDataset, pack
-    from sarwmix.registry import get_spec
+    from sarwmix.data.base import SarDataset
+    from sarwmix.data.loader import build_loader
+    from sarwmix.data.packed import PackedDataset, pack
+    from sarwmix.data.registry import get_spec
 
     spec = get_spec("demo")
     rows = 12 if check.dry else 10 * check.batch

@@ -38,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     """Entry point."""
     args = parser().parse_args()
-    from sarwmix.demo import generate
+    from sarwmix.synthetic.benv2 import generate
 
     start = time.monotonic()
     shown = -1

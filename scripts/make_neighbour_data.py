@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     """Entry point."""
     args = parser().parse_args()
-    from sarwmix.neighbour_demo import make_neighbour_data
+    from sarwmix.synthetic.neighbours import make_neighbour_data
 
     count = make_neighbour_data(args.dataset, args.out, samples=args.samples, seed=args.seed)
     print(

@@ -27,7 +27,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--zip", type=Path, metavar="FILE", help="pack the tree like the published zip, too")
     args = parser.parse_args()
-    from sarwmix.sen12flood.demo import DemoOptions, generate, make_zip
+    from sarwmix.synthetic.sen12flood import DemoOptions, generate, make_zip
 
     options = DemoOptions(args.train, args.test, args.frames, args.size, args.seed, args.swath_edges)
     generate(args.out, options)

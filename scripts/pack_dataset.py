@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sarwmix import registry
+from sarwmix.data import registry
 from util.args import non_negative_int
 from util.errors import UserError, run_cli
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from sarwmix.datasets import SarDataset
+    from sarwmix.data.base import SarDataset
 
 FORMATS = ("packed", "lmdb", "zarr2", "zarr3")
 
@@ -116,7 +116,7 @@ def usable_processors() -> int:
 
 def write_packed(args: argparse.Namespace, datasets: list[SarDataset]) -> None:
     """Write or continue the packed store."""
-    from sarwmix.packed import pack
+    from sarwmix.data.packed import pack
 
     start = time.monotonic()
     result = pack(
@@ -160,9 +160,9 @@ def write_as_lmdb(args: argparse.Namespace, dataset: SarDataset) -> int:
 
     Sentinel-1 bands go under the Sentinel-1 name, Sentinel-2 bands under the patch_id, as in reBEN's LMDB.
     """
-    from sarwmix.bigearthnet import BigEarthNet, JoinedSource
-    from sarwmix.lmdb_source import write_lmdb
-    from sarwmix.registry import SAR_BANDS
+    from sarwmix.data.io.lmdb import write_lmdb
+    from sarwmix.data.registry import SAR_BANDS
+    from sarwmix.datasets.bigearthnet import BigEarthNet, JoinedSource
 
     if not isinstance(dataset, BigEarthNet):
         raise UserError(f"--format lmdb is for BigEarthNet; data set {args.dataset!r} is read from its own files")
@@ -194,8 +194,8 @@ def write_as_lmdb(args: argparse.Namespace, dataset: SarDataset) -> int:
 
 def write_as_zarr(args: argparse.Namespace, dataset: SarDataset) -> int:
     """One split as groups of a Zarr store; returns the number written now."""
-    from sarwmix.labels import CLASSES_19, GROUPING_43, names_of
-    from sarwmix.zarr_source import write_zarr
+    from sarwmix.data.io.zarr import write_zarr
+    from sarwmix.data.labels import CLASSES_19, GROUPING_43, names_of
 
     labels = dataset.labels
     if dataset.spec.classes != CLASSES_19 or labels is None:
@@ -225,7 +225,7 @@ def main() -> None:
         else:
             write_other(args, datasets)
     if args.verify:
-        from sarwmix.packed import read_manifest, verify_store
+        from sarwmix.data.packed import read_manifest, verify_store
 
         total = read_manifest(args.output).block_count
         counter = Counter("blocks verified")

@@ -53,8 +53,8 @@ def main() -> None:
         if not Path(path).exists():
             raise UserError(f"{path} does not exist; give a GeoTIFF with the model's bands, one file each, or a folder")
 
-    from sarwmix.prediction import EmptyScene, Options, UnreadableScene, open_scenes, predict_scene
-    from sarwmix.pretrained import choose_device, describe, open_model
+    from sarwmix.inference.model import choose_device, describe, open_model
+    from sarwmix.inference.predict import EmptyScene, Options, UnreadableScene, open_scenes, predict_scene
     from util.log import get_logger, memory_mib, setup_logging
 
     setup_logging()

@@ -17,8 +17,8 @@ from typing import IO
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from sarwmix.labels import CLASSES_19, CLASSES_43, GROUPING_43
-from sarwmix.registry import OFFICIAL_COUNTS
+from sarwmix.data.labels import CLASSES_19, CLASSES_43, GROUPING_43
+from sarwmix.data.registry import OFFICIAL_COUNTS
 from util.errors import UserError, run_cli
 from util.files import atomic_write
 
@@ -116,10 +116,10 @@ def check_label_indices(path: Path) -> None:
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise UserError(f"{path} is no table of label indices: {error!r}") from error
     if tuple(official_19) != CLASSES_19 or tuple(official_43) != CLASSES_43:
-        raise UserError(f"{path}: class names or their order differ from sarwmix/labels.py")
+        raise UserError(f"{path}: class names or their order differ from sarwmix/data/labels.py")
     for name, group in groups.items():
         if GROUPING_43[name] != group:
-            raise UserError(f"{path}: {name!r} belongs to {group!r}, sarwmix/labels.py has {GROUPING_43[name]!r}")
+            raise UserError(f"{path}: {name!r} belongs to {group!r}, sarwmix/data/labels.py has {GROUPING_43[name]!r}")
     print(f"{path}: 19 classes, 43 names and their grouping agree")
 
 
@@ -166,9 +166,9 @@ def stored_labels(store: Path, names: Sequence[str]) -> list[str]:
     """43-class names of patches as stored beside them, joined with ``|``."""
     from concurrent.futures import ThreadPoolExecutor
 
-    from sarwmix.bigearthnet import open_source
-    from sarwmix.labels import class_codes
-    from sarwmix.registry import BANDS
+    from sarwmix.data.labels import class_codes
+    from sarwmix.data.registry import BANDS
+    from sarwmix.datasets.bigearthnet import open_source
 
     source = open_source(store, BANDS, 120, names[0])
 
@@ -185,7 +185,7 @@ def stored_labels(store: Path, names: Sequence[str]) -> list[str]:
 
 def prepare_v1(lists: Path, mapping_file: Path, output: Path, *, labels: Path | None, any_count: bool) -> None:
     """Write ``benv1_{train,val,test}.csv``: Sentinel-2 name, Sentinel-1 name (column 1), labels if they are known."""
-    from sarwmix.bigearthnet import check_name
+    from sarwmix.datasets.bigearthnet import check_name
 
     mapping = read_mapping(mapping_file)
     seen: dict[str, str] = {}
@@ -214,8 +214,8 @@ def prepare_v1(lists: Path, mapping_file: Path, output: Path, *, labels: Path | 
 
 def prepare_v2(metadata: Path, output: Path, *, write_csv: bool, any_count: bool) -> None:
     """Check the official metadata of v2 (labels known, counts of the splits) and write its splits as CSV if asked."""
-    from sarwmix.bigearthnet import read_metadata
-    from sarwmix.labels import names_of
+    from sarwmix.data.labels import names_of
+    from sarwmix.datasets.bigearthnet import read_metadata
 
     table = read_metadata([metadata], SPLITS, nomenclature="19")
     for code, split in enumerate(SPLITS):

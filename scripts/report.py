@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     """Entry point."""
     args = parser().parse_args()
-    from sarwmix.report import write_report
+    from sarwmix.reports.page import write_report
 
     page = write_report(args.runs, args.out, title=args.title)
     print(f"written to {page} ({page.stat().st_size / 1e6:.1f} MB, opens in any browser without other files)")

@@ -16,7 +16,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from sarwmix.selection import selected_text
+from sarwmix.tasks.selection import selected_text
 from util.errors import UserError, run_cli
 from util.files import read_json
 

@@ -45,7 +45,7 @@ def realdata() -> Path:
 @pytest.fixture(scope="session")
 def demo_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small demo data set (96 patches), shared by the session; do not write into it."""
-    from sarwmix.demo import generate
+    from sarwmix.synthetic.benv2 import generate
 
     root = tmp_path_factory.mktemp("demo") / "demo"
     generate(root, patches=96, seed=7, jobs=1)

@@ -66,7 +66,7 @@ def inject(fault: dict[str, Any]) -> None:
     import torch
 
     from models_mixmim import MixMIM
-    from sarwmix.datasets import SarDataset
+    from sarwmix.data.base import SarDataset
 
     kind, mine = fault.get("kind"), own_rank() == fault.get("rank", 0)
     count = 0

@@ -12,8 +12,8 @@ import torch
 from rasterio.transform import from_origin
 
 from models_mixmim import MixMIM, model_config
-from sarwmix import registry
-from sarwmix.tasks import ModelSettings, build_task
+from sarwmix.data import registry
+from sarwmix.tasks.base import ModelSettings, build_task
 from util.checkpoint import save_checkpoint
 
 ORIGIN, PIXEL = (500000.0, 5400000.0), 10.0

@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sarwmix.sen12flood.demo import DemoOptions, generate
 from sarwmix.sen12flood.stages import PrepareOptions, Summary, prepare
+from sarwmix.synthetic.sen12flood import DemoOptions, generate
 
 # Two training sequences and one of test, 4 frames each (3 dry, 1 flooded): 3 * 1 + 3 = 6 pairs a sequence. The seed
 # gives images on both sides of the 25 % of zeros.

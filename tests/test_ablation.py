@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from sarwmix.ablation import Row, as_csv, as_latex, as_markdown, collect, folder_name, parse_axis, plan
+from sarwmix.reports.ablation import Row, as_csv, as_latex, as_markdown, collect, folder_name, parse_axis, plan
 from scripts import ablate
 from util.errors import UserError
 from util.files import write_json

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sarwmix.packed import pack
-from sarwmix.registry import build_dataset
+from sarwmix.data.packed import pack
+from sarwmix.data.registry import build_dataset
 from tests.conftest import ROOT
 
 CPU = torch.device("cpu")

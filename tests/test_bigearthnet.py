@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sarwmix import bigearthnet, labels
-from sarwmix.datasets import SarDataset, UnreadableSample
-from sarwmix.registry import build_dataset
-from sarwmix.zarr_source import ZarrPatches, write_zarr
+from sarwmix.data import labels
+from sarwmix.data.base import SarDataset, UnreadableSample, bigearthnet
+from sarwmix.data.io.zarr import ZarrPatches, write_zarr
+from sarwmix.data.registry import build_dataset
 from tests.bigearthnet_fixtures import (
     REALDATA,
     expected_indices,
@@ -321,7 +321,7 @@ def test_zarr(benv1: Path) -> None:
 
 
 def test_zarr_in_worker_processes(benv1: Path) -> None:
-    from sarwmix.loader import build_loader
+    from sarwmix.data.loader import build_loader
 
     dataset = build_dataset("benv1", benv1, "train")
     dataset[0]
@@ -448,7 +448,7 @@ def real_index() -> list[dict[str, str]]:
 
 @needs_realdata
 def test_real_patches_are_the_same_from_every_storage(real_index: list[dict[str, str]], tmp_path: Path) -> None:
-    from sarwmix.lmdb_source import write_lmdb
+    from sarwmix.data.io.lmdb import write_lmdb
 
     rows = [["patch_id", "labels", "split", "country", "s1_name"]]
     rows += [
@@ -518,7 +518,7 @@ def test_official_metadata_counts_and_labels(real_index: list[dict[str, str]]) -
 def test_official_metadata_are_read_without_pandas(demo_root: Path) -> None:
     """Importing pandas costs every start 0.3 s; arrow does without where no value is missing."""
     program = (
-        "import sys; from pathlib import Path; from sarwmix.bigearthnet import read_metadata; "
+        "import sys; from pathlib import Path; from sarwmix.datasets.bigearthnet import read_metadata; "
         f"read_metadata([Path({str(demo_root / 'metadata.parquet')!r})], ('train', 'val')); "
         "assert 'pandas' not in sys.modules"
     )

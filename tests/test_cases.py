@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import rasterio
 
-from sarwmix.lmdb_source import LmdbPatches, check_size
-from sarwmix.pixels import recognise
-from sarwmix.registry import build_dataset
+from sarwmix.data.io.lmdb import LmdbPatches, check_size
+from sarwmix.data.pixels import recognise
+from sarwmix.data.registry import build_dataset
 from util.errors import UserError
 
 SIZE = 128
@@ -168,7 +168,7 @@ def test_every_data_set_is_looked_at(tmp_path: Path, demo_root: Path) -> None:
     """BigEarthNet patches in linear power, as files and packed, are not trained on in silence."""
     import shutil
 
-    from sarwmix.packed import pack
+    from sarwmix.data.packed import pack
 
     root = tmp_path / "demo"
     shutil.copytree(demo_root, root)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import main_finetune
-from sarwmix.comparison import (
+from sarwmix.reports.comparison import (
     FACT_ARGS,
     IRRELEVANT_ARGS,
     METRIC_LABELS,

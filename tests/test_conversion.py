@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sarwmix.neighbour_demo import make_neighbour_data
-from sarwmix.registry import build_dataset
+from sarwmix.data.registry import build_dataset
+from sarwmix.synthetic.neighbours import make_neighbour_data
 from scripts import list_acquisitions, pack_dataset
 from tests.bigearthnet_fixtures import REALDATA, needs_realdata
 from util.errors import UserError

@@ -13,8 +13,8 @@ import pandas as pd
 import pytest
 import rasterio
 
-from sarwmix import demo
-from sarwmix.data_check import Examination, Finding, compare_tables, examine
+from sarwmix.checks.samples import Examination, Finding, compare_tables, examine
+from sarwmix.synthetic import benv2 as demo
 from scripts import check_data
 from util.errors import UserError
 
@@ -277,7 +277,7 @@ def test_command_line(
 def test_wrong_usage_is_refused_before_anything_is_read(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sarwmix.data_check.read_samples", lambda *_, **__: pytest.fail("was read"))
+    monkeypatch.setattr("sarwmix.checks.samples.read_samples", lambda *_, **__: pytest.fail("was read"))
     arguments = ("--dataset", "demo", "--data_path", data, "--out")
     with pytest.raises(UserError, match="no option 'metadta'.*did you mean 'metadata'"):
         run(monkeypatch, *arguments, tmp_path / "out", "--data_option", "metadta=x")

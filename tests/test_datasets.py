@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from sarwmix import registry
-from sarwmix.datasets import NameList, SarDataset, UnreadableSample, finish_image
+from sarwmix.data import registry
+from sarwmix.data.base import NameList, SarDataset, UnreadableSample, finish_image
 from util.errors import UserError
 
 SPEC = registry.get_spec("benv2")

@@ -14,9 +14,9 @@ import pandas as pd
 import pytest
 import rasterio
 
-from sarwmix import demo
-from sarwmix.labels import CLASSES_19
-from sarwmix.registry import build_dataset
+from sarwmix.data.labels import CLASSES_19
+from sarwmix.data.registry import build_dataset
+from sarwmix.synthetic import benv2 as demo
 from util.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[1]

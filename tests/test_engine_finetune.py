@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from engine_finetune import Augmentation, Evaluation, evaluate, extract_features, gather_in_order, train_one_epoch
-from sarwmix.loader import build_loader
+from sarwmix.data.loader import build_loader
 from sarwmix.mixup import Mixup
-from sarwmix.tasks import MultilabelTask
+from sarwmix.tasks.base import MultilabelTask
 from sarwmix.transforms import SarTransform
 from tests.conftest import ROOT, clean_environment, mpirun_command
 from tests.finetune_fixtures import MeanModel, MemoryDataset
@@ -266,8 +266,8 @@ SCRIPT = """
 import json, sys
 import numpy as np, torch
 from engine_finetune import evaluate
-from sarwmix.loader import build_loader
-from sarwmix.tasks import MultilabelTask
+from sarwmix.data.loader import build_loader
+from sarwmix.tasks.base import MultilabelTask
 from tests.finetune_fixtures import MeanModel, MemoryDataset
 from tests.test_engine_finetune import transform
 from util.distributed import setup_processes

@@ -15,9 +15,9 @@ import pytest
 import torch
 
 import main_finetune
-from sarwmix.export import example_inputs, export_model, push_to_hub
-from sarwmix.pretrained import from_checkpoint, from_pretrained, open_model
-from sarwmix.registry import get_spec
+from sarwmix.data.registry import get_spec
+from sarwmix.inference.export import example_inputs, export_model, push_to_hub
+from sarwmix.inference.model import from_checkpoint, from_pretrained, open_model
 from scripts import export as script
 from tests.conftest import ROOT, clean_environment
 from tests.prediction_fixtures import write_finetuned, write_pretrained
@@ -234,7 +234,7 @@ def test_finetuning_exports_its_best_epoch(demo_root: Path, tmp_path: Path, monk
         main_finetune.main()
 
     # Programs are traced in tests of their own.
-    monkeypatch.setattr("sarwmix.export.write_program", lambda path, model: {"file": path.name})
+    monkeypatch.setattr("sarwmix.inference.export.write_program", lambda path, model: {"file": path.name})
     finetune("--test_run", "--epochs", 1, "--warmup_epochs", 0, "--batch_size", 8, "--output_dir", tmp_path / "run",
              "--export", tmp_path / "trained")  # fmt: skip
     best = from_checkpoint(tmp_path / "run" / "checkpoint_best.pth")

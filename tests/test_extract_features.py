@@ -14,9 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
-from sarwmix import registry
-from sarwmix.embeddings import Embeddings, map_figure, project
-from sarwmix.pretrained import from_checkpoint
+from sarwmix.data import registry
+from sarwmix.inference.embeddings import Embeddings, map_figure, project
+from sarwmix.inference.model import from_checkpoint
 from tests.prediction_fixtures import ORIGIN, backscatter, write_finetuned, write_pretrained, write_scene
 from tests.sen12_fixtures import make_raw
 from tests.sen12_fixtures import run as prepare

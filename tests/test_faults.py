@@ -143,7 +143,7 @@ def reference(demo_root: Path, world: int, steps: int, patch: pytest.MonkeyPatch
     """
     import main_pretrain
     import models_mixmim
-    from sarwmix.loader import Plan
+    from sarwmix.data.loader import Plan
     from sarwmix.transforms import draw_flips
     from sarwmix.weighting import WeightOptions
     from util.optim import has_weight_decay, parameter_groups

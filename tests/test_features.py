@@ -12,7 +12,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score
 from sklearn.neighbors import KNeighborsClassifier
 
-from sarwmix.features import (
+from sarwmix.finetune.bench import Workbench
+from sarwmix.finetune.probes import (
     FeatureDataset,
     feature_key,
     feature_path,
@@ -23,8 +24,7 @@ from sarwmix.features import (
     save_features,
 )
 from sarwmix.heads import LinearProbe
-from sarwmix.protocols import Workbench
-from sarwmix.tasks import MultilabelTask, Task
+from sarwmix.tasks.base import MultilabelTask, Task
 from sarwmix.transforms import SarTransform
 from tests.finetune_fixtures import STATISTICS, MeanModel, MemoryDataset
 from util.distributed import Processes
@@ -223,7 +223,7 @@ class Exclusive(MultilabelTask):
     metric_names = ("accuracy",)
 
     def report(self, gathered):  # type: ignore[no-untyped-def]
-        from sarwmix.metrics import Report
+        from sarwmix.tasks.metrics import Report
 
         return Report({"accuracy": float((gathered["scores"].argmax(1) == gathered["target"].argmax(1)).mean())})
 

@@ -11,7 +11,7 @@ import torch
 from models_mixmim import MixMIM
 from models_mixmim_ft import MixMIMClassifier
 from sarwmix.heads import LinearProbe
-from sarwmix.weights import load_pretrained, load_trained
+from sarwmix.models.loading import load_pretrained, load_trained
 from tests.conftest import PARITY, parity_weights
 from util.errors import UserError
 from util.optim import parameter_groups

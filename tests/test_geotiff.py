@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sarwmix import geotiff
-from sarwmix.geotiff import GeoTiffError, NotPlain, PatchReader, parse_layout
+from sarwmix.data.io import geotiff
+from sarwmix.data.io.geotiff import GeoTiffError, NotPlain, PatchReader, parse_layout
 from tests.bigearthnet_fixtures import REALDATA, needs_realdata, patch_image, write_tiff
 
 BAND = patch_image(3)[0]

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from scipy.stats import norm, t
 
-from sarwmix.intervals import (
+from sarwmix.data.registry import get_spec
+from sarwmix.tasks.intervals import (
     cluster_draws,
     cluster_numbers,
     difference_of_runs,
@@ -19,8 +20,7 @@ from sarwmix.intervals import (
     power_line,
     resolvable,
 )
-from sarwmix.metrics import PERCENT, evaluator, multilabel_report
-from sarwmix.registry import get_spec
+from sarwmix.tasks.metrics import PERCENT, evaluator, multilabel_report
 from tests.finetune_fixtures import MemoryDataset
 from util.errors import UserError
 

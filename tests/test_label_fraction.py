@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sarwmix.label_fraction import choose_fraction, vanished_classes
+from sarwmix.data.fraction import choose_fraction, vanished_classes
 from util.errors import UserError
 
 

@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 
-from sarwmix import labels
+from sarwmix.data import labels
 from tests.bigearthnet_fixtures import REALDATA, needs_realdata
 from util.errors import UserError
 

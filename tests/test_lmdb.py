@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load, save
 
-from sarwmix import lmdb_source
-from sarwmix.datasets import UnreadableSample
-from sarwmix.lmdb_source import LmdbPatches, parse_header, write_lmdb
-from sarwmix.loader import build_loader
-from sarwmix.registry import build_dataset
+from sarwmix.data.base import UnreadableSample
+from sarwmix.data.io import lmdb as lmdb_source
+from sarwmix.data.io.lmdb import LmdbPatches, parse_header, write_lmdb
+from sarwmix.data.loader import build_loader
+from sarwmix.data.registry import build_dataset
 from tests.bigearthnet_fixtures import metadata_rows, patch_image, patch_name, write_parquet
 from util.errors import UserError
 

@@ -15,11 +15,20 @@ import numpy as np
 import pytest
 import torch
 
-from sarwmix import loader as loading
-from sarwmix import registry
-from sarwmix.datasets import SarDataset, UnreadableSample
-from sarwmix.loader import BufferPool, DeviceLoader, Loader, Plan, ThreadLoader, WorkerLoader, build_loader, epoch_order
-from sarwmix.packed import pack
+from sarwmix.data import loader as loading
+from sarwmix.data import registry
+from sarwmix.data.base import SarDataset, UnreadableSample
+from sarwmix.data.loader import (
+    BufferPool,
+    DeviceLoader,
+    Loader,
+    Plan,
+    ThreadLoader,
+    WorkerLoader,
+    build_loader,
+    epoch_order,
+)
+from sarwmix.data.packed import pack
 from tests.bigearthnet_fixtures import write_benv2
 from util.errors import UserError
 
@@ -381,8 +390,8 @@ def test_packed_samples_open_no_file(tmp_path: Path) -> None:
     pack([registry.build_dataset("benv2", root, "train")], tmp_path / "store")
     code = f"""
 import sys
-from sarwmix.registry import build_dataset
-from sarwmix.loader import build_loader
+from sarwmix.data.registry import build_dataset
+from sarwmix.data.loader import build_loader
 dataset = build_dataset("benv2", {str(tmp_path / "store")!r}, "train")
 loader = build_loader(dataset, batch_size=2, shuffle=True, drop_last=True)
 list(loader)

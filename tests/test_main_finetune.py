@@ -21,7 +21,7 @@ import torch
 import main_finetune
 from models_mixmim import MixMIM, model_config
 from models_mixmim_ft import MixMIMClassifier
-from sarwmix.registry import build_dataset
+from sarwmix.data.registry import build_dataset
 from tests.conftest import ROOT, Runner, clean_environment
 from tests.test_bigearthnet import write_csv, write_zarr
 from util.checkpoint import load_checkpoint, save_checkpoint

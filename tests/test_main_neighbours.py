@@ -17,10 +17,10 @@ from prediction_fixtures import write_scene
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, jaccard_score
 
 import main_finetune
-from sarwmix.neighbour_demo import make_neighbour_data
-from sarwmix.prediction import Options, open_scenes, predict_scene
-from sarwmix.pretrained import open_model
-from sarwmix.registry import build_dataset, get_spec
+from sarwmix.data.registry import build_dataset, get_spec
+from sarwmix.inference.model import open_model
+from sarwmix.inference.predict import Options, open_scenes, predict_scene
+from sarwmix.synthetic.neighbours import make_neighbour_data
 from sarwmix.transforms import transform_of
 from util.checkpoint import load_checkpoint
 from util.errors import UserError

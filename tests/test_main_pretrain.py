@@ -384,7 +384,7 @@ def test_base_trains_within_four_gib(run_script: Runner, demo_root: Path, tmp_pa
     import subprocess
 
     code = (
-        "import torch, main_pretrain, engine_pretrain, models_mixmim, sarwmix.loader, resource;"
+        "import torch, main_pretrain, engine_pretrain, models_mixmim, sarwmix.data.loader, resource;"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
     )
     own = float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)

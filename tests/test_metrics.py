@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score
 
-from sarwmix.metrics import (
+from sarwmix.tasks.metrics import (
     MultilabelResampler,
     SortedAveragePrecision,
     metric_table,

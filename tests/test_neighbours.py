@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sarwmix import registry
-from sarwmix.data_check import examine
-from sarwmix.datasets import UnreadableSample
-from sarwmix.dfc2020 import label_table
-from sarwmix.geotiff import GeoTiffError
-from sarwmix.label_fraction import take_fraction
-from sarwmix.neighbour_demo import make_neighbour_data
-from sarwmix.rasters import Grid, band_numbers, plain_band_name, read_raster
-from sarwmix.registry import build_dataset, get_spec
+from sarwmix.checks.samples import examine
+from sarwmix.data import registry
+from sarwmix.data.base import UnreadableSample
+from sarwmix.data.fraction import take_fraction
+from sarwmix.data.io.geotiff import GeoTiffError
+from sarwmix.data.io.rasters import Grid, band_numbers, plain_band_name, read_raster
+from sarwmix.data.registry import build_dataset, get_spec
+from sarwmix.datasets.dfc2020 import label_table
+from sarwmix.synthetic.neighbours import make_neighbour_data
 from util.errors import UserError
 from util.log import get_logger
 
@@ -455,7 +455,7 @@ def test_data_check_names_bad_chips(copy: Any) -> None:
 
 
 def test_packed_stores_keep_the_bands_and_hold_no_label_maps(made: Any, tmp_path: Path) -> None:
-    from sarwmix.packed import pack
+    from sarwmix.data.packed import pack
 
     source = build_dataset("benv2", made("benv2"), "train", bands="all")
     pack([source], tmp_path / "packed")
@@ -478,7 +478,7 @@ def test_pretraining_refuses_reflectances(made: Any, monkeypatch: pytest.MonkeyP
 
 
 def test_statistics_of_reflectances(made: Any) -> None:
-    from sarwmix.statistics import compute_moments
+    from sarwmix.checks.statistics import compute_moments
 
     data = build_dataset("benv2", made("benv2"), "train", bands="VV,B04")
     found = compute_moments(data).statistics("here")

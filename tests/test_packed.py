@@ -19,10 +19,10 @@ import numpy as np
 import pytest
 import torch
 
-from sarwmix import packed, registry
-from sarwmix.datasets import SarDataset, UnreadableSample
-from sarwmix.packed import DamagedStore, PackedDataset, pack, read_manifest, verify_store
-from sarwmix.registry import build_dataset
+from sarwmix.data import packed, registry
+from sarwmix.data.base import SarDataset, UnreadableSample
+from sarwmix.data.packed import DamagedStore, PackedDataset, pack, read_manifest, verify_store
+from sarwmix.data.registry import build_dataset
 from tests.bigearthnet_fixtures import patch_name, write_benv2, write_tiff
 from util.errors import UserError
 
@@ -245,8 +245,9 @@ def test_killed_command_goes_on_with_the_same_bytes(
     """kill -9 while two processes pack, twice, then to the end."""
     command = f"""
 import sys, time
-from sarwmix import packed, registry
-from sarwmix.bigearthnet import GeoTiffTree
+from sarwmix.data import packed
+from sarwmix.data import registry
+from sarwmix.datasets.bigearthnet import GeoTiffTree
 packed.BLOCK_ROWS, packed._PIECE_ROWS = 2, 1
 read = GeoTiffTree.read_into
 def slow(self, name, out):

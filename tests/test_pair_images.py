@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import sen12_fixtures
 
-from sarwmix import registry
-from sarwmix.data_check import examine
-from sarwmix.pair_images import PairImages, single_images
-from sarwmix.sen12flood.dataset import PairDataset
-from sarwmix.statistics import compute_moments
+from sarwmix.checks.samples import examine
+from sarwmix.checks.statistics import compute_moments
+from sarwmix.data import registry
+from sarwmix.datasets.sen12flood import PairDataset
+from sarwmix.datasets.sen12flood_images import PairImages, single_images
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,9 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from sarwmix import pictures, quicklook
-from sarwmix.labels import CLASSES_19
+from sarwmix.data.labels import CLASSES_19
+from sarwmix.figures import base as pictures
+from sarwmix.figures import quicklook
 
 
 @pytest.fixture

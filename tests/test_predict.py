@@ -23,8 +23,10 @@ import torch
 from rasterio.transform import Affine
 from torch import Tensor, nn
 
-from sarwmix.pictures import class_colours
-from sarwmix.prediction import (
+from sarwmix.datasets.scenes import SceneReader
+from sarwmix.figures.base import class_colours
+from sarwmix.inference.model import Pretrained, from_checkpoint
+from sarwmix.inference.predict import (
     NO_CLASS,
     EmptyScene,
     Mosaic,
@@ -34,8 +36,6 @@ from sarwmix.prediction import (
     overlaps,
     predict_scene,
 )
-from sarwmix.pretrained import Pretrained, from_checkpoint
-from sarwmix.scenes import SceneReader
 from sarwmix.transforms import blend_weights, starts
 from tests.conftest import ROOT, clean_environment
 from tests.prediction_fixtures import ORIGIN, backscatter, write_finetuned, write_pretrained, write_scene

@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sarwmix import labels
-from sarwmix.registry import build_dataset
-from sarwmix.zarr_source import write_zarr
+from sarwmix.data import labels
+from sarwmix.data.io.zarr import write_zarr
+from sarwmix.data.registry import build_dataset
 from tests.bigearthnet_fixtures import (
     REALDATA,
     metadata_rows,

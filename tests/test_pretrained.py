@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from models_mixmim import MixMIM, model_config
-from sarwmix import registry
-from sarwmix.pretrained import Pretrained, from_checkpoint, from_pretrained, open_model
-from sarwmix.tasks import ModelSettings, build_task
+from sarwmix.data import registry
+from sarwmix.inference.model import Pretrained, from_checkpoint, from_pretrained, open_model
+from sarwmix.tasks.base import ModelSettings, build_task
 from sarwmix.transforms import SarTransform
 from tests.prediction_fixtures import write_finetuned, write_pretrained
 from util.checkpoint import save_checkpoint

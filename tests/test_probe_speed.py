@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from engine_finetune import Augmentation, train_one_epoch
-from sarwmix.backbones import build_classifier
+from sarwmix.finetune.bench import Workbench
 from sarwmix.heads import TaskModel
-from sarwmix.protocols import Workbench
-from sarwmix.tasks import ModelSettings, MultilabelTask
+from sarwmix.models.backbones import build_classifier
+from sarwmix.tasks.base import ModelSettings, MultilabelTask
 from sarwmix.transforms import SarTransform
 from tests.finetune_fixtures import STATISTICS, MemoryDataset
 from util.distributed import Processes

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import main_pretrain
-from sarwmix.registry import build_dataset
+from sarwmix.data.registry import build_dataset
 from util.errors import UserError
 from util.files import read_jsonl
 
@@ -45,7 +45,7 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Train:
 
 
 def test_geotiff_and_zarr_give_the_same_training(train: Train, realdata: Path, tmp_path: Path) -> None:
-    from sarwmix.zarr_source import write_zarr
+    from sarwmix.data.io.zarr import write_zarr
 
     root = realdata / "bigearthnet_s1"
     with (root / "index.csv").open() as file:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from sarwmix import registry
-from sarwmix.registry import DatasetSpec, Statistics
+from sarwmix.data import registry
+from sarwmix.data.registry import DatasetSpec, Statistics
 from tests.bigearthnet_fixtures import write_benv2
 from util.errors import UserError
 
@@ -143,7 +143,7 @@ def test_entries_are_checked() -> None:
 
 
 def test_import_is_light() -> None:
-    code = "import sys, sarwmix.registry; print([m for m in ('torch', 'numpy', 'pandas') if m in sys.modules])"
+    code = "import sys, sarwmix.data.registry; print([m for m in ('torch', 'numpy', 'pandas') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

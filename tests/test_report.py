@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from scipy.stats import t
 
-from sarwmix import report
-from sarwmix.pictures import reconstruction_panel
+from sarwmix.figures.base import reconstruction_panel
+from sarwmix.reports import page as report
 from scripts import report as script
 from util.errors import UserError
 

@@ -12,10 +12,10 @@ import pytest
 import rasterio
 from rasterio.transform import from_origin
 
-from sarwmix import registry
-from sarwmix.datasets import UnreadableSample
-from sarwmix.pixels import check_unit
-from sarwmix.scenes import SceneTiles, tile_starts
+from sarwmix.data import registry
+from sarwmix.data.base import UnreadableSample
+from sarwmix.data.pixels import check_unit
+from sarwmix.datasets.scenes import SceneTiles, tile_starts
 from util.errors import UserError
 
 Writer = Callable[..., Path]

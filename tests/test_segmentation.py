@@ -13,14 +13,14 @@ from sklearn.metrics import f1_score, jaccard_score, precision_score, recall_sco
 from torch import Tensor, nn
 
 from engine_finetune import evaluate
-from sarwmix.datasets import MaskDataset, NoValidPixel, UnreadableSample
-from sarwmix.intervals import metric_intervals
-from sarwmix.loader import build_loader
-from sarwmix.metrics import confusion_metrics, evaluator
-from sarwmix.pictures import label_map_figure
-from sarwmix.registry import Preprocessing, Statistics, get_spec
-from sarwmix.segmentation import SegmentationTask, confusion_matrices, label_images
-from sarwmix.tasks import Predictor, build_task
+from sarwmix.data.base import MaskDataset, NoValidPixel, UnreadableSample
+from sarwmix.data.loader import build_loader
+from sarwmix.data.registry import Preprocessing, Statistics, get_spec
+from sarwmix.figures.base import label_map_figure
+from sarwmix.tasks.base import Predictor, build_task
+from sarwmix.tasks.intervals import metric_intervals
+from sarwmix.tasks.metrics import confusion_metrics, evaluator
+from sarwmix.tasks.segmentation import SegmentationTask, confusion_matrices, label_images
 from sarwmix.transforms import SarTransform, cut_windows, draw_windows, starts
 from util.errors import UserError
 

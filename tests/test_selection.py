@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from sarwmix.selection import (
+from sarwmix.tasks.selection import (
     SIX_METRICS,
     Selector,
     most_best_results,

@@ -11,13 +11,13 @@ import pytest
 import torch
 from sen12_fixtures import SIZE, make_raw, run
 
-from sarwmix.datasets import UnreadableSample
-from sarwmix.loader import build_loader
-from sarwmix.pair_images import single_images
-from sarwmix.registry import build_dataset, get_spec
-from sarwmix.sen12flood.dataset import PairDataset, held_out_sequences, power_to_db
-from sarwmix.sen12flood.demo import DemoOptions
+from sarwmix.data.base import UnreadableSample
+from sarwmix.data.loader import build_loader
+from sarwmix.data.registry import build_dataset, get_spec
+from sarwmix.datasets.sen12flood import PairDataset, held_out_sequences, power_to_db
+from sarwmix.datasets.sen12flood_images import single_images
 from sarwmix.sen12flood.layout import PairRow, npy_header
+from sarwmix.synthetic.sen12flood import DemoOptions
 from util.errors import UserError
 
 

@@ -24,8 +24,8 @@ from sen12_fixtures import SIZE, TINY, edit_s1list, make_raw, manifest, problem_
 
 from sarwmix.sen12flood import stages
 from sarwmix.sen12flood.baseline import prepare_straightforward
-from sarwmix.sen12flood.demo import DemoOptions, generate, make_zip
 from sarwmix.sen12flood.layout import HEADER_BYTES, npy_header, read_pairs
+from sarwmix.synthetic.sen12flood import DemoOptions, generate, make_zip
 from util.errors import UserError
 
 

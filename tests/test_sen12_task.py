@@ -18,15 +18,15 @@ from sen12_fixtures import make_raw, run
 
 from engine_finetune import gather_in_order
 from models_sen12_ft import MixMIMPair
-from sarwmix.datasets import UnreadableSample
-from sarwmix.loader import DeviceLoader, build_loader
-from sarwmix.metrics import pair_metrics
+from sarwmix.data.base import UnreadableSample
+from sarwmix.data.loader import DeviceLoader, build_loader
+from sarwmix.data.registry import build_dataset
+from sarwmix.datasets.sen12flood import PairDataset
 from sarwmix.mixup import Mixup
-from sarwmix.registry import build_dataset
-from sarwmix.sen12flood.dataset import PairDataset
-from sarwmix.sen12flood.demo import DemoOptions
-from sarwmix.sen12flood.task import PairTask, PairTransform
-from sarwmix.tasks import ModelSettings, Predictor, build_task
+from sarwmix.synthetic.sen12flood import DemoOptions
+from sarwmix.tasks.base import ModelSettings, Predictor, build_task
+from sarwmix.tasks.metrics import pair_metrics
+from sarwmix.tasks.pair import PairTask, PairTransform
 from sarwmix.transforms import SarTransform, draw_flips
 from util.errors import UserError
 

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sarwmix import demo, registry
-from sarwmix.datasets import SarDataset, UnreadableSample
-from sarwmix.statistics import Moments, compute_moments, report, sample_indices
+from sarwmix.checks.statistics import Moments, compute_moments, report, sample_indices
+from sarwmix.data import registry
+from sarwmix.data.base import SarDataset, UnreadableSample
+from sarwmix.synthetic import benv2 as demo
 from scripts import compute_statistics
 from util.errors import UserError
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import main_finetune
-from sarwmix.neighbour_demo import make_neighbour_data
+from sarwmix.synthetic.neighbours import make_neighbour_data
 from util.checkpoint import load_checkpoint
 from util.errors import UserError
 

@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-import sarwmix.backbones
+import sarwmix.models.backbones
 from models_mixmim import MixMIM, model_config
-from sarwmix.backbones import build_classifier, build_segmenter
 from sarwmix.heads import TaskModel
-from sarwmix.tasks import ModelSettings
-from sarwmix.weights import load_pretrained, load_start, load_timm_weights, read_weights
+from sarwmix.models.backbones import build_classifier, build_segmenter
+from sarwmix.models.loading import load_pretrained, load_start, load_timm_weights, read_weights
+from sarwmix.tasks.base import ModelSettings
 from util.errors import UserError
 from util.log import get_logger
 from util.pos_embed import resize_position_table
@@ -239,7 +239,7 @@ def test_weights_that_cannot_be_downloaded(monkeypatch: pytest.MonkeyPatch) -> N
         raise OSError("Name or service not known")
 
     model = build_classifier(VIT, 5)
-    monkeypatch.setattr(sarwmix.backbones, "create_encoder", refuse)
+    monkeypatch.setattr(sarwmix.models.backbones, "create_encoder", refuse)
     with pytest.raises(UserError, match=r"Name or service not known.*huggingface.co/timm/vit_tiny.*--finetune FILE"):
         load_timm_weights(model, VIT)
     with pytest.raises(UserError, match="--pretrained fetches timm's weights"):
@@ -252,6 +252,6 @@ def test_weights_of_timm(monkeypatch: pytest.MonkeyPatch) -> None:
     model: Any = build_classifier(VIT, 5)
     torch.manual_seed(9)
     downloaded: Any = build_classifier(VIT, 3).encoder
-    monkeypatch.setattr(sarwmix.backbones, "create_encoder", lambda settings, pretrained=False: downloaded)
+    monkeypatch.setattr(sarwmix.models.backbones, "create_encoder", lambda settings, pretrained=False: downloaded)
     load_timm_weights(model, VIT)
     assert all(torch.equal(value, model.encoder.state_dict()[name]) for name, value in downloaded.state_dict().items())

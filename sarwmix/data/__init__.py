@@ -1,0 +1,1 @@
+"""What every data set is made of: registry, samples, order, loader, packed store."""

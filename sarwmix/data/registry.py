@@ -1,0 +1,792 @@
+"""The one list of data sets: bands, unit, statistics with their origin, classes, splits and the builder of each.
+
+``--dataset`` is the only switch a user turns; everything else (task, classes, statistics) follows from the entry here.
+
+Builders are named by ``"module:function"`` and imported when they are first needed, so that reading this module costs
+nothing (no torch, no numpy). A builder has this signature::
+
+    def build(spec: DatasetSpec, data_path: Path, split: str, *, statistics: Statistics, on_error: str,
+              <the options listed in spec.options, each with a default>) -> SarDataset
+
+``statistics`` and ``on_error`` are resolved and checked here for every data set. A directory that holds a packed store
+(its ``manifest.json`` says so) is opened by :func:`sarwmix.data.packed.build` instead, whatever the data set.
+
+Statistics are per band, in the band's unit, in the order of ``bands``; Sentinel-1 bands are VH, VV in dB wherever no
+other order is asked for. A data set with more bands than it shows by default names band sets (``--bands``).
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sarwmix.data.labels import CLASSES_19
+from util.errors import UserError
+
+if TYPE_CHECKING:
+    from sarwmix.data.base import SarDataset
+
+BANDS = ("VH", "VV")
+TASKS = ("multilabel", "multiclass", "pair", "segmentation", "unlabelled")
+COMMON_OPTIONS = ("statistics", "on_error", "bands")
+DECIBEL, REFLECTANCE = "dB", "reflectance x 1e4"
+SAR_BANDS = ("VH", "VV", "HH", "HV")
+PACKED_OPTIONS = ("check",)
+ON_ERROR = ("raise", "replace", "skip")
+NORMAL_1_PERCENT = 2.3263  # the 1 % quantile of a normal distribution lies this many deviations below its mean
+
+
+class EmptySplit(UserError):
+    """The data have no sample of the split that was asked for; other splits may be there."""
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Mean, standard deviation and 1 % / 99 % percentiles of each band.
+
+    Attributes:
+        mean: Mean of each band, in the data set's unit (dB).
+        std: Standard deviation of each band (dB).
+        p01: 1 % percentile of each band (dB).
+        p99: 99 % percentile of each band (dB).
+        origin: Where the numbers come from, for the log and the checkpoint.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    p01: tuple[float, ...]
+    p99: tuple[float, ...]
+    origin: str
+
+    def __post_init__(self) -> None:
+        lengths = {len(self.mean), len(self.std), len(self.p01), len(self.p99)}
+        if len(lengths) != 1 or 0 in lengths:
+            raise UserError(f"statistics need one mean, std, p01 and p99 for each band, got {asdict(self)}")
+        values = (*self.mean, *self.std, *self.p01, *self.p99)
+        if not all(math.isfinite(value) for value in values):
+            raise UserError(f"statistics must be finite numbers, got {asdict(self)}")
+        if min(self.std) <= 0:
+            raise UserError(f"every standard deviation must be positive, got {self.std}")
+        if any(low >= high for low, high in zip(self.p01, self.p99, strict=True)):
+            raise UserError(f"p01 must be below p99 in every band, got {self.p01} and {self.p99}")
+
+    @classmethod
+    def from_normal(cls, mean: tuple[float, ...], std: tuple[float, ...], *, origin: str) -> Statistics:
+        """Statistics whose percentiles are those of a normal distribution (mean -+ 2.3263 std), said in ``origin``."""
+        p01 = tuple(round(m - NORMAL_1_PERCENT * s, 4) for m, s in zip(mean, std, strict=True))
+        p99 = tuple(round(m + NORMAL_1_PERCENT * s, 4) for m, s in zip(mean, std, strict=True))
+        return cls(mean, std, p01, p99, f"{origin}; p01 and p99 by normal approximation (mean -+ 2.3263 std)")
+
+    def take(self, positions: Sequence[int]) -> Statistics:
+        """The statistics of some bands, in the given order."""
+
+        def pick(numbers: tuple[float, ...]) -> tuple[float, ...]:
+            return tuple(numbers[i] for i in positions)
+
+        return Statistics(pick(self.mean), pick(self.std), pick(self.p01), pick(self.p99), self.origin)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain lists and strings, for checkpoints and JSON."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], *, source: str = "statistics") -> Statistics:
+        """Inverse of :meth:`as_dict`; keys beyond the five are ignored.
+
+        Args:
+            values: A mapping with ``mean``, ``std``, ``p01``, ``p99`` (lists of numbers) and ``origin``.
+            source: What the error message calls the mapping, such as a file name.
+        """
+        try:
+            lists = [tuple(float(number) for number in values[key]) for key in ("mean", "std", "p01", "p99")]
+            origin = str(values["origin"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{source}: expected lists mean, std, p01, p99 (one number a band) and a text origin; {error!r}"
+            ) from error
+        return cls(lists[0], lists[1], lists[2], lists[3], origin)
+
+
+NORMALISATIONS = ("zscore", "clip", "quantiles")
+GEOMETRIES = ("resize", "resized_crop", "window")
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How images of a data set become model inputs; kept in checkpoints, so that every tool restores it.
+
+    Attributes:
+        normalisation: ``"zscore"``: (x - mean) / std. ``"clip"``: x clipped to ``clip`` and scaled to [0, 1].
+            ``"quantiles"``: each band of each image clipped to its own 1 and 99 % quantiles, then
+            (x - (mean - 2 std)) / (4 std) clipped to [0, 1] (EuroSAT-SAR in FG-MAE).
+        clip: low and high, the same for all bands, in their unit; only for ``"clip"``.
+        geometry: ``"resize"``: to the input size; flips in training. ``"resized_crop"``: a random crop of 8 to 100 %
+            of the area resized to the input size and a horizontal flip in training; resized to 8/7 of the input size
+            (256 for 224) and cut to its centre in evaluation. ``"window"``: for label maps; random windows of the input
+            size and flips in training, overlapping windows that cover the whole image in evaluation, in the images' own
+            resolution; images smaller than the input size are enlarged to it.
+    """
+
+    normalisation: str = "zscore"
+    clip: tuple[float, float] | None = None
+    geometry: str = "resize"
+
+    def __post_init__(self) -> None:
+        if self.normalisation not in NORMALISATIONS or self.geometry not in GEOMETRIES:
+            raise UserError(
+                f"preprocessing {asdict(self)} is not known; normalisation is one of {', '.join(NORMALISATIONS)}, "
+                f"geometry one of {', '.join(GEOMETRIES)}"
+            )
+        if (self.clip is not None) != (self.normalisation == "clip") or (self.clip and self.clip[0] >= self.clip[1]):
+            raise UserError(
+                f"preprocessing {asdict(self)}: clip = (low, high) belongs to normalisation clip, and only there"
+            )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for checkpoints."""
+        return {
+            "normalisation": self.normalisation,
+            "clip": None if self.clip is None else list(self.clip),
+            "geometry": self.geometry,
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any] | None) -> Preprocessing:
+        """Inverse of :meth:`as_dict`; None (checkpoints without the entry) is z-score and resize."""
+        if values is None:
+            return cls()
+        try:
+            clip = values["clip"]
+            return cls(
+                str(values["normalisation"]),
+                None if clip is None else (float(clip[0]), float(clip[1])),
+                str(values["geometry"]),
+            )
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise UserError(f"preprocessing {values!r} is not understood: {error!r}") from error
+
+
+def unit_of(band: str) -> str:
+    """Unit of a band, by its name: backscatter in dB, or Sentinel-2 reflectance times 10,000."""
+    return DECIBEL if band in SAR_BANDS else REFLECTANCE
+
+
+def unit_of_bands(bands: Sequence[str]) -> str:
+    """The units of several bands as one text."""
+    return " and ".join(dict.fromkeys(unit_of(band) for band in bands))
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """Everything the rest of the program needs to know about a data set.
+
+    Attributes:
+        name: The name given to ``--dataset``.
+        task: One of :data:`TASKS`; it picks criterion, metrics and head.
+        bands: Band names in the order of the sample's channels.
+        unit: Units of the bands, see :func:`unit_of`: ``"dB"`` unless there are Sentinel-2 bands.
+        statistics: Named presets.
+        default_statistics: The preset that is used unless the user asks for another.
+        classes: Class names in the order of the label columns; empty when unlabelled.
+        splits: Names of the splits; the user may join several with ``+``.
+        size: Height and width of a sample in pixels.
+        builder: ``"module:function"``.
+        description: One line for help texts and errors.
+        options: Names of the options that the builder accepts, beyond :data:`COMMON_OPTIONS`.
+        band_sets: Named choices of bands, in their order; empty: ``bands`` alone.
+        all_bands: Every band that may be chosen; ``bands`` where empty.
+        band_statistics: Presets over ``all_bands``; those that hold for a choice of bands are cut from them.
+        class_options: Option name -> classes that it leaves out when it is on.
+        preprocessing: How images become model inputs.
+        band_set: Name of the chosen band set, "" for the default one.
+        cluster: What samples resemble each other by beyond their class (a scene, a place, an event), and a regular
+            expression that finds it at the beginning of a sample's name; None: samples are on their own.
+    """
+
+    name: str
+    task: str
+    bands: tuple[str, ...]
+    statistics: Mapping[str, Statistics]
+    default_statistics: str
+    classes: tuple[str, ...]
+    splits: tuple[str, ...]
+    size: int
+    builder: str
+    description: str
+    options: tuple[str, ...] = ()
+    unit: str = field(default="dB")
+    band_sets: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    all_bands: tuple[str, ...] = ()
+    band_statistics: Mapping[str, Statistics] = field(default_factory=dict)
+    class_options: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    preprocessing: Preprocessing = field(default_factory=Preprocessing)
+    band_set: str = ""
+    cluster: tuple[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.task not in TASKS:
+            raise ValueError(f"{self.name}: task {self.task!r} is none of {TASKS}")
+        if self.unit != unit_of_bands(self.bands):
+            raise ValueError(f"{self.name}: bands {self.bands} are in {unit_of_bands(self.bands)}, not {self.unit!r}")
+        if self.default_statistics not in self.statistics:
+            raise ValueError(f"{self.name}: no statistics preset {self.default_statistics!r}")
+        for preset, values in self.statistics.items():
+            if len(values.mean) != len(self.bands):
+                raise ValueError(f"{self.name}: preset {preset!r} has {len(values.mean)} bands, not {len(self.bands)}")
+        if len(set(self.classes)) != len(self.classes):
+            raise ValueError(f"{self.name}: a class name appears twice")
+        if ":" not in self.builder:
+            raise ValueError(f"{self.name}: builder {self.builder!r} is not of the form module:function")
+        known = self.all_bands or self.bands
+        for chosen in (self.bands, *self.band_sets.values()):
+            if set(chosen) - set(known) or len(set(chosen)) != len(chosen):
+                raise ValueError(f"{self.name}: bands {chosen} are not a choice of {known}")
+        for preset, values in self.band_statistics.items():
+            if len(values.mean) != len(known):
+                raise ValueError(f"{self.name}: preset {preset!r} has {len(values.mean)} bands, not {len(known)}")
+
+    @property
+    def units(self) -> tuple[str, ...]:
+        """Unit of each band."""
+        return tuple(unit_of(band) for band in self.bands)
+
+    @property
+    def extra_splits(self) -> tuple[str, ...]:
+        """Splits beside train, val and test: held out for evaluation alone."""
+        return tuple(split for split in self.splits if split not in ("train", "val", "test"))
+
+    def with_bands(self, choice: str | Sequence[str] | None) -> DatasetSpec:
+        """The entry with other bands.
+
+        Args:
+            choice: Name of a band set, band names joined with commas, a sequence of band names, or None: as it is.
+
+        Raises:
+            UserError: No such band set or band; the message lists what there is.
+        """
+        if choice is None:
+            return self
+        name, bands = "", tuple(choice)
+        if isinstance(choice, str):
+            name = choice.strip()
+            bands = self.band_sets.get(name) or tuple(part.strip() for part in name.split(","))
+        known = self.all_bands or self.bands
+        wrong = [band for band in bands if band not in known]
+        if wrong or len(set(bands)) != len(bands):
+            sets = "; ".join(f"{key}: {', '.join(value)}" for key, value in self.band_sets.items())
+            what = f"has no band {', '.join(wrong)}" if wrong else "cannot give a band twice"
+            raise UserError(
+                f"data set {self.name!r} {what} (asked for {','.join(bands)}); --bands takes "
+                + (f"one of the sets {sets}, or " if sets else "")
+                + f"names joined with commas, of {', '.join(known)}"
+            )
+        if bands == self.bands:
+            return self
+        tables: list[tuple[tuple[str, ...], Mapping[str, Statistics]]] = [
+            (self.bands, self.statistics),
+            (known, self.band_statistics),
+        ]
+        statistics = {
+            preset: values.take([order.index(band) for band in bands])
+            for order, table in tables
+            for preset, values in table.items()
+            if set(bands) <= set(order)
+        }
+        default = self.default_statistics if self.default_statistics in statistics else next(iter(statistics))
+        return replace(
+            self,
+            bands=bands,
+            all_bands=known,
+            unit=unit_of_bands(bands),
+            statistics=statistics,
+            default_statistics=default,
+            band_set=name if name in self.band_sets else ",".join(bands),
+        )
+
+    def with_options(self, options: Mapping[str, Any]) -> DatasetSpec:
+        """The entry without the classes that options leave out."""
+        classes = self.classes
+        for option, absent in self.class_options.items():
+            if parse_switch(option, options.get(option, False)):
+                classes = tuple(name for name in classes if name not in absent)
+        return self if classes == self.classes else replace(self, classes=classes)
+
+
+_SPECS: dict[str, DatasetSpec] = {}
+
+
+def register(spec: DatasetSpec) -> DatasetSpec:
+    """Add a data set; a name that exists already is refused."""
+    if spec.name in _SPECS:
+        raise ValueError(f"data set {spec.name!r} is registered twice")
+    _SPECS[spec.name] = spec
+    return spec
+
+
+def names(task: str | None = None) -> tuple[str, ...]:
+    """Names of all data sets, or of those with one task, in the order of registration."""
+    return tuple(name for name, spec in _SPECS.items() if task is None or spec.task == task)
+
+
+def get_spec(
+    name: str, bands: str | Sequence[str] | None = None, options: Mapping[str, Any] | None = None
+) -> DatasetSpec:
+    """The entry of a data set, with the chosen bands and the classes that options leave.
+
+    Args:
+        name: A registered name.
+        bands: See :meth:`DatasetSpec.with_bands`.
+        options: Options of the data set; those that change its classes are looked at.
+
+    Raises:
+        UserError: The name is unknown; the message lists what exists.
+    """
+    if name not in _SPECS:
+        raise UserError(f"unknown data set {name!r}{_hint(name, _SPECS)}; there are: {', '.join(_SPECS)}")
+    return _SPECS[name].with_bands(bands).with_options(options or {})
+
+
+def parse_switch(name: str, value: bool | str | None) -> bool:
+    """An on/off option that may come as text from a command line; None is off.
+
+    Raises:
+        UserError: The text is neither yes nor no.
+    """
+    text = str(value).strip().lower()
+    if text in ("1", "true", "yes", "on"):
+        return True
+    if text in ("0", "false", "no", "off", "none"):
+        return False
+    raise UserError(f"option {name} must be true or false, not {value!r}")
+
+
+def parse_split(spec: DatasetSpec, split: str) -> tuple[str, ...]:
+    """Split ``"train+val"`` into its names, checked against the data set.
+
+    Raises:
+        UserError: A name is unknown or appears twice.
+    """
+    wanted = tuple(part.strip() for part in split.split("+"))
+    for part in wanted:
+        if part not in spec.splits:
+            raise UserError(
+                f"data set {spec.name!r} has no split {part!r} (asked for {split!r}); "
+                f"there are: {', '.join(spec.splits)}, also joined with '+'"
+            )
+    if len(set(wanted)) != len(wanted):
+        raise UserError(f"split {split!r} names a part twice")
+    return wanted
+
+
+def read_statistics_file(path: str | Path, spec: DatasetSpec) -> Statistics:
+    """Read statistics from a JSON file as ``scripts/compute_statistics.py`` writes it.
+
+    The file holds an object with ``bands`` (list of names), ``unit`` ("dB"), ``mean``, ``std``, ``p01``, ``p99`` (one
+    number a band) and ``origin``. Bands are matched by name, so that their order in the file does not matter.
+
+    Raises:
+        UserError: The file is missing, is no such object, lacks a band, or has another unit.
+    """
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"statistics file {path} does not exist; data set {spec.name!r} has the presets "
+            f"{', '.join(spec.statistics)}, or scripts/compute_statistics.py writes a file"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"statistics file {path} cannot be read as JSON: {error}") from error
+    if not isinstance(values, dict) or not isinstance(values.get("bands"), list):
+        raise UserError(f"statistics file {path} must hold an object with bands, unit, mean, std, p01, p99, origin")
+    if values.get("unit") != spec.unit:
+        raise UserError(f"statistics file {path} is in unit {values.get('unit')!r}, expected {spec.unit!r}")
+    found = [str(band) for band in values["bands"]]
+    missing = [band for band in spec.bands if band not in found]
+    if missing:
+        raise UserError(f"statistics file {path} has bands {found}, but {', '.join(missing)} is needed")
+    statistics = Statistics.from_dict(values, source=f"statistics file {path}")
+    if len(statistics.mean) != len(found):
+        raise UserError(f"statistics file {path} names {len(found)} bands but holds {len(statistics.mean)} means")
+    return statistics.take([found.index(band) for band in spec.bands])
+
+
+def statistics_file_content(statistics: Statistics, spec: DatasetSpec) -> dict[str, Any]:
+    """The object that :func:`read_statistics_file` reads back."""
+    return {"dataset": spec.name, "bands": list(spec.bands), "unit": spec.unit, **statistics.as_dict()}
+
+
+def resolve_statistics(spec: DatasetSpec, choice: str | Path | Statistics | None) -> Statistics:
+    """The statistics a user asked for: a preset's name, the path of a JSON file, or None for the default preset."""
+    if choice is None:
+        return spec.statistics[spec.default_statistics]
+    if isinstance(choice, Statistics):
+        if len(choice.mean) != len(spec.bands):
+            raise UserError(f"statistics have {len(choice.mean)} bands, data set {spec.name!r} has {len(spec.bands)}")
+        return choice
+    if str(choice) in spec.statistics:
+        return spec.statistics[str(choice)]
+    if str(choice).endswith(".json") or Path(choice).exists():
+        return read_statistics_file(choice, spec)
+    raise UserError(
+        f"data set {spec.name!r} has no statistics preset {str(choice)!r}; "
+        f"there are: {', '.join(spec.statistics)}, or give the path of a .json file"
+    )
+
+
+def build_dataset(name: str, data_path: str | Path, split: str, **options: Any) -> SarDataset:
+    """Open a data set.
+
+    Args:
+        name: A registered name, see :func:`names`.
+        data_path: Folder or store with the data, or the directory of a packed store.
+        split: One split, or several joined with ``+`` (``"train+val"``).
+        **options: Checked by name: ``statistics`` (preset name or path of a JSON file), ``on_error``
+            (``"raise"``, ``"replace"``, or ``"skip"`` for label maps, see :class:`sarwmix.data.base.MaskDataset`),
+            ``bands`` (a band set, or band names) and the options of this data set's builder. None counts as not given.
+
+    Returns:
+        A map-style data set of dict samples, see :class:`sarwmix.data.base.SarDataset`.
+
+    Raises:
+        UserError: Unknown data set, split or option, or data that are missing or wrong.
+    """
+    given = {key: value for key, value in options.items() if value is not None}
+    spec = get_spec(name, given.pop("bands", None), given)
+    check_options(spec, given)
+    parse_split(spec, split)
+    statistics = resolve_statistics(spec, given.pop("statistics", None))
+    on_error = given.pop("on_error", "raise")
+    if on_error not in ON_ERROR:
+        raise UserError(f"on_error must be one of {', '.join(ON_ERROR)}, not {on_error!r}")
+    if on_error == "skip" and spec.task != "segmentation":
+        raise UserError(f"on_error skip is for data sets of label maps, {name!r} has none; choose raise or replace")
+    if not str(data_path).strip():
+        raise UserError(f"data set {name!r} needs a data path, got an empty one")
+    root = Path(data_path).expanduser()
+    if not root.exists():
+        raise UserError(f"data path {root} of data set {name!r} does not exist; give an existing folder or store")
+    builder = spec.builder
+    if is_packed(root):
+        builder = "sarwmix.data.packed:build"
+        _check_packed_options(given, root)
+    module_name, function_name = builder.split(":")
+    build = getattr(importlib.import_module(module_name), function_name)
+    data = build(spec, root, split, statistics=statistics, on_error=on_error, **given)
+    if spec.name != "s1_scenes" or is_packed(root):  # scenes are looked at as they are stored, each of them
+        importlib.import_module("sarwmix.data.pixels").check_at_door(data)
+    return data
+
+
+def option_defaults(spec: DatasetSpec) -> dict[str, Any]:
+    """What the builder of a data set takes for each option that is not given."""
+    module_name, function_name = spec.builder.split(":")
+    parameters = inspect.signature(getattr(importlib.import_module(module_name), function_name)).parameters
+    return {name: parameters[name].default for name in spec.options}
+
+
+def check_options(spec: DatasetSpec, given: Mapping[str, Any], data_path: str | Path | None = None) -> None:
+    """Refuse options that a data set, or a packed store of it, does not have.
+
+    Args:
+        spec: Its entry.
+        given: Options by name.
+        data_path: Where the data are; None: only the names are looked at.
+
+    Raises:
+        UserError: An unknown option; the message lists what exists.
+    """
+    known = (*COMMON_OPTIONS, *spec.options)
+    for key in given:
+        if key not in known:
+            raise UserError(
+                f"data set {spec.name!r} has no option {key!r}{_hint(key, known)}; it accepts: {', '.join(known)}"
+            )
+    if data_path is not None and is_packed(data_path):
+        _check_packed_options([key for key in given if key not in COMMON_OPTIONS], Path(data_path))
+
+
+def _check_packed_options(given: Iterable[str], root: Path) -> None:
+    for key in given:
+        if key not in PACKED_OPTIONS:
+            raise UserError(
+                f"option {key!r} has no effect on the packed store {root}: it decides what is packed; "
+                "give it to scripts/pack_dataset.py"
+            )
+
+
+def is_packed(path: str | Path) -> bool:
+    """Whether ``path`` is the directory of a packed store, finished or not (docs/file_formats.md)."""
+    manifest = Path(path) / "manifest.json"
+    if not manifest.is_file():
+        return False
+    try:
+        content = json.loads(manifest.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and str(content.get("format", "")).startswith("sarwmix-packed/")
+
+
+def parse_options(items: Sequence[str]) -> dict[str, str]:
+    """Turn the ``NAME=VALUE`` texts of ``--data_option`` into options for :func:`build_dataset`.
+
+    Raises:
+        UserError: A text has no name or no ``=``, or a name appears twice.
+    """
+    options: dict[str, str] = {}
+    for item in items:
+        name, sign, value = (part.strip() for part in item.partition("="))
+        if not sign or not name:
+            raise UserError(f"--data_option {item!r} is not NAME=VALUE, for example unit=linear")
+        if name in options:
+            raise UserError(f"--data_option {name} is given twice: {options[name]!r} and {value!r}")
+        options[name] = value
+    return options
+
+
+def _hint(word: str, known: Any) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+# Published numbers -----------------------------------------------------------------------------------------------
+
+BENV2_STATISTICS = Statistics.from_normal(
+    (-19.1966, -12.5144), (5.4501, 5.0019), origin="SAR-W-MixMAE, BigEarthNet v2, over all pixels"
+)
+REBEN_STATISTICS = Statistics.from_normal(
+    (-19.3526, -12.6439), (5.5905, 5.1335), origin="reBEN publication, BigEarthNet v2, over all pixels"
+)
+BENV1_STATISTICS = Statistics.from_normal(
+    (-19.2309, -12.5951),
+    (3.1672, 2.9644),
+    origin="SAR-W-MixMAE, BigEarthNet v1, as the released weights need it; "
+    "the deviations look like within-image deviations",
+)
+DEMO_STATISTICS = Statistics(
+    (-17.5800, -11.6996),
+    (3.6750, 3.8483),
+    (-26.5557, -22.4032),
+    (-9.0494, -2.7155),
+    "computed over all pixels of the 624 train and validation patches of the default demo data (768 patches, seed 0)",
+)
+S2_10M_20M = ("B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B11", "B12")
+S2_L2A = ("B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B09", "B11", "B12")
+S2_L1C = ("B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B09", "B10", "B11", "B12")
+REBEN_BANDS = (*BANDS, *S2_L2A)
+REBEN_BAND_SETS = {
+    "s1": BANDS,
+    "s2": S2_10M_20M,
+    "all": (*BANDS, *S2_10M_20M),
+    "s1_full": BANDS,
+    "s2_full": S2_L2A,
+    "all_full": REBEN_BANDS,
+}
+REBEN_ALL_STATISTICS = Statistics.from_normal(
+    (-19.3526, -12.6439, 361.0768, 438.3721, 614.0557, 588.4096, 942.8433, 1769.9316, 2049.5515, 2193.2920, 2235.5566,
+     2241.4553, 1568.2268, 997.7325),
+    (5.5905, 5.1335, 575.0687, 607.0269, 603.2968, 684.5688, 738.4327, 1100.4560, 1275.8054, 1369.3717, 1356.5441,
+     1316.3933, 1070.1613, 813.5276),
+    origin="reBEN publication, BigEarthNet v2 training split, all bands brought to 120 px by nearest neighbour",
+)  # fmt: skip
+SSL4EO_STATISTICS = Statistics.from_normal(
+    (-20.26, -12.59), (5.91, 5.26), origin="FG-MAE for EuroSAT-SAR (statistics of SSL4EO-S12)"
+)
+FLOODS_S1_STATISTICS = Statistics.from_normal(
+    (round(0.5235 * 51 - 50, 4), round(0.6851 * 51 - 50, 4)),
+    (round(0.1102 * 51, 4), round(0.0820 * 51, 4)),
+    origin="Sen1Floods11 training notebook (given there after clipping to -50..1 dB and scaling to 0..1)",
+)
+FLOODS_CHIPS_STATISTICS = Statistics(
+    (-18.9735, -11.0671),
+    (6.0291, 4.4791),
+    (-37.5909, -24.1117),
+    (-10.4460, -3.3060),
+    "computed over all valid pixels of 10 hand-labelled chips of Sen1Floods11 (of 446)",
+)
+FLOODS_BANDS = (*BANDS, *S2_L1C)
+FLOODS_STATISTICS = Statistics.from_normal(
+    (*FLOODS_S1_STATISTICS.mean, 1645.0718, 1412.9560, 1379.5798, 1235.3792, 1481.0990, 2399.1728, 2858.7557, 2634.5379,
+     3090.2815, 491.1151, 65.2506, 2044.9580, 1191.2015),
+    (*FLOODS_S1_STATISTICS.std, 697.7374, 740.6382, 737.0365, 869.2279, 777.8555, 910.5416, 1069.0993, 1009.6586,
+     1179.8815, 338.0113, 146.3465, 977.2074, 765.9938),
+    origin="Sen1Floods11: Sentinel-1 from the training notebook, Sentinel-2 (TOA) from TerraTorch's data module",
+)  # fmt: skip
+SATLAS_BANDS = ("B02", "B03", "B04", "B05", "B06", "B07", "B08", "B11", "B12")
+SATLAS_STATISTICS = FLOODS_STATISTICS.take([FLOODS_BANDS.index(band) for band in SATLAS_BANDS])
+EUROSAT_CLASSES = (
+    "AnnualCrop", "Forest", "HerbaceousVegetation", "Highway", "Industrial", "Pasture", "PermanentCrop", "Residential",
+    "River", "SeaLake",
+)  # fmt: skip
+SCENE = ("scene", r"(?:[^_]+_){4}[^_]+(?=_)")  # S1A_IW_GRDH_1SDV_20170613T165043 of _33UUP_61_39
+DFC_CLASSES = (
+    "forest", "shrubland", "savanna", "grassland", "wetland", "cropland", "urban", "snow and ice", "barren", "water",
+)  # fmt: skip
+SPLITS = ("train", "val", "test")
+OFFICIAL_COUNTS: dict[str, dict[str, int]] = {
+    # v2: rows of the official metadata.parquet; v1: lines of the official split lists.
+    "benv2": {"train": 237_871, "val": 122_342, "test": 119_825},
+    "benv1": {"train": 269_695, "val": 123_723, "test": 125_866},
+}
+
+register(
+    DatasetSpec(
+        name="benv2",
+        task="multilabel",
+        bands=BANDS,
+        statistics={"benv2": BENV2_STATISTICS, "reben": REBEN_STATISTICS, "benv1": BENV1_STATISTICS},
+        default_statistics="benv2",
+        classes=CLASSES_19,
+        splits=SPLITS,
+        size=120,
+        builder="sarwmix.datasets.bigearthnet:build_benv2",
+        description="BigEarthNet v2 (reBEN), Sentinel-1 and Sentinel-2: GeoTIFF tree or LMDB, with metadata",
+        options=("metadata", "id_col", "exclude_snow_cloud", "check", "labels"),
+        band_sets=REBEN_BAND_SETS,
+        all_bands=REBEN_BANDS,
+        band_statistics={"reben": REBEN_ALL_STATISTICS},
+        cluster=SCENE,
+    )
+)
+register(
+    DatasetSpec(
+        name="benv1",
+        task="multilabel",
+        bands=BANDS,
+        statistics={"published": BENV1_STATISTICS, "benv2": BENV2_STATISTICS, "reben": REBEN_STATISTICS},
+        default_statistics="published",
+        classes=CLASSES_19,
+        splits=SPLITS,
+        size=120,
+        builder="sarwmix.datasets.bigearthnet:build_benv1",
+        description="BigEarthNet v1 Sentinel-1: Zarr store (format 2 or 3) with CSV split lists",
+        options=("metadata", "id_col", "check", "labels"),
+        cluster=SCENE,
+    )
+)
+register(
+    DatasetSpec(
+        name="demo",
+        task="multilabel",
+        bands=BANDS,
+        statistics={"demo": DEMO_STATISTICS, "benv2": BENV2_STATISTICS},
+        default_statistics="demo",
+        classes=CLASSES_19,
+        splits=SPLITS,
+        size=120,
+        builder="sarwmix.synthetic.benv2:build",
+        description="generated Sentinel-1 patches in the layout of BigEarthNet v2 (scripts/make_demo_data.py)",
+        options=("metadata", "check"),
+        cluster=("site", SCENE[1]),
+    )
+)
+register(
+    DatasetSpec(
+        name="s1_scenes",
+        task="unlabelled",
+        bands=BANDS,
+        statistics={"benv2": BENV2_STATISTICS, "benv1": BENV1_STATISTICS},
+        default_statistics="benv2",
+        classes=(),
+        splits=SPLITS,
+        size=120,
+        builder="sarwmix.datasets.scenes:build",
+        description="any folder of Sentinel-1 GeoTIFFs, cut into tiles on the fly",
+        options=("unit", "tile", "stride", "band_order", "min_valid", "holdout", "seed"),
+    )
+)
+register(
+    DatasetSpec(
+        name="sen12flood",
+        task="pair",
+        bands=BANDS,
+        statistics={"benv1": BENV1_STATISTICS, "benv2": BENV2_STATISTICS},
+        default_statistics="benv1",
+        classes=("no flood", "flood"),
+        splits=SPLITS,
+        size=512,
+        builder="sarwmix.datasets.sen12flood:build",
+        description="SEN12-FLOOD pairs of Sentinel-1 images of one place, linear power in the files",
+        options=("val_frac",),
+        cluster=("place", r".+?(?=__)"),
+    )
+)
+register(
+    DatasetSpec(
+        name="eurosat_sar",
+        task="multiclass",
+        bands=BANDS,
+        statistics={"fgmae": SSL4EO_STATISTICS, "benv2": BENV2_STATISTICS},
+        default_statistics="fgmae",
+        classes=EUROSAT_CLASSES,
+        splits=SPLITS,
+        size=64,
+        builder="sarwmix.datasets.eurosat:build",
+        description="EuroSAT-SAR: 64 px GeoTIFFs with VV and VH in dB, one folder a class",
+        options=("seed", "val_frac", "band_order"),
+        band_sets={"s1": BANDS},
+        preprocessing=Preprocessing("quantiles", geometry="resized_crop"),
+    )
+)
+register(
+    DatasetSpec(
+        name="dfc2020",
+        task="segmentation",
+        bands=BANDS,
+        statistics={"ssl4eo": SSL4EO_STATISTICS, "benv2": BENV2_STATISTICS},
+        default_statistics="ssl4eo",
+        classes=DFC_CLASSES,
+        splits=SPLITS,
+        size=256,
+        builder="sarwmix.datasets.dfc2020:build",
+        description="DFC2020 / SEN12MS land cover: 256 px Sentinel-1 patches with label maps",
+        options=("label_set", "no_savanna", "val_frac", "seed", "test_folder", "check"),
+        band_sets={"s1": BANDS},
+        class_options={"no_savanna": ("savanna",)},
+        preprocessing=Preprocessing("clip", clip=(-25.0, 0.0), geometry="window"),
+    )
+)
+register(
+    DatasetSpec(
+        name="sen1floods11",
+        task="segmentation",
+        bands=BANDS,
+        statistics={"published": FLOODS_S1_STATISTICS, "chips": FLOODS_CHIPS_STATISTICS, "benv2": BENV2_STATISTICS},
+        default_statistics="published",
+        classes=("no water", "water"),
+        splits=(*SPLITS, "bolivia"),
+        size=512,
+        builder="sarwmix.datasets.sen1floods11:build",
+        description="Sen1Floods11 hand-labelled chips: Sentinel-1, Sentinel-2 or both, water masks",
+        options=("lists", "missing", "skip"),
+        band_sets={"s1": BANDS, "s2": S2_L1C, "s1s2": FLOODS_BANDS, "satlas": SATLAS_BANDS},
+        all_bands=FLOODS_BANDS,
+        band_statistics={"published": FLOODS_STATISTICS},
+        preprocessing=Preprocessing(geometry="window"),
+        cluster=("event", r"[^_]+(?=_)"),
+    )
+)
+register(
+    DatasetSpec(
+        name="satlas",
+        task="segmentation",
+        bands=SATLAS_BANDS,
+        unit=REFLECTANCE,
+        statistics={"sen1floods11": SATLAS_STATISTICS},
+        default_statistics="sen1floods11",
+        classes=("background", "water", "developed", "tree, shrub, grass", "crop"),
+        splits=SPLITS,
+        size=512,
+        builder="sarwmix.datasets.satlas:build",
+        description="Satlas land cover: 512 px Sentinel-2 tiles with label maps, grouped into 5 classes",
+        options=("val_frac", "seed", "missing"),
+        band_sets={"s2": SATLAS_BANDS, "rgb": ("B04", "B03", "B02")},
+        preprocessing=Preprocessing(geometry="window"),
+    )
+)

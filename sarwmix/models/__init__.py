@@ -1,0 +1,1 @@
+"""Encoders by name, and loading of weights."""

@@ -1,0 +1,311 @@
+"""A grid of pretraining and fine-tuning runs as a list of jobs, and the table of what they gave.
+
+A grid names flags of the entry scripts and their values. Flags of main_pretrain.py come first in each combination; a
+pretraining whose settings several combinations share runs once. ``finetune.NAME`` is a flag of main_finetune.py alone,
+``seed`` is the seed of both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import itertools
+import math
+import re
+import shlex
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import main_finetune
+import main_pretrain
+from sarwmix.reports.comparison import METRICS, Run, read_run
+from util.args import args_to_dict
+from util.errors import UserError
+from util.files import read_json
+from util.text import tex
+
+FINETUNE = "finetune."
+# Flags that the grid sets itself, and those that change how a run is carried out but not what comes out of it.
+RESERVED = ("output_dir", "finetune", "resume", "inference", "eval")
+INCIDENTAL = ("output_dir", "log_dir", "resume", "finetune", "device", "num_workers", "cache", "keep_checkpoints",
+              "save_minutes", "hang_timeout", "feature_cache", "port", "dist_url", "data_path", "flops")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One flag of the grid and its values.
+
+    Attributes:
+        name: as the user gave it, such as ``weight_mode`` or ``finetune.lr``.
+        values: texts, as on a command line; empty text for a switch that is off, ``on`` for one that is on.
+    """
+
+    name: str
+    values: tuple[str, ...]
+
+    @property
+    def flag(self) -> str:
+        """Name of the flag without the script."""
+        return self.name.removeprefix(FINETUNE)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of an entry script.
+
+    Attributes:
+        script: ``main_pretrain.py`` or ``main_finetune.py``.
+        flags: all of its arguments but those about resuming.
+        folder: its output.
+        settings: what the flags mean, parsed; plain values.
+    """
+
+    script: str
+    flags: tuple[str, ...]
+    folder: Path
+    settings: Mapping[str, Any]
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left to do.
+
+        Raises:
+            UserError: the folder holds a run of other settings, or a damaged file.
+        """
+        marker = self.folder / ("metrics.json" if self.script == "main_finetune.py" else "ablation_done.json")
+        known = self.folder / "args.json"
+        if known.is_file():
+            before = read_json(known)
+            for name, value in self.settings.items():
+                if name not in INCIDENTAL and name in before and before[name] != value:
+                    raise UserError(
+                        f"{self.folder} holds a run with --{name} {before[name]}, this grid has {value}; choose "
+                        "another --out, or move that run away"
+                    )
+        return marker.is_file()
+
+
+@dataclass(frozen=True)
+class Combination:
+    """One cell of the grid: its values, and the jobs that give its result in order."""
+
+    values: Mapping[str, str]
+    pretrain: Job | None
+    finetune: Job
+
+
+def parse_axis(text: str) -> Axis:
+    """``weight_mode=none,per_channel`` -> Axis.
+
+    Raises:
+        UserError: no name, no value, or a value twice.
+    """
+    name, sign, rest = text.partition("=")
+    name = name.strip().lstrip("-")
+    values = tuple(value.strip() for value in rest.split(","))
+    if not sign or not name or not all(values):
+        raise UserError(f"--grid {text!r} is not NAME=VALUE,VALUE, for example weight_mode=none,per_channel")
+    if len(set(values)) != len(values):
+        raise UserError(f"--grid {text!r} names a value twice")
+    if name.removeprefix(FINETUNE) in RESERVED:
+        raise UserError(f"--grid {name}: the grid sets --{name.removeprefix(FINETUNE)} itself")
+    return Axis(name, values)
+
+
+def plan(axes: Sequence[Axis], pretrain: str, finetune: str, out: Path) -> list[Combination]:
+    """All combinations with their jobs, each command line checked by the script's own parser.
+
+    Args:
+        axes: the grid.
+        pretrain: flags that all pretraining runs share, as one text; empty: fine-tuning alone.
+        finetune: flags that all fine-tuning runs share.
+        out: folder for everything.
+
+    Raises:
+        UserError: a flag that the scripts do not know or refuse; names the combination.
+    """
+    names = [axis.name for axis in axes]
+    if len(set(names)) != len(names):
+        raise UserError(f"--grid names {next(n for n in names if names.count(n) > 1)!r} twice")
+    common, own = split_words(pretrain, "--pretrain"), split_words(finetune, "--finetune")
+    for given, option in ((common, "--pretrain"), (own, "--finetune")):
+        for name in RESERVED:
+            if f"--{name}" in given:
+                raise UserError(f"{option} contains --{name}, which the grid sets itself; leave it out")
+    if not common and any(not axis.name.startswith(FINETUNE) and axis.name != "seed" for axis in axes):
+        wrong = next(axis.name for axis in axes if not axis.name.startswith(FINETUNE) and axis.name != "seed")
+        raise UserError(f"--grid {wrong} is a flag of pretraining, but there is no --pretrain; or did you mean "
+                        f"{FINETUNE}{wrong}?")  # fmt: skip
+    combinations = []
+    for values in itertools.product(*(axis.values for axis in axes)):
+        cell = dict(zip(names, values, strict=True))
+        before = {axis.flag: cell[axis.name] for axis in axes if not axis.name.startswith(FINETUNE)}
+        after = {axis.flag: cell[axis.name] for axis in axes if axis.name.startswith(FINETUNE) or axis.name == "seed"}
+        job = _job("main_pretrain.py", common, before, out / "pretrain" / folder_name(before), cell) if common else None
+        start = ["--finetune", str(job.folder / "checkpoint.pth")] if job else []
+        last = _job("main_finetune.py", [*own, *start], after, out / "finetune" / folder_name(cell), cell)
+        combinations.append(Combination(cell, job, last))
+    return combinations
+
+
+def split_words(text: str, option: str) -> list[str]:
+    """A command line in one text as its words.
+
+    Raises:
+        UserError: quotes that do not close.
+    """
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise UserError(f"{option} {text!r} cannot be split into words ({error}); close its quotes") from error
+
+
+def folder_name(values: Mapping[str, str]) -> str:
+    """``weight_mode-none_seed-0``; a grid without such a flag has one run, ``run``."""
+    return "_".join(f"{name}-{re.sub(r'[^A-Za-z0-9.+-]', '-', value)}" for name, value in values.items()) or "run"
+
+
+def _job(script: str, common: Sequence[str], flags: Mapping[str, str], folder: Path, cell: Mapping[str, str]) -> Job:
+    parser = (main_pretrain if script == "main_pretrain.py" else main_finetune).get_parser()
+    arguments = list(common)
+    for name, value in flags.items():
+        if any(text == f"--{name}" or text.startswith(f"--{name}=") for text in common):
+            raise UserError(f"--{name} is in the grid and among the flags that all runs share; leave one of them out")
+        if value == "on":
+            arguments.append(f"--{name}")
+        elif value != "off":
+            arguments += [f"--{name}", value]
+    arguments += ["--output_dir", str(folder)]
+
+    def refuse(message: str) -> None:
+        where = ", ".join(f"{name}={value}" for name, value in cell.items()) or "the only run"
+        raise UserError(f"{script} refuses the flags of {where}: {message}")
+
+    parser.error = refuse  # type: ignore[method-assign,assignment]
+    settings: argparse.Namespace = parser.parse_args(arguments)
+    check = main_pretrain.check_args if script == "main_pretrain.py" else _check_finetune
+    check(settings)
+    return Job(script, tuple(arguments), folder, args_to_dict(settings))
+
+
+def _check_finetune(settings: argparse.Namespace) -> None:
+    start = settings.finetune
+    settings.finetune = __file__ if start else ""  # the checkpoint does not exist yet; any file stands in for it
+    try:
+        main_finetune.check_args(settings)
+    finally:
+        settings.finetune = start
+
+
+# ---------------------------------------------------------------------- results
+
+
+@dataclass(frozen=True)
+class Row:
+    """Combinations that differ in the seed alone.
+
+    Attributes:
+        values: of the grid, without the seed.
+        scores: of each finished seed.
+        missing: how many seeds have no result.
+        selected: what chose the epochs, on which split.
+    """
+
+    values: Mapping[str, str]
+    scores: tuple[float, ...]
+    missing: int
+    selected: tuple[str, ...] = ()
+
+    @property
+    def mean(self) -> float:
+        """Mean over the seeds."""
+        return statistics.fmean(self.scores)
+
+    @property
+    def half_width(self) -> float:
+        """Half of the 95 % confidence interval of the mean (Student's t); NaN with fewer than two seeds."""
+        if len(self.scores) < 2:
+            return math.nan
+        from scipy.stats import t
+
+        count = len(self.scores)
+        return float(t.ppf(0.975, count - 1)) * statistics.stdev(self.scores) / math.sqrt(count)
+
+
+def collect(combinations: Sequence[Combination], metric: str | None) -> tuple[str, list[Row]]:
+    """Scores of the finished combinations on test, seeds together, in the order of the grid.
+
+    Args:
+        combinations: of `plan`.
+        metric: name of a test metric; None: the first of the task's.
+
+    Returns:
+        (name of the metric, rows).
+
+    Raises:
+        UserError: no run has finished, or the metric does not exist.
+    """
+    runs: dict[int, Run] = {i: read_run(c.finetune.folder) for i, c in enumerate(combinations) if c.finetune.finished}
+    if not runs:
+        raise UserError("no run of the grid has finished yet; there is nothing to put into a table")
+    first = next(iter(runs.values()))
+    metric = metric or next((name for name in METRICS if name in first.scalars), min(first.scalars))
+    groups: dict[tuple[tuple[str, str], ...], list[int]] = {}
+    for i, combination in enumerate(combinations):
+        key = tuple((name, value) for name, value in combination.values.items() if name != "seed")
+        groups.setdefault(key, []).append(i)
+    rows = []
+    for key, members in groups.items():
+        scores = []
+        for i in members:
+            if i in runs and metric not in runs[i].scalars:
+                raise UserError(f"{runs[i].path} has no test metric {metric!r}; it has: {', '.join(runs[i].scalars)}")
+            scores += [runs[i].scalars[metric]] if i in runs else []
+        selected = dict.fromkeys(runs[i].selected for i in members if i in runs)
+        rows.append(Row(dict(key), tuple(scores), len(members) - len(scores), tuple(selected)))
+    return metric, rows
+
+
+def _cells(row: Row, plus_minus: str) -> tuple[str, str, str]:
+    if not row.scores:
+        return "-", "-", f"0 of {row.missing}"
+    seeds = str(len(row.scores)) if not row.missing else f"{len(row.scores)} of {len(row.scores) + row.missing}"
+    interval = "-" if math.isnan(row.half_width) else f"{plus_minus}{row.half_width:.4f}"
+    return f"{row.mean:.4f}", interval, seeds
+
+
+def as_markdown(metric: str, rows: Sequence[Row]) -> str:
+    """The table for a README, with what its columns mean."""
+    names = list(rows[0].values)
+    lines = [f"| {' | '.join([*names, metric, '95 %', 'seeds'])} |", "|" + "---|" * (len(names) + 3)]
+    lines += [f"| {' | '.join([*row.values.values(), *_cells(row, '+-')])} |" for row in rows]
+    note = f"{metric} on test, mean over seeds; 95 %: confidence interval of that mean over seeds (Student's t)"
+    selected = ", ".join(dict.fromkeys(text for row in rows for text in row.selected))
+    return "\n".join([*lines, "", note, f"Best epoch by: {selected or 'not recorded'}", ""])
+
+
+def as_latex(metric: str, rows: Sequence[Row]) -> str:
+    """The same with booktabs."""
+    names = list(rows[0].values)
+    lines = [f"\\begin{{tabular}}{{{'l' * len(names)}rrr}}", r"\toprule"]
+    lines += [" & ".join(tex(name) for name in [*names, metric, "95 %", "seeds"]) + r" \\", r"\midrule"]
+    lines += [" & ".join(map(tex, row.values.values())) + (" & " if names else "")
+              + " & ".join(_cells(row, r"\ensuremath{\pm}")) + r" \\" for row in rows]  # fmt: skip
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
+
+
+def as_csv(combinations: Sequence[Combination]) -> str:
+    """One line for each finished run with all of its test metrics."""
+    done = [(c, read_run(c.finetune.folder)) for c in combinations if c.finetune.finished]
+    metrics = list(dict.fromkeys(name for _, run in done for name in run.scalars))
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*combinations[0].values, *metrics, "folder"])
+    for combination, run in done:
+        values = [run.scalars.get(name, "") for name in metrics]
+        writer.writerow([*combination.values.values(), *values, combination.finetune.folder.name])
+    return text.getvalue()

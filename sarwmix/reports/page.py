@@ -1,0 +1,753 @@
+"""One page about finished runs: what was set, how training went, how good the result is, and the table for a paper.
+
+Reads what main_pretrain.py and main_finetune.py leave in a run's folder: args.json, log.txt, metrics.json,
+predictions_test.npz and pictures. Only these files are needed, no checkpoint and no data.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import re
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sarwmix.data import registry
+from sarwmix.figures import base as pictures
+from sarwmix.tasks.selection import selected_text
+from util.errors import UserError
+from util.files import atomic_write, make_directory, read_json, read_jsonl
+from util.text import tex
+
+METRIC_NAMES = {
+    "ap_macro": "AP macro", "ap_micro": "AP micro", "f1_macro": "F1 macro", "f1_micro": "F1 micro",
+    "precision_macro": "precision macro", "precision_micro": "precision micro", "loss": "loss",
+    "accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "roc_auc": "ROC AUC",
+    "miou": "mean IoU", "iou": "IoU", "acc": "ACC", "aacc": "aACC", "recall_macro": "recall macro",
+    "f1": "F1", "precision": "precision", "recall": "recall",
+}  # fmt: skip
+PERCENT = {"pair": ("acc",)}
+"""Metrics that a task gives in percent, as the published code prints them; all others are fractions of 1."""
+CURVES = ("ap_macro", "f1_macro", "accuracy", "acc", "aacc", "f1", "miou", "iou")
+"""Metrics that are drawn against the epoch, of val and of test, where log.txt has them."""
+EPOCH_NAMES = {"train_loss": "training loss", "train_lr": "learning rate", "images_per_s": "images/s"}
+# Places, and how a run is carried out: they change nothing about what comes out of it.
+NOT_A_SETTING = ("output_dir", "log_dir", "resume", "port", "dist_url", "world_size", "num_workers", "keep_checkpoints",
+                 "save_minutes", "hang_timeout", "feature_cache", "flops", "eval", "export")  # fmt: skip
+OWN_FIGURES = re.compile(
+    r"((pretraining|fine-tuning)_curves|average_precision|(pretraining_epochs|label_fractions)"
+    r"|.+_(precision_recall|roc|confusion))\.png"
+)
+"""Names that the page's figures have, so that those of a former page can be told from other files."""
+RECONSTRUCTIONS = 6
+"""Reconstruction pictures of a run that the page shows; the others stay in the run's folder."""
+
+
+@dataclass
+class Run:
+    """One finished or stopped run.
+
+    Attributes:
+        name: Folder name, made unique.
+        path: Folder.
+        kind: "pretrain" or "finetune".
+        args: Settings.
+        epochs: Lines of log.txt, by epoch.
+        metrics: Content of metrics.json, or of metrics_eval.json; empty without either.
+        notes: What is odd about the files.
+    """
+
+    name: str
+    path: Path
+    kind: str
+    args: dict[str, Any]
+    epochs: list[dict[str, Any]]
+    metrics: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
+
+    def column(self, key: str) -> tuple[np.ndarray, np.ndarray]:
+        """Finished epochs (1, 2, ...) and the values of a key; epochs without a number are left out."""
+        pairs = [(line["epoch"] + 1, line[key]) for line in self.epochs if isinstance(line.get(key), (int, float))]
+        scale = self.scale(key.removeprefix("val_").removeprefix("test_"))
+        return np.array([x for x, _ in pairs], dtype=float), scale * np.array([y for _, y in pairs], dtype=float)
+
+    def scale(self, metric: str) -> float:
+        """What a metric of this run is multiplied with to be a fraction of 1."""
+        name = str(self.metrics.get("dataset") or self.args.get("dataset") or "")
+        task = registry.get_spec(name).task if name in registry.names() else ""
+        return 0.01 if metric in PERCENT.get(task, ()) else 1.0
+
+    def scalars(self) -> dict[str, float]:
+        """Metrics of `result` but the loss, as fractions of 1; those without a number are left out."""
+        found = self.result()
+        values = {} if found is None else found[2]["scalars"]
+        return {name: self.scale(name) * float(value) for name, value in values.items()
+                if name != "loss" and value is not None}  # fmt: skip
+
+    def interval(self, metric: str) -> tuple[float, float] | None:
+        """95 % interval of a metric of `result` as fractions of 1, where the run has one."""
+        found = self.result()
+        ends = None if found is None else found[2].get("intervals_95", {}).get(metric)
+        return None if ends is None else (self.scale(metric) * ends[0], self.scale(metric) * ends[1])
+
+    def result(self) -> tuple[str, str, dict[str, Any]] | None:
+        """Checkpoint, split and metrics that the tables show: the first rule, on test where it was evaluated."""
+        for checkpoint, entry in self.metrics.get("results", {}).items():
+            for split in ("test", "val", *entry) if isinstance(entry, dict) else ():
+                if isinstance(entry.get(split), dict) and "scalars" in entry[split]:
+                    return checkpoint, split, entry[split]
+        return None
+
+    def start(self) -> str:
+        """Where the weights come from: "random", "timm ...", a checkpoint's path, or "unknown" of an evaluation."""
+        if "initialisation" not in self.metrics and not self.args:  # evaluated somewhere else than it was trained
+            return "unknown"
+        return str(self.metrics.get("initialisation") or self.args.get("finetune") or "random")
+
+    def initialisation(self, parts: int = 2) -> str:
+        """`start` for a table: of a path the last parts."""
+        start = self.start()
+        return "/".join(Path(start).parts[-parts:]) if _is_path(start) else start
+
+    def pretraining(self) -> dict[str, Any] | None:
+        """Settings of the pretraining that gave the weights, from args.json beside them; None where it is not there."""
+        file = Path(self.start()).parent / "args.json"
+        if not _is_path(self.start()) or not file.is_file():
+            return None
+        try:
+            content = read_json(file)
+        except UserError:  # damaged: the path has to do
+            return None
+        return content if isinstance(content, dict) else None
+
+    def origin(self) -> str:
+        """What tells encoders apart, but for the seed: settings of the pretraining and the checkpoint's name.
+
+        Without these settings, the checkpoint's path.
+        """
+        settings = self.pretraining()
+        if settings is None:
+            return self.start()
+        return json.dumps([Path(self.start()).name, _plain_settings(settings)])
+
+    def seeds(self) -> tuple[str, str]:
+        """Seed of the run, and of its pretraining ("" where that is not known)."""
+        before = self.pretraining() or {}
+        return str(self.args.get("seed", self.metrics.get("seed", "?"))), str(before.get("seed", ""))
+
+
+def _is_path(start: str) -> bool:
+    return start not in ("random", "unknown") and not start.startswith("timm ")
+
+
+def _plain_settings(args: Mapping[str, Any]) -> str:
+    """All settings but the seed, places and the like, as text that can be compared."""
+    skipped = (*NOT_A_SETTING, "seed", "finetune")
+    return json.dumps({key: value for key, value in sorted(args.items()) if key not in skipped}, default=str)
+
+
+def load_run(folder: str | Path) -> Run:
+    """Read a run's folder.
+
+    Raises:
+        UserError: No such folder, no run in it, or no epoch was finished.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise UserError(f"run {path} does not exist; give the --output_dir of main_pretrain.py or main_finetune.py")
+    notes: list[str] = []
+    if (path / "args.json").is_file():
+        args = _settings_of(path)
+    elif (path / "metrics_eval.json").is_file():  # --eval with an --output_dir of its own
+        args = _evaluated_settings(path / "metrics_eval.json")
+        if not args:
+            notes.append("evaluation without the settings of its training: args.json is not beside the checkpoint")
+    else:
+        near = sorted(str(one.parent) for one in path.glob("*/args.json"))[:5]
+        hint = f"; runs below it: {', '.join(near)}" if near else ""
+        raise UserError(f"{path} is no run: args.json is missing; give the --output_dir of a run{hint}")
+    epochs: list[dict[str, Any]] = []
+    log = path / "log.txt"
+    if log.is_file():
+        lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+        records = read_jsonl(log)
+        if len(records) < len(lines):
+            notes.append(f"{len(lines) - len(records)} line(s) of log.txt are incomplete and left out")
+        # A resumed run may have written an epoch again: the last line counts.
+        by_epoch = {line["epoch"]: line for line in records if isinstance(line.get("epoch"), int)}
+        epochs = [by_epoch[epoch] for epoch in sorted(by_epoch)]
+    metrics: dict[str, Any] = {}
+    for name in ("metrics.json", "metrics_eval.json"):
+        if (path / name).is_file():
+            content = read_json(path / name)
+            if isinstance(content, dict) and isinstance(content.get("results"), dict):
+                metrics = content
+                break
+            notes.append(f"{name} has no results and is left out")
+    if not epochs and not metrics:
+        why = "log.txt holds no finished epoch" if log.is_file() else "there is neither log.txt nor metrics.json"
+        raise UserError(f"{path}: {why}; wait for the first epoch, or look into run.log for the reason")
+    kind = "pretrain" if "mask_ratio" in args else "finetune"
+    if kind == "finetune" and not metrics:
+        notes.append("metrics.json is missing: the run has not come to its end")
+    return Run(path.resolve().name, path, kind, args, epochs, metrics, notes)
+
+
+def _settings_of(folder: Path) -> dict[str, Any]:
+    args = read_json(folder / "args.json")
+    if not isinstance(args, dict):
+        raise UserError(f"{folder / 'args.json'} must hold an object with the settings of a run")
+    return args
+
+
+def _evaluated_settings(file: Path) -> dict[str, Any]:
+    """Settings of the run whose checkpoint was evaluated; empty where it is not there any more."""
+    content = read_json(file)
+    results = content.get("results") if isinstance(content, dict) else None
+    for checkpoint in results if isinstance(results, dict) else ():
+        if (Path(checkpoint).parent / "args.json").is_file():
+            return _settings_of(Path(checkpoint).parent)
+    return {}
+
+
+def load_runs(folders: Sequence[str | Path]) -> list[Run]:
+    """Read several runs and give them names of their own."""
+    runs = [load_run(folder) for folder in folders]
+    seen = [run.path.resolve() for run in runs]
+    for path in seen:
+        if seen.count(path) > 1:
+            raise UserError(f"run {path} is given twice")
+    names = [run.name for run in runs]
+    for run in runs:
+        if names.count(run.name) > 1:
+            run.name = "/".join(run.path.resolve().parts[-2:])
+    for number, run in enumerate(runs):
+        if [one.name for one in runs].count(run.name) > 1:
+            run.name = f"{run.name} ({number + 1})"
+    return runs
+
+
+# Figures ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Picture:
+    """A PNG on the page."""
+
+    path: Path
+    caption: str
+
+
+def _marks(runs: Sequence[Run]) -> dict[str, float]:
+    """Powers of two, the end of warm-up and the cut, as vertical lines."""
+    last = max((line["epoch"] + 1 for run in runs for line in run.epochs), default=0)
+    marks: dict[str, float] = {}
+    power = 4
+    while power <= last:
+        marks[str(power)] = power
+        power *= 2
+    for run in runs:
+        warmup, cut = run.args.get("warmup_epochs"), run.args.get("stop_epoch")
+        if isinstance(warmup, (int, float)) and 0 < warmup <= last:
+            marks[f"warm-up ends ({warmup:g})"] = warmup
+        if isinstance(cut, (int, float)) and cut <= last:
+            marks[f"cut ({cut:g})"] = cut
+    for text in [text for text in marks if text.isdigit()]:
+        if sum(place == marks[text] for place in marks.values()) > 1:
+            del marks[text]
+    return marks
+
+
+def training_figure(runs: Sequence[Run], path: Path, *, title: str) -> Picture | None:
+    """Loss, learning rate, throughput and, of fine-tuning, what selects the epoch."""
+    keys = ["train_loss", *(f"{split}_{name}" for name in CURVES for split in ("val", "test")), "train_lr",
+            "images_per_s"]  # fmt: skip
+    panels: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]] = {}
+    for key in keys:
+        split, _, metric = key.partition("_")
+        label = EPOCH_NAMES.get(key) or f"{METRIC_NAMES.get(metric, key)} on {split}"
+        curves = {run.name: run.column(key) for run in runs if len(run.column(key)[0])}
+        if curves:
+            panels[label] = curves
+    if not panels:
+        return None
+    pictures.curves_figure(path, panels=panels, x_label="finished epochs", title=title, marks=_marks(runs))
+    caption = "Dotted lines: powers of two, the end of warm-up, and the cut where there is one."
+    weighting = {json.dumps([value for key, value in sorted(run.args.items()) if key.startswith("weight_")
+                             and key != "weight_decay"]) for run in runs}  # fmt: skip
+    if len(weighting) > 1:
+        caption += " The runs weight the loss in different ways, so that the heights of their losses do not compare."
+    return Picture(path, caption)
+
+
+def class_figure(runs: Sequence[Run], path: Path) -> Picture | None:
+    """Average precision of each class of up to four runs of the same classes."""
+    rows: dict[str, list[dict[str, Any]]] = {}
+    split = ""
+    for run in runs:
+        found = run.result()
+        if found and found[2].get("per_class") and "ap" in found[2]["per_class"][0]:
+            names = [row["class"] for row in found[2]["per_class"]]
+            if not rows or names == [row["class"] for row in next(iter(rows.values()))]:
+                rows[run.name] = found[2]["per_class"]
+                split = found[1]
+    shown = dict(list(rows.items())[:4])
+    if not shown:
+        return None
+    labels = [f"{row['class']} ({row['support']:,})" for row in next(iter(shown.values()))]
+    values = {name: [np.nan if row["ap"] is None else row["ap"] for row in per_class]
+              for name, per_class in shown.items()}  # fmt: skip
+    pictures.bar_figure(path, labels=labels, values=values, unit="average precision",
+                        title=f"Average precision of each class on {split} (number of positives)")  # fmt: skip
+    left = len(rows) - len(shown)
+    return Picture(path, f"{left} more run(s) are in the table." if left else "")
+
+
+def prediction_figures(run: Run, folder: Path, slug: str) -> list[Picture]:
+    """Precision-recall, ROC and confusion of a run that kept its predictions."""
+    file = run.path / "predictions_test.npz"
+    classes = run.metrics.get("classes")
+    if not file.is_file() or not classes:
+        return []
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            if "confusion" in arrays:  # label maps: counted for each sample
+                counts = np.asarray(arrays["confusion"]).sum(axis=0)
+                return _pixel_confusion(run, folder / f"{slug}_confusion.png", counts, classes)
+            scores, target = np.asarray(arrays["scores"], dtype=float), np.asarray(arrays["target"])
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        run.notes.append(f"{file.name} cannot be read and is left out (damaged or cut short?): {error}")
+        return []
+    if scores.ndim == 1:  # probability of the second of two classes
+        scores = np.stack([1 - scores, scores], axis=1)
+    if scores.shape[1] != len(classes) or len(scores) != len(target):
+        run.notes.append(f"{file.name} does not fit the {len(classes)} classes of metrics.json and is left out")
+        return []
+    several = target.ndim == 2
+    predicted = scores > 0.5 if several else scores.argmax(axis=1)
+    heading = f"{run.name}: {{}} on {len(target):,} test samples"
+    return [
+        Picture(pictures.precision_recall_figure(folder / f"{slug}_precision_recall.png", target, scores, classes,
+                                                 title=heading.format("precision and recall")), ""),
+        Picture(pictures.roc_figure(folder / f"{slug}_roc.png", target, scores, classes,
+                                    title=heading.format("receiver operating characteristic")), ""),
+        Picture(pictures.confusion_matrix_figure(folder / f"{slug}_confusion.png", target, predicted, classes,
+                                                 title=heading.format("confusion")),
+                "Row: of the samples that have this class, the share for which each class is predicted (threshold 0.5)."
+                if several else ""),
+    ]  # fmt: skip
+
+
+def _pixel_confusion(run: Run, path: Path, counts: np.ndarray, classes: Sequence[str]) -> list[Picture]:
+    """Confusion of the pixels of label maps."""
+    if counts.shape != (len(classes), len(classes)):
+        run.notes.append(f"predictions_test.npz does not fit the {len(classes)} classes of metrics.json; left out")
+        return []
+    title = f"{run.name}: confusion on {int(counts.sum()):,} test pixels"
+    return [Picture(pictures.confusion_counts_figure(path, counts, classes, unit="pixels", title=title), "")]
+
+
+def transfer_figures(runs: Sequence[Run], folder: Path) -> list[Picture]:
+    """Fine-tuned result against the epoch of pretraining, and against the share of labels."""
+    # Panel (data set, metric and split) -> curve -> points. Nothing else goes into one curve.
+    by_epoch: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    by_share: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    flat: dict[str, dict[str, list[float]]] = {}
+    starts = _start_names(runs)
+    several = len({str(run.metrics.get("dataset")) for run in runs}) > 1
+    models = len({str(run.metrics.get("model")) for run in runs}) > 1
+    for run in runs:
+        found = run.result()
+        if found is None:
+            continue
+        metric, value = next(iter(run.scalars().items()), ("", 0.0))
+        if not metric:
+            continue
+        data = str(run.metrics.get("dataset", ""))
+        panel = f"{data}: " * several + f"{METRIC_NAMES.get(metric, metric)} on {found[1]}"
+        protocol = str(run.metrics.get("protocol", "fine-tuning"))
+        model = f"{run.metrics.get('model')}, " * models
+        share = float(run.metrics.get("train_frac") or 1.0)
+        start = starts[run.name]
+        number = re.fullmatch(r"(.*)/checkpoint_(\d+)\.pth", start)
+        labels = "" if share == 1 else f", {100 * share:g} % of labels"
+        if number:
+            name = f"{number[1]} ({model}{protocol}{labels})"
+            by_epoch.setdefault(panel, {}).setdefault(name, []).append((float(number[2]), value))
+        elif start == "random":
+            name = f"random initialisation ({model}{protocol}{labels})"
+            flat.setdefault(panel, {}).setdefault(name, []).append(value)
+        by_share.setdefault(panel, {}).setdefault(f"{start} ({model}{protocol})", []).append((100 * share, value))
+    written: list[Picture] = []
+    grown = _curves(by_epoch)
+    if grown:
+        places = sorted({float(x) for curves in grown.values() for xs, _ in curves.values() for x in xs})
+        ends = np.array([places[0], places[-1]])
+        for panel, curves in grown.items():
+            curves |= {name: (ends, np.full(2, np.mean(values))) for name, values in flat.get(panel, {}).items()}
+        path = folder / "pretraining_epochs.png"
+        pictures.curves_figure(path, panels=grown, x_label="epochs of pretraining",
+                               title="Result against the length of pretraining",
+                               ticks=places if len(places) <= 9 else None)  # fmt: skip
+        written.append(Picture(path, "Several seeds of one point are averaged."))
+    shares = _curves(by_share)
+    if shares:
+        path = folder / "label_fractions.png"
+        places = sorted({float(x) for curves in shares.values() for xs, _ in curves.values() for x in xs})
+        pictures.curves_figure(path, panels=shares, x_label="share of the training labels (%)",
+                               title="Result against the share of labels", ticks=places)  # fmt: skip
+        written.append(Picture(path, "Several seeds of one point are averaged."))
+    return written
+
+
+def _curves(
+    panels: Mapping[str, Mapping[str, list[tuple[float, float]]]],
+) -> dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]:
+    """Points -> curves; those at one place alone are left out."""
+    found = {panel: {name: _means(points) for name, points in curves.items() if len({x for x, _ in points}) > 1}
+             for panel, curves in panels.items()}  # fmt: skip
+    return {panel: curves for panel, curves in found.items() if curves}
+
+
+def _start_names(runs: Sequence[Run]) -> dict[str, str]:
+    """Name of a run -> what its initial weights are called: as little of the path as tells the origins apart.
+
+    Weights whose pretraining differs in the seed alone have one name.
+    """
+    groups: dict[tuple[str, str], list[Run]] = {}
+    for run in runs:
+        # Checkpoints of several epochs of one pretraining stay apart by their file name.
+        groups.setdefault((run.origin(), Path(run.start()).name), []).append(run)
+    shown: dict[tuple[str, str], str] = {}
+    for parts in range(2, 32):
+        shown = {key: min(one.initialisation(parts) for one in members) for key, members in groups.items()}
+        if len(set(shown.values())) == len(shown):
+            break
+    return {run.name: shown[key] for key, members in groups.items() for run in members}
+
+
+def _means(points: Sequence[tuple[float, float]]) -> tuple[np.ndarray, np.ndarray]:
+    places = sorted({x for x, _ in points})
+    return np.array(places), np.array([np.mean([y for x, y in points if x == place]) for place in places])
+
+
+# Tables ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A metric with its 95 % interval, as a fraction of 1."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table for a paper: a run, or the mean of runs that differ in the seed alone."""
+
+    setting: tuple[str, ...]
+    cells: Mapping[str, Cell]
+
+
+COLUMNS = ("run", "data", "protocol", "initial weights", "labels", "seeds", "best epoch by")
+
+
+def paper_rows(runs: Sequence[Run]) -> list[Row]:
+    """Group runs that differ only in the seed.
+
+    One run: its interval over clusters, where it has one. Several: mean and 95 % interval of Student's t over seeds.
+    """
+    groups: dict[tuple[str, ...], list[Run]] = {}
+    starts = _start_names(runs)
+    for run in runs:
+        if run.result() is not None:
+            facts = run.metrics
+            share = f"{100 * float(facts.get('train_frac') or 1.0):g} %"
+            shown = (str(facts.get("dataset", "")), str(facts.get("protocol", "")), starts[run.name], share,
+                     selected_text(facts))  # fmt: skip
+            key: tuple[str, ...] = (*shown, run.origin(), _plain_settings(run.args))
+            if not run.args:  # of an evaluation nothing more is known: it stands alone
+                key = (*key, run.name)
+            while any(run.seeds() == other.seeds() for other in groups.get(key, ())):
+                twin = groups[key][0]
+                run.notes.append(f"has the settings and the seed of {twin.name}; it is not averaged with that run")
+                key = (*key, run.name)
+            groups.setdefault(key, []).append(run)
+    rows = []
+    for key, members in groups.items():
+        name = members[0].name if len(members) == 1 else f"{members[0].name} and {len(members) - 1} more"
+        others = len({run.start() for run in members}) - 1
+        weights = f"{key[2]} and {others} more" if others else key[2]
+        cells = {}
+        results = [run.scalars() for run in members]
+        for metric in results[0]:
+            values = [one[metric] for one in results if metric in one]
+            if len(values) == len(results):
+                interval = members[0].interval(metric) if len(results) == 1 else _t_interval(values)
+                cells[metric] = Cell(float(np.mean(values)), *(interval or (None, None)))
+        rows.append(Row((name, *key[:2], weights, key[3], _seed_text(members), key[4]), cells))
+    return rows
+
+
+def _seed_text(runs: Sequence[Run]) -> str:
+    """Seeds of the runs; with those of their pretraining where they are others."""
+    seeds = [run.seeds() for run in runs]
+    if all(before in ("", own) for own, before in seeds) or len({before for _, before in seeds}) == 1:
+        return ", ".join(own for own, _ in seeds)
+    return ", ".join(f"{own} (pretraining {before})" for own, before in seeds)
+
+
+def _t_interval(values: Sequence[float]) -> tuple[float, float]:
+    from scipy.stats import t
+
+    half = t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
+    return float(np.mean(values) - half), float(np.mean(values) + half)
+
+
+def _metric_names(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(name for row in rows for name in row.cells))
+
+
+def markdown_table(rows: Sequence[Row]) -> str:
+    """The table in Markdown, metrics in percent with their 95 % intervals."""
+    metrics = _metric_names(rows)
+    head = [*COLUMNS, *(METRIC_NAMES.get(name, name) for name in metrics)]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(COLUMNS) + "---:|" * len(metrics)]
+    for row in rows:
+        cells = [_percent(row.cells.get(name), " [{low:.2f}, {high:.2f}]") for name in metrics]
+        lines.append("| " + " | ".join([*(text.replace("|", r"\|") for text in row.setting), *cells]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def latex_table(rows: Sequence[Row]) -> str:
+    """The table in LaTeX (booktabs), metrics in percent; the interval's ends stand below the value."""
+    metrics = _metric_names(rows)
+    head = [*COLUMNS, *(METRIC_NAMES.get(name, name) for name in metrics)]
+    lines = [r"\begin{tabular}{" + "l" * len(COLUMNS) + "r" * len(metrics) + "}", r"\toprule",
+             " & ".join(tex(text) for text in head) + r" \\", r"\midrule"]  # fmt: skip
+    for row in rows:
+        lines.append(" & ".join([*(tex(text) for text in row.setting),
+                                 *(_percent(row.cells.get(name), "") for name in metrics)]) + r" \\")  # fmt: skip
+        if any(cell.low is not None for cell in row.cells.values()):
+            ends = [tex(_ends(row.cells.get(name))) for name in metrics]
+            lines.append(" & ".join([*("" for _ in COLUMNS), *(rf"{{\scriptsize {end}}}" for end in ends)]) + r" \\")
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
+
+
+def _percent(cell: Cell | None, interval: str) -> str:
+    if cell is None:
+        return "-"
+    text = f"{100 * cell.value:.2f}"
+    if cell.low is not None and cell.high is not None and interval:
+        text += interval.format(low=100 * cell.low, high=100 * cell.high)
+    return text
+
+
+def _ends(cell: Cell | None) -> str:
+    if cell is None or cell.low is None or cell.high is None:
+        return ""
+    return f"[{100 * cell.low:.2f}, {100 * cell.high:.2f}]"
+
+
+# Page ------------------------------------------------------------------------------------------------------------
+
+STYLE = """
+:root { color-scheme: light; }
+body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; margin: 0 auto; max-width: 68rem;
+       padding: 0 1rem 3rem; overflow-wrap: break-word; }
+h1 { font-size: 1.6rem; margin: 1.2rem 0 .3rem; } h2 { font-size: 1.25rem; margin: 2.2rem 0 .6rem; }
+h3 { font-size: 1.05rem; margin: 1.4rem 0 .4rem; }
+nav a { display: inline-block; margin: .15rem .9rem .15rem 0; }
+a { color: #0055a4; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .88rem; width: max-content; }
+th, td { max-width: 24rem; border-bottom: 1px solid #ddd; padding: .3rem .6rem; text-align: left; vertical-align: top; }
+th { background: #f3f3f3; } td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+tr.differs td:first-child::after { content: " *"; color: #b00; }
+figure { margin: 1rem 0; }
+figure img { max-width: 100%; height: auto; border: 1px solid #e5e5e5; box-sizing: border-box; }
+/* On a phone a figure keeps a readable size and is scrolled sideways. */
+@media (max-width: 44rem) { figure img { max-width: none; width: 44rem; } }
+figcaption, .note { font-size: .85rem; color: #555; }
+.warning { border-left: .3rem solid #d55e00; padding: .3rem .7rem; background: #fff6ef; }
+pre { background: #f6f6f6; padding: .7rem; overflow-x: auto; font-size: .8rem; }
+"""
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: int = 0, marked: Sequence[bool] = ()) -> str:
+    """An HTML table; the last `numbers` columns are right-aligned; `marked` rows get a star."""
+    cells = "".join(f"<th>{html.escape(text)}</th>" for text in head)
+    body = []
+    for number, row in enumerate(rows):
+        columns = "".join(
+            f'<td class="number">{html.escape(text)}</td>' if place >= len(row) - numbers
+            else f"<td>{html.escape(text)}</td>" for place, text in enumerate(row))  # fmt: skip
+        style = ' class="differs"' if number < len(marked) and marked[number] else ""
+        body.append(f"<tr{style}>{columns}</tr>")
+    return f'<div class="scroll"><table><thead><tr>{cells}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
+
+
+def _figure(picture: Picture, alt: str) -> str:
+    data = base64.b64encode(picture.path.read_bytes()).decode()
+    caption = f"<figcaption>{html.escape(picture.caption)}</figcaption>" if picture.caption else ""
+    image = f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{data}">'
+    return f'<figure><div class="scroll">{image}</div>{caption}</figure>'
+
+
+def _seconds(value: float) -> str:
+    hours, rest = divmod(round(value), 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
+
+
+def _overview(runs: Sequence[Run]) -> str:
+    head = ("run", "kind", "data", "model", "initial weights", "epochs", "last loss", "images/s", "training time",
+            "result")  # fmt: skip
+    rows, starts = [], _start_names(runs)
+    for run in runs:
+        losses, speed = run.column("train_loss")[1], run.column("images_per_s")[1]
+        seconds = run.metrics.get("training_seconds") or run.column("seconds")[1].sum()
+        found = run.result()
+        result = ""
+        for metric, value in list(run.scalars().items())[:1] if found else ():
+            result = f"{METRIC_NAMES.get(metric, metric)} {100 * value:.2f} % on {found[1] if found else ''}"
+        kind = run.kind if run.kind == "pretrain" else str(run.metrics.get("protocol", "fine-tuning"))
+        planned = run.args.get("stop_epoch") or run.args.get("epochs")
+        done = run.epochs[-1]["epoch"] + 1 if run.epochs else 0
+        # Neighbours and L-BFGS finish without epochs, an evaluation has none.
+        epochs = "none" if run.metrics and not done else f"{done} of {planned}"
+        rows.append((run.name, kind, str(run.args.get("dataset", "")), str(run.args.get("model", "")),
+                     starts[run.name], epochs, f"{losses[-1]:.4f}" if len(losses) else "",
+                     f"{np.median(speed):.1f}" if len(speed) else "", _seconds(float(seconds)), result))  # fmt: skip
+    return _table(head, rows)
+
+
+def _settings(runs: Sequence[Run]) -> str:
+    keys = list(dict.fromkeys(key for run in runs for key in run.args))
+
+    def text(run: Run, key: str) -> str:
+        value = run.args.get(key, "-")
+        return "" if value is None else json.dumps(value) if isinstance(value, (list, dict)) else str(value)
+
+    rows, marked = [], []
+    for key in keys:
+        rows.append((key, *(text(run, key) for run in runs)))
+        # A flag that the other script lacks is no difference, and places differ always.
+        marked.append(key not in NOT_A_SETTING and len({text(run, key) for run in runs if key in run.args}) > 1)
+    order = sorted(range(len(rows)), key=lambda number: (not marked[number], rows[number][0]))
+    head = ("setting", *(run.name for run in runs))
+    table = _table(head, [rows[number] for number in order], marked=[marked[number] for number in order])
+    note = (
+        ('<p class="note">* differs between the runs that have it; these come first. -: the run has no such flag.</p>')
+        if len(runs) > 1
+        else ""
+    )
+    return note + table
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.-]+", "_", name).strip("_") or "run"
+
+
+def _remove_former(target: Path) -> None:
+    """Take away tables and figures of a page written here before: beside a new page they would pass for its own."""
+    if not (target / "report.html").is_file():
+        return
+    old = [target / "table.md", target / "table.tex"]
+    old += [path for path in (target / "figures").glob("*.png") if OWN_FIGURES.fullmatch(path.name)]
+    for path in old:
+        path.unlink(missing_ok=True)
+
+
+def write_report(folders: Sequence[str | Path], out: str | Path, *, title: str = "Training report") -> Path:
+    """Write `report.html`, the figures, and the table as table.md and table.tex.
+
+    Args:
+        folders: Folders of the runs.
+        out: Folder to write to.
+        title: Heading of the page.
+
+    Returns:
+        The page. Tables and figures of a page that `out` held before are removed.
+
+    Raises:
+        UserError: A run is missing or empty, or a file cannot be written.
+    """
+    runs = load_runs(folders)
+    target = make_directory(out)
+    figures = make_directory(target / "figures")
+    _remove_former(target)
+    pretrained = [run for run in runs if run.kind == "pretrain"]
+    tuned = [run for run in runs if run.kind == "finetune"]
+    sections: list[tuple[str, str, str]] = []  # anchor, heading, content
+
+    def add(heading: str, content: str) -> None:
+        if content:
+            sections.append((_slug(heading).lower(), heading, content))
+
+    rows = paper_rows(tuned)
+    curves = ""
+    for name, group in (("Pretraining", pretrained), ("Fine-tuning", tuned)):
+        drawn = training_figure(group, figures / f"{_slug(name).lower()}_curves.png", title=f"{name}: each epoch")
+        curves += _figure(drawn, f"{name}: curves") if drawn else ""
+    results = ""
+    if rows:
+        metrics = _metric_names(rows)
+        results += _table((*COLUMNS, *(METRIC_NAMES.get(name, name) for name in metrics)),
+                          [(*row.setting, *(_percent(row.cells.get(name), " [{low:.2f}, {high:.2f}]")
+                                            for name in metrics)) for row in rows], numbers=len(metrics))  # fmt: skip
+        results += ('<p class="note">Percent. Intervals are 95 %: over clusters of test samples for one run, '
+                    "Student's t over seeds for several. Without an interval, neither was there.</p>")  # fmt: skip
+    per_class = class_figure(tuned, figures / "average_precision.png")
+    results += _figure(per_class, "Average precision of each class") if per_class else ""
+    transfer = "".join(_figure(one, one.path.stem) for one in transfer_figures(tuned, figures))
+    details = ""
+    for run in tuned:
+        drawn_all = prediction_figures(run, figures, _slug(run.name))
+        if drawn_all:
+            details += f"<h3>{html.escape(run.name)}</h3>"
+            details += "".join(_figure(one, f"{run.name}: {one.path.stem}") for one in drawn_all)
+    panels = ""
+    for run in pretrained:
+        found = sorted((run.path / "reconstructions").glob("*.png"))
+        if found:
+            panels += f"<h3>{html.escape(run.name)}</h3>"
+            panels += "".join(_figure(Picture(path, path.name), f"{run.name}: reconstruction")
+                              for path in found[:RECONSTRUCTIONS])  # fmt: skip
+            if len(found) > RECONSTRUCTIONS:
+                place = html.escape(str(found[0].parent))
+                panels += f'<p class="note">{len(found) - RECONSTRUCTIONS} more are in {place}.</p>'
+    notes = [f"{run.name}: {note}" for run in runs for note in run.notes]  # after everything was read
+
+    add("Overview", _overview(runs) + "".join(f'<p class="warning">{html.escape(note)}</p>' for note in notes))
+    add("Curves", curves)
+    add("Results", results)
+    add("Transfer", transfer)
+    add("Reconstructions and weight maps", panels)
+    add("Precision, recall, confusion", details)
+    add("Settings", _settings(runs))
+    if rows:
+        markdown, latex = markdown_table(rows), latex_table(rows)
+        add("Table for a paper", f"<h3>Markdown</h3><pre>{html.escape(markdown)}</pre>"
+                                 f"<h3>LaTeX (booktabs)</h3><pre>{html.escape(latex)}</pre>")  # fmt: skip
+        for name, text in (("table.md", markdown), ("table.tex", latex)):
+            with atomic_write(target / name, "w") as stream:
+                stream.write(text)
+    links = "".join(f'<a href="#{anchor}">{html.escape(heading)}</a>' for anchor, heading, _ in sections)
+    body = "".join(f'<section><h2 id="{anchor}">{html.escape(heading)}</h2>{content}</section>'
+                   for anchor, heading, content in sections)  # fmt: skip
+    page = (f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+            f'<meta name="viewport" content="width=device-width, initial-scale=1">'
+            f'<title>{html.escape(title)}</title><link rel="icon" href="data:,"><style>{STYLE}</style></head>'
+            f"<body><h1>{html.escape(title)}</h1><nav>{links}</nav>{body}</body></html>\n")  # fmt: skip
+    with atomic_write(target / "report.html", "w") as stream:
+        stream.write(page)
+    return target / "report.html"

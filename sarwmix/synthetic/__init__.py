@@ -1,0 +1,1 @@
+"""Generated data in the layouts of real ones."""

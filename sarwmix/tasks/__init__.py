@@ -1,0 +1,1 @@
+"""Kinds of labels: inputs, losses, metrics, selection, intervals."""
