@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 
 from sarwmix.data import registry
 from util import args as groups
-from util.errors import EXIT_PREEMPTED, UserError, run_cli
+from util.cli import run_cli
+from util.errors import EXIT_PREEMPTED, UserError
 from util.files import make_directory, sha256_file, write_json
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from sarwmix.finetune.bench import Workbench
     from sarwmix.finetune.results import Results
     from sarwmix.heads import TaskModel
-    from sarwmix.tasks.base import ModelSettings
+    from sarwmix.models.settings import ModelSettings
 
 TEST_RUN_STEPS = 3
 KNN_NEIGHBOURS = 5
@@ -93,7 +94,8 @@ def main() -> int | None:
     from sarwmix.finetune.bench import Workbench, check_protocol, data_facts, open_splits
     from sarwmix.finetune.results import Results, evaluation_folder
     from sarwmix.models.loading import load_start, load_timm_weights
-    from sarwmix.tasks.base import ModelSettings, build_task
+    from sarwmix.models.settings import ModelSettings
+    from sarwmix.tasks.base import build_task
     from sarwmix.transforms import SarTransform
     from util.distributed import setup_processes
     from util.log import get_logger, setup_logging

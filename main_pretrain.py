@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sarwmix.data import registry
+from sarwmix.data.spec import DECIBEL
 from util import args as groups
-from util.errors import EXIT_OK, EXIT_PREEMPTED, UserError, run_cli
+from util.cli import run_cli
+from util.errors import EXIT_OK, EXIT_PREEMPTED, UserError
 from util.files import make_directory, write_json
 
 if TYPE_CHECKING:
@@ -164,7 +166,7 @@ def check_args(args: argparse.Namespace) -> None:
 def open_data(args: argparse.Namespace) -> SarDataset:
     """The data set of the command line; pretraining uses train and validation patches together."""
     spec = registry.get_spec(args.dataset)
-    if spec.unit != registry.DECIBEL:
+    if spec.unit != DECIBEL:
         raise UserError(
             f"pretraining weights pixels by backscatter in dB; the bands of {spec.name!r} are in {spec.unit}. Choose a "
             "Sentinel-1 data set, such as benv2 or s1_scenes"

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sarwmix.data.registry import Preprocessing
+from sarwmix.preprocessing import Preprocessing
 from sarwmix.weighting import WeightOptions, compute_weights, is_all_finite, spread_to_pixels
 
 

@@ -36,7 +36,8 @@ from sarwmix.reports.ablation import (
     plan,
     split_words,
 )
-from util.errors import EXIT_OK, EXIT_PREEMPTED, UserError, run_cli
+from util.cli import run_cli
+from util.errors import EXIT_OK, EXIT_PREEMPTED, UserError
 from util.files import atomic_write, make_directory, write_json
 
 

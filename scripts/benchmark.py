@@ -35,7 +35,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from util.args import MIXMIM_NAMES, positive_int
-from util.errors import UserError, run_cli
+from util.cli import run_cli
+from util.errors import UserError
 from util.files import write_json
 
 PARTS = ("step", "memory", "loader", "packing", "startup", "evaluation", "gpu")

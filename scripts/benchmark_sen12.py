@@ -24,7 +24,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from util.errors import UserError, run_cli
+from util.cli import run_cli
+from util.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 VARIANTS = ("straightforward", "npy", "store")

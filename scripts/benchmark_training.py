@@ -177,7 +177,8 @@ def pair_model(name: str, size: int, device: torch.device) -> tuple[Any, Any, An
     import torch
 
     from sarwmix.data.registry import get_spec
-    from sarwmix.tasks.base import ModelSettings, build_task
+    from sarwmix.models.settings import ModelSettings
+    from sarwmix.tasks.base import build_task
     from sarwmix.transforms import SarTransform
 
     torch.manual_seed(0)

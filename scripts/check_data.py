@@ -15,8 +15,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from typing import TYPE_CHECKING
 
 from sarwmix.data import registry
+from sarwmix.data.spec import DECIBEL
 from util import args as groups
-from util.errors import UserError, run_cli
+from util.cli import run_cli
+from util.errors import UserError
 
 if TYPE_CHECKING:
     from sarwmix.checks.samples import Examination
@@ -84,7 +86,7 @@ def draw(found: Examination, folder: Path, seed: int) -> list[Path]:
     if moments.samples == 0 or (moments.count == 0).any():
         return written
     # Histograms and the contact sheet have dB axes: Sentinel-2 bands are left to the numbers of the report.
-    sar = {band: k for k, band in enumerate(dataset.spec.bands) if dataset.spec.units[k] == registry.DECIBEL}
+    sar = {band: k for k, band in enumerate(dataset.spec.bands) if dataset.spec.units[k] == DECIBEL}
     if sar:
         per_bin = round(0.25 / statistics.HISTOGRAM_STEP)
         edges = statistics.HISTOGRAM_LOW + 0.25 * np.arange(statistics.BINS // per_bin + 1)

@@ -28,7 +28,7 @@ from sarwmix.reports.comparison import (
     read_published,
     read_run,
 )
-from util.errors import run_cli
+from util.cli import run_cli
 from util.files import atomic_write, make_directory
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sarwmix.data import registry
-from util.errors import UserError, run_cli
+from util.cli import run_cli
+from util.errors import UserError
 
 
 def parser() -> argparse.ArgumentParser:
@@ -54,13 +55,12 @@ def main() -> None:
         raise UserError(f"--out {out}: the folder {out.absolute().parent} does not exist; make it first")
 
     from sarwmix.checks import statistics
-    from sarwmix.datasets.sen12flood_images import single_images
     from util.files import write_json
 
     spec = registry.get_spec(args.dataset)
     wanted = args.split or ("train" if spec.task in ("unlabelled", "pair") else "train+val")
     options = registry.parse_options(args.data_option)
-    dataset = single_images(registry.build_dataset(args.dataset, args.data_path, wanted, **options))
+    dataset = registry.build_dataset(args.dataset, args.data_path, wanted, **options).single_images()
     shown = -1
 
     def progress(done: int, total: int) -> None:

@@ -23,7 +23,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from util.args import positive_int
-from util.errors import UserError, run_cli
+from util.cli import run_cli
+from util.errors import UserError
 from util.files import make_directory, read_json, write_json
 
 # The same settings for both starts. The demo has few samples: small batches, so that there are enough steps.

@@ -14,7 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from util.errors import UserError, run_cli
+from util.cli import run_cli
+from util.errors import UserError
 
 
 def main() -> None:

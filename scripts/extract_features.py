@@ -19,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sarwmix.data import registry
 from util import args as groups
-from util.errors import UserError, run_cli
+from util.cli import run_cli
+from util.errors import UserError
 
 if TYPE_CHECKING:
     from sarwmix.data.base import SarDataset
@@ -144,9 +145,8 @@ def open_data(args: argparse.Namespace, model: Pretrained) -> SarDataset:
         return data
     if is_pair_model:
         return data
-    from sarwmix.datasets.sen12flood_images import single_images
 
-    return single_images(data)
+    return data.single_images()
 
 
 if __name__ == "__main__":

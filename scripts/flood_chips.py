@@ -18,7 +18,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from util.args import positive_int
-from util.errors import UserError, run_cli
+from util.cli import run_cli
+from util.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np

@@ -32,7 +32,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from util.args import positive_int
-from util.errors import UserError, run_cli
+from util.cli import run_cli
+from util.errors import UserError
 from util.files import read_json, write_json
 
 MEAN, STD = (-19.1966, -12.5144), (5.4501, 5.0019)  # of BigEarthNet v2, dB

@@ -14,7 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from util.errors import UserError, run_cli
+from util.cli import run_cli
+from util.errors import UserError
 from util.files import atomic_write
 
 SUFFIX = "_labels_metadata.json"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from util.errors import run_cli
+from util.cli import run_cli
 
 
 def parser() -> argparse.ArgumentParser:

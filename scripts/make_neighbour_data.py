@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from util.errors import run_cli
+from util.cli import run_cli
 
 DATASETS = ("eurosat_sar", "dfc2020", "sen1floods11", "satlas", "benv2")
 

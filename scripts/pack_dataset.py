@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sarwmix.data import registry
+from sarwmix.data.spec import EmptySplit
 from util.args import non_negative_int
-from util.errors import UserError, run_cli
+from util.cli import run_cli
+from util.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -98,7 +100,7 @@ def open_splits(args: argparse.Namespace) -> list[SarDataset]:
     for split in spec.splits:
         try:
             found.append(registry.build_dataset(args.dataset, args.data_path, split, **options))
-        except registry.EmptySplit as error:
+        except EmptySplit as error:
             problems.append(f"{split}: {error}")
     if not found:
         raise UserError(f"no split of {args.dataset!r} can be opened; {problems[0]}")
@@ -161,7 +163,7 @@ def write_as_lmdb(args: argparse.Namespace, dataset: SarDataset) -> int:
     Sentinel-1 bands go under the Sentinel-1 name, Sentinel-2 bands under the patch_id, as in reBEN's LMDB.
     """
     from sarwmix.data.io.lmdb import write_lmdb
-    from sarwmix.data.registry import SAR_BANDS
+    from sarwmix.data.spec import SAR_BANDS
     from sarwmix.datasets.bigearthnet import BigEarthNet, JoinedSource
 
     if not isinstance(dataset, BigEarthNet):

@@ -19,7 +19,8 @@ sys.path.insert(0, str(ROOT))
 
 from sarwmix.data.labels import CLASSES_19, CLASSES_43, GROUPING_43
 from sarwmix.data.registry import OFFICIAL_COUNTS
-from util.errors import UserError, run_cli
+from util.cli import run_cli
+from util.errors import UserError
 from util.files import atomic_write
 
 SPLITS = ("train", "val", "test")
@@ -167,7 +168,7 @@ def stored_labels(store: Path, names: Sequence[str]) -> list[str]:
     from concurrent.futures import ThreadPoolExecutor
 
     from sarwmix.data.labels import class_codes
-    from sarwmix.data.registry import BANDS
+    from sarwmix.data.spec import BANDS
     from sarwmix.datasets.bigearthnet import open_source
 
     source = open_source(store, BANDS, 120, names[0])

@@ -17,7 +17,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sarwmix.tasks.selection import selected_text
-from util.errors import UserError, run_cli
+from util.cli import run_cli
+from util.errors import UserError
 from util.files import read_json
 
 METRICS = ("ap_macro", "ap_micro", "miou", "iou", "acc", "aacc", "f1_macro", "f1_micro", "accuracy", "f1")

@@ -112,6 +112,6 @@ if __name__ == "__main__":
         slow_scan(chosen["scan"])
     sys.argv = ["main_pretrain.py", *sys.argv[2:]]
     import main_pretrain
-    from util.errors import run_cli
+    from util.cli import run_cli
 
     run_cli(main_pretrain.main, resumable=True)

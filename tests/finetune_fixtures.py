@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from sarwmix.data.base import SarDataset
-from sarwmix.data.registry import DatasetSpec, Statistics, get_spec
+from sarwmix.data.registry import get_spec
+from sarwmix.data.spec import DatasetSpec, Statistics
 
 STATISTICS = Statistics((-19.0, -12.0), (5.0, 5.0), (-31.0, -24.0), (-7.0, 0.0), "made up")
 

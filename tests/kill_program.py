@@ -75,7 +75,7 @@ def attempt(flags: list[str], log: Path, delay: float | None, place: str | None,
             os.dup2(stream.fileno(), 1)
             os.dup2(stream.fileno(), 2)
         import main_pretrain
-        from util.errors import run_cli
+        from util.cli import run_cli
 
         random.seed(number)
         if place is not None:

@@ -13,7 +13,8 @@ from rasterio.transform import from_origin
 
 from models_mixmim import MixMIM, model_config
 from sarwmix.data import registry
-from sarwmix.tasks.base import ModelSettings, build_task
+from sarwmix.models.settings import ModelSettings
+from sarwmix.tasks.base import build_task
 from util.checkpoint import save_checkpoint
 
 ORIGIN, PIXEL = (500000.0, 5400000.0), 10.0

@@ -13,7 +13,7 @@ from torch import Tensor
 from sarwmix.heads import FusedHead, LinearHead, LinearProbe, TaskModel, UnitConv1x1, UPerNetHead, count_trainable
 from sarwmix.models.backbones import build_classifier, build_segmenter, last_four, pyramid_stages
 from sarwmix.models.loading import load_trained
-from sarwmix.tasks.base import ModelSettings
+from sarwmix.models.settings import ModelSettings
 from util.checkpoint import load_checkpoint, save_checkpoint
 from util.errors import UserError
 from util.optim import parameter_groups

@@ -20,9 +20,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from engine_finetune import Augmentation, augment
 from engine_finetune import train_one_epoch as finetune_epoch
-from sarwmix.data.registry import Preprocessing
 from sarwmix.mixup import Mixup
-from sarwmix.tasks.base import ModelSettings, build_task
+from sarwmix.models.settings import ModelSettings
+from sarwmix.preprocessing import Preprocessing
+from sarwmix.tasks.base import build_task
 from sarwmix.transforms import SarTransform, draw_flips
 from sarwmix.weighting import WeightOptions
 from util.log import Progress

@@ -11,8 +11,7 @@ import sen12_fixtures
 from sarwmix.checks.samples import examine
 from sarwmix.checks.statistics import compute_moments
 from sarwmix.data import registry
-from sarwmix.datasets.sen12flood import PairDataset
-from sarwmix.datasets.sen12flood_images import PairImages, single_images
+from sarwmix.datasets.sen12flood import PairDataset, PairImages
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +24,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_each_image_once_and_in_db(prepared: Path) -> None:
     pairs = registry.build_dataset("sen12flood", prepared, "train")
     assert isinstance(pairs, PairDataset)
-    images = single_images(pairs)
+    images = pairs.single_images()
     assert isinstance(images, PairImages)
     # Every pair has two images; frames of a sequence appear in several pairs.
     assert len(images) < 2 * len(pairs)
@@ -41,11 +40,11 @@ def test_each_image_once_and_in_db(prepared: Path) -> None:
 
 def test_other_data_sets_stay_as_they_are(demo_root: Path) -> None:
     dataset = registry.build_dataset("demo", demo_root, "test")
-    assert single_images(dataset) is dataset
+    assert dataset.single_images() is dataset
 
 
 def test_statistics_and_check(prepared: Path) -> None:
-    images = single_images(registry.build_dataset("sen12flood", prepared, "train"))
+    images = registry.build_dataset("sen12flood", prepared, "train").single_images()
     moments = compute_moments(images)
     assert -30 < moments.mean[0] < moments.mean[1] < -5
     found = examine("sen12flood", prepared)

@@ -14,7 +14,8 @@ import torch
 from models_mixmim import MixMIM, model_config
 from sarwmix.data import registry
 from sarwmix.inference.model import Pretrained, from_checkpoint, from_pretrained, open_model
-from sarwmix.tasks.base import ModelSettings, build_task
+from sarwmix.models.settings import ModelSettings
+from sarwmix.tasks.base import build_task
 from sarwmix.transforms import SarTransform
 from tests.prediction_fixtures import write_finetuned, write_pretrained
 from util.checkpoint import save_checkpoint

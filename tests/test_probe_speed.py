@@ -13,7 +13,8 @@ from engine_finetune import Augmentation, train_one_epoch
 from sarwmix.finetune.bench import Workbench
 from sarwmix.heads import TaskModel
 from sarwmix.models.backbones import build_classifier
-from sarwmix.tasks.base import ModelSettings, MultilabelTask
+from sarwmix.models.settings import ModelSettings
+from sarwmix.tasks.base import MultilabelTask
 from sarwmix.transforms import SarTransform
 from tests.finetune_fixtures import STATISTICS, MemoryDataset
 from util.distributed import Processes

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from sarwmix.data import registry
-from sarwmix.data.registry import DatasetSpec, Statistics
+from sarwmix.data.spec import DatasetSpec, Statistics
 from tests.bigearthnet_fixtures import write_benv2
 from util.errors import UserError
 

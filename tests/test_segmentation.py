@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from engine_finetune import evaluate
 from sarwmix.data.base import MaskDataset, NoValidPixel, UnreadableSample
 from sarwmix.data.loader import build_loader
-from sarwmix.data.registry import Preprocessing, Statistics, get_spec
+from sarwmix.data.registry import get_spec
+from sarwmix.data.spec import Statistics
 from sarwmix.figures.base import label_map_figure
+from sarwmix.preprocessing import Preprocessing
 from sarwmix.tasks.base import Predictor, build_task
 from sarwmix.tasks.intervals import metric_intervals
 from sarwmix.tasks.metrics import confusion_metrics, evaluator

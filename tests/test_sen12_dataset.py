@@ -15,7 +15,6 @@ from sarwmix.data.base import UnreadableSample
 from sarwmix.data.loader import build_loader
 from sarwmix.data.registry import build_dataset, get_spec
 from sarwmix.datasets.sen12flood import PairDataset, held_out_sequences, power_to_db
-from sarwmix.datasets.sen12flood_images import single_images
 from sarwmix.sen12flood.layout import PairRow, npy_header
 from sarwmix.synthetic.sen12flood import DemoOptions
 from util.errors import UserError
@@ -291,7 +290,7 @@ def test_bands_are_chosen_and_ordered_by_name(prepared: dict[str, Path], layout:
         assert torch.equal(found[key], expected[key][:, places])
         assert torch.equal(chosen[2][key], usual[2][key][places])
         assert not torch.equal(expected[key][:, 0], expected[key][:, 1])
-    single, all_bands = single_images(chosen), single_images(usual)
+    single, all_bands = chosen.single_images(), usual.single_images()
     np.testing.assert_array_equal(single.read(1), all_bands.read(1)[places])
     if layout == "store":
         rows = chosen.rows[:2, 0]

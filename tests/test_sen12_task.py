@@ -23,8 +23,9 @@ from sarwmix.data.loader import DeviceLoader, build_loader
 from sarwmix.data.registry import build_dataset
 from sarwmix.datasets.sen12flood import PairDataset
 from sarwmix.mixup import Mixup
+from sarwmix.models.settings import ModelSettings
 from sarwmix.synthetic.sen12flood import DemoOptions
-from sarwmix.tasks.base import ModelSettings, Predictor, build_task
+from sarwmix.tasks.base import Predictor, build_task
 from sarwmix.tasks.metrics import pair_metrics
 from sarwmix.tasks.pair import PairTask, PairTransform
 from sarwmix.transforms import SarTransform, draw_flips

@@ -8,7 +8,7 @@ import torch
 from torchvision.transforms import v2
 
 from models_mixmim import MixMIM, model_config
-from sarwmix.data.registry import Preprocessing
+from sarwmix.preprocessing import Preprocessing
 from sarwmix.transforms import (
     SarTransform,
     apply_flips,

@@ -16,8 +16,8 @@ MESSAGES = [m for line in PAGE.read_text().splitlines() if (m := re.match(r"\| `
 def templates() -> list[str]:
     """All texts of the program, values as …; adjacent literals are joined by Python's parser."""
     found = []
-    for folder in (".", "sarwmix", "sarwmix/sen12flood", "util", "scripts"):
-        for path in (ROOT / folder).glob("*.py"):
+    for pattern in ("*.py", "sarwmix/**/*.py", "util/*.py", "scripts/*.py"):
+        for path in ROOT.glob(pattern):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 if isinstance(node, ast.JoinedStr):
                     parts = [str(v.value) if isinstance(v, ast.Constant) else "…" for v in node.values]

@@ -23,7 +23,8 @@ PROGRAM = """
 import os, signal, sys, time
 import numpy as np
 from util.distributed import FlagExchange, setup_processes
-from util.errors import UserError, run_cli
+from util.errors import UserError
+from util.cli import run_cli
 
 def main():
     options = dict(item.split("=") for item in sys.argv[2:])

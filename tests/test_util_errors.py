@@ -6,18 +6,18 @@ import sys
 
 import pytest
 
-from util import errors
+from util import cli, errors
 
 
 @pytest.fixture(autouse=True)
 def _no_hook():
     yield
-    errors.set_failure_hook(None)
+    cli.set_failure_hook(None)
 
 
 def _outcome(main):
     with pytest.raises(SystemExit) as caught:
-        errors.run_cli(main)
+        cli.run_cli(main)
     return caught.value.code
 
 
@@ -58,7 +58,7 @@ def test_interrupt(capsys):
 
 def test_hook_ends_the_others():
     calls = []
-    errors.set_failure_hook(lambda message, code: calls.append((message, code)))
+    cli.set_failure_hook(lambda message, code: calls.append((message, code)))
 
     def main():
         raise errors.UserError("no")
@@ -70,7 +70,7 @@ def test_hook_ends_the_others():
 @pytest.mark.parametrize(("code", "expected"), [(0, 4), (None, 4), (5, 5)])
 def test_sys_exit_of_one_of_several_is_a_failure(code, expected):
     calls = []
-    errors.set_failure_hook(lambda message, number: calls.append(number))
+    cli.set_failure_hook(lambda message, number: calls.append(number))
     _outcome(lambda: sys.exit(code))
     assert calls == [expected]
 

@@ -17,7 +17,7 @@ from models_mixmim import MixMIM, model_config
 from sarwmix.heads import TaskModel
 from sarwmix.models.backbones import build_classifier, build_segmenter
 from sarwmix.models.loading import load_pretrained, load_start, load_timm_weights, read_weights
-from sarwmix.tasks.base import ModelSettings
+from sarwmix.models.settings import ModelSettings
 from util.errors import UserError
 from util.log import get_logger
 from util.pos_embed import resize_position_table

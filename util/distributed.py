@@ -26,7 +26,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from util.errors import EXIT_LOST, UserError, set_failure_hook
+from util.cli import set_failure_hook
+from util.errors import EXIT_LOST, UserError
 from util.log import record_in_file
 from util.memory import keep_freed_memory
 from util.signals import held_signals

@@ -25,8 +25,7 @@ from sarwmix.checks.statistics import CHUNK, Moments, reading_processes, sample_
 from sarwmix.data import registry
 from sarwmix.data.base import MaskDataset, UnreadableSample
 from sarwmix.data.labels import CLASSES_19, CLASSES_43
-from sarwmix.data.registry import DECIBEL, unit_of
-from sarwmix.datasets.sen12flood_images import single_images
+from sarwmix.data.spec import DECIBEL, unit_of
 from util.errors import UserError
 
 if TYPE_CHECKING:
@@ -595,7 +594,7 @@ def examine(
         else:
             result.dataset = registry.build_dataset(name, data_path, joined, **reading)
     # Statistics and pictures of pairs are about their images, each once and in dB.
-    dataset = result.dataset = single_images(result.dataset)
+    dataset = result.dataset = result.dataset.single_images()
     for split, expected in registry.OFFICIAL_COUNTS.get(name, {}).items():
         if split in result.counts and result.counts[split] != expected:
             result.findings.append(

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sarwmix.data.registry import DECIBEL, Statistics
+from sarwmix.data.spec import DECIBEL, Statistics
 from util.errors import UserError
 
 if TYPE_CHECKING:
@@ -283,7 +283,7 @@ def report(dataset: SarDataset, moments: Moments, *, drawn: bool) -> dict[str, A
         moments: The sums.
         drawn: Whether only a random sample was read.
     """
-    from sarwmix.data.registry import statistics_file_content
+    from sarwmix.data.spec import statistics_file_content
 
     of = f"a random sample of {moments.samples} of {len(dataset)}" if drawn else f"all {moments.samples}"
     origin = f"computed over all valid pixels of {of} samples of {dataset.spec.name}, split {dataset.split}"

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple, overload
 import numpy as np
 import torch
 
-from sarwmix.data.registry import DatasetSpec, EmptySplit, Preprocessing, Statistics
+from sarwmix.data.spec import DatasetSpec, EmptySplit, Statistics
+from sarwmix.preprocessing import Preprocessing
 from util.errors import UserError
 
 Replaced = list[tuple[str, str]]
@@ -211,6 +212,10 @@ class SarDataset(torch.utils.data.Dataset):
     @property
     def whole(self) -> SarDataset:
         """The split of which this is a part, or itself."""
+        return self
+
+    def single_images(self) -> SarDataset:
+        """The data set itself where a sample is an image; its distinct images, in dB, where samples share them."""
         return self
 
     @property

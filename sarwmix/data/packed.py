@@ -38,7 +38,7 @@ from typing import Any
 import numpy as np
 
 from sarwmix.data.base import MaskDataset, NameList, SarDataset, UnreadableSample
-from sarwmix.data.registry import DatasetSpec, EmptySplit, Statistics, parse_split
+from sarwmix.data.spec import DatasetSpec, EmptySplit, Statistics, parse_split
 from util.errors import UserError
 from util.files import atomic_write, write_json
 

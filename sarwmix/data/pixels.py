@@ -171,10 +171,9 @@ def check_at_door(data: SarDataset) -> None:
     Raises:
         UserError: The values are not dB; says what they look like.
     """
-    from sarwmix.data.registry import DECIBEL, unit_of
-    from sarwmix.datasets.sen12flood_images import single_images
+    from sarwmix.data.spec import DECIBEL, unit_of
 
-    images = single_images(data)
+    images = data.single_images()
     radar = [number for number, band in enumerate(images.spec.bands) if unit_of(band) == DECIBEL]
     if not radar:
         return

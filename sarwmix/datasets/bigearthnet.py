@@ -25,7 +25,7 @@ from sarwmix.data.io.lmdb import LmdbPatches, is_lmdb
 from sarwmix.data.io.rasters import read_raster
 from sarwmix.data.io.zarr import ZarrPatches, is_zarr
 from sarwmix.data.labels import CLASSES_19, class_codes, parse_label_list
-from sarwmix.data.registry import SAR_BANDS, DatasetSpec, EmptySplit, Statistics, parse_split, parse_switch
+from sarwmix.data.spec import SAR_BANDS, DatasetSpec, EmptySplit, Statistics, parse_split, parse_switch
 from util.errors import UserError
 
 DATASETS_DIR = Path(__file__).resolve().parents[2] / "datasets"

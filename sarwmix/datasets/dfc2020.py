@@ -28,7 +28,7 @@ from sarwmix.data.io.rasters import (
     read_raster,
     whole_number,
 )
-from sarwmix.data.registry import DatasetSpec, EmptySplit, Statistics, parse_split, parse_switch
+from sarwmix.data.spec import DatasetSpec, EmptySplit, Statistics, parse_split, parse_switch
 from util.errors import UserError
 from util.log import get_logger
 

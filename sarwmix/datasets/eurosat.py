@@ -15,7 +15,7 @@ import numpy as np
 from sarwmix.data.base import SarDataset, UnreadableSample, finish_image
 from sarwmix.data.io.geotiff import GeoTiffError
 from sarwmix.data.io.rasters import band_numbers, fraction, held_out, list_files, read_raster, whole_number
-from sarwmix.data.registry import DatasetSpec, EmptySplit, Statistics, parse_split
+from sarwmix.data.spec import DatasetSpec, EmptySplit, Statistics, parse_split
 from util.errors import UserError
 
 FILE_ORDER = ("VV", "VH")

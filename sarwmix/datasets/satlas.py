@@ -19,7 +19,7 @@ import numpy as np
 from sarwmix.data.base import MaskDataset, SarDataset, UnreadableSample, finish_image
 from sarwmix.data.io.geotiff import GeoTiffError
 from sarwmix.data.io.rasters import fraction, held_out, map_labels, read_raster, whole_number
-from sarwmix.data.registry import DatasetSpec, EmptySplit, Statistics, parse_split
+from sarwmix.data.spec import DatasetSpec, EmptySplit, Statistics, parse_split
 from util.errors import UserError
 from util.log import get_logger
 

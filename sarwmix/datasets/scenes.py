@@ -24,12 +24,12 @@ from numpy.typing import NDArray
 
 from sarwmix.data.base import SarDataset, UnreadableSample, finish_image
 from sarwmix.data.pixels import UNITS, blank_fills, check_unit, describe_fills, to_decibel
-from sarwmix.data.registry import EmptySplit, parse_split
+from sarwmix.data.spec import EmptySplit, parse_split
 from util.errors import UserError
 from util.log import get_logger
 
 if TYPE_CHECKING:
-    from sarwmix.data.registry import DatasetSpec, Statistics
+    from sarwmix.data.spec import DatasetSpec, Statistics
 
 SUFFIXES = (".tif", ".tiff")
 OPEN_FILES = 16

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sarwmix.data.base import EMPTY_BAND, NameList, Replaced, SarDataset, SharedImages, UnreadableSample
-from sarwmix.data.registry import DatasetSpec, Statistics, parse_split
+from sarwmix.data.base import EMPTY_BAND, NameList, Replaced, SarDataset, SharedImages, UnreadableSample, finish_image
+from sarwmix.data.spec import DatasetSpec, Statistics, parse_split
 from sarwmix.sen12flood import layout as files
 from sarwmix.sen12flood.layout import PairRow
 from sarwmix.sen12flood.metadata import parse_pair_name
@@ -74,6 +74,10 @@ class PairDataset(SarDataset):
         self.rows = np.array([(pair.row1, pair.row2) for pair in pairs], dtype=np.int64)
         self._folders = NameList.of([pair.split for pair in pairs])
         self._images: np.ndarray | None = None
+
+    def single_images(self) -> SarDataset:
+        """Each distinct image in dB, as statistics and checks look at them."""
+        return PairImages(self)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -338,3 +342,35 @@ def _scan(root: Path) -> tuple[list[PairRow], int]:
     if len(shape) != 4 or shape[:2] != (2, 2) or shape[2] != shape[3]:
         raise UserError(f"{first_pair} has shape {shape}, expected (2, 2, S, S): time, (VH, VV), rows, columns")
     return pairs, int(shape[2])
+
+
+class PairImages(SarDataset):
+    """Images of pairs, (2, S, S) in dB; an image that several pairs share appears once.
+
+    Args:
+        pairs: Pairs in linear power.
+    """
+
+    def __init__(self, pairs: PairDataset) -> None:
+        places: dict[str, tuple[int, int]] = {}
+        for index in range(len(pairs)):
+            folder, first, second, _ = parse_pair_name(pairs.names[index])
+            for time, acquisition in enumerate((first, second)):
+                places.setdefault(f"{folder}/{acquisition}", (index, time))
+        super().__init__(pairs.spec, pairs.split, pairs.statistics, list(places), None, source=pairs.source)
+        self.pairs = pairs
+        self.places = np.array(list(places.values()), dtype=np.int64)  # (N, 2): pair, first or second image
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.pairs.shape
+
+    def read_into(self, index: int, out: np.ndarray) -> None:
+        pair, time = (int(value) for value in self.places[index])
+        both = np.empty((2, *self.shape), dtype=np.float32)
+        try:
+            self.pairs.read_into(pair, both)
+        except UnreadableSample as error:
+            raise UnreadableSample(self.names[index], error.path, error.reason) from error
+        out[...] = power_to_db(torch.from_numpy(both[time])).numpy()
+        finish_image(out, self.names[index], self.source, self.spec.bands)

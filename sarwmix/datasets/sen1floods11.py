@@ -16,7 +16,7 @@ import numpy as np
 from sarwmix.data.base import MaskDataset, NoValidPixel, SarDataset, UnreadableSample, finish_image
 from sarwmix.data.io.geotiff import GeoTiffError
 from sarwmix.data.io.rasters import Grid, band_numbers, check_same_grid, list_files, map_labels, read_raster
-from sarwmix.data.registry import SAR_BANDS, DatasetSpec, EmptySplit, Statistics, parse_split
+from sarwmix.data.spec import SAR_BANDS, DatasetSpec, EmptySplit, Statistics, parse_split
 from util.errors import UserError
 from util.log import get_logger
 

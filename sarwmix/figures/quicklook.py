@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sarwmix.data.registry import DECIBEL, unit_of
+from sarwmix.data.spec import DECIBEL, unit_of
 from sarwmix.figures import base as pictures
 from sarwmix.figures.base import NO_DATA, OTHER, class_colours, fit_text
 

@@ -18,6 +18,7 @@ from sarwmix.data import registry
 from sarwmix.data.base import IGNORED, MaskDataset, SarDataset, UnreadableSample
 from sarwmix.data.fraction import take_fraction
 from sarwmix.data.loader import Loader, build_loader
+from sarwmix.data.spec import EmptySplit
 from sarwmix.finetune.probes import (
     FeatureDataset,
     feature_key,
@@ -86,7 +87,7 @@ def open_splits(
         on_error = "replace" if name == "train" else "skip" if spec.task == "segmentation" else "raise"
         try:
             splits[name] = registry.build_dataset(dataset, data_path, name, on_error=on_error, **options)
-        except registry.EmptySplit as error:
+        except EmptySplit as error:
             if name not in spec.extra_splits:
                 raise
             get_logger().info("split %s is not evaluated: %s", name, error)

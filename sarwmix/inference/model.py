@@ -22,9 +22,10 @@ from torch import Tensor, nn
 
 from models_mixmim import MODELS, MixMIMEncoder, encoder_config
 from sarwmix.data import registry
-from sarwmix.data.registry import Statistics
+from sarwmix.data.spec import Statistics
 from sarwmix.models.loading import load_trained
-from sarwmix.tasks.base import ModelSettings, Task, build_task, task_class
+from sarwmix.models.settings import ModelSettings
+from sarwmix.tasks.base import Task, build_task, task_class
 from sarwmix.transforms import transform_of
 from util.checkpoint import CheckpointError, load_checkpoint
 from util.errors import UserError

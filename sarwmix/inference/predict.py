@@ -31,7 +31,7 @@ from torch.nn import functional as F
 
 from sarwmix.data.io.rasters import same_crs
 from sarwmix.data.pixels import UNITS, blank_fills, check_unit, recognise, to_decibel
-from sarwmix.data.registry import DECIBEL, REFLECTANCE, unit_of
+from sarwmix.data.spec import DECIBEL, REFLECTANCE, unit_of
 from sarwmix.datasets.scenes import BLOCK_CACHE, Scene, SceneReader, find_scenes, parse_band_order
 from sarwmix.datasets.sen12flood import ZERO_POWER
 from sarwmix.figures.base import class_colours

@@ -26,7 +26,7 @@ from util.errors import UserError
 from util.log import get_logger
 
 if TYPE_CHECKING:
-    from sarwmix.tasks.base import ModelSettings
+    from sarwmix.models.settings import ModelSettings
 
 STRIDES = (4, 8, 16, 32)  # of the four maps of `feature_pyramid`
 

@@ -25,7 +25,7 @@ from util.optim import stage_depths
 from util.pos_embed import resize_position_table, resize_relative_bias
 
 if TYPE_CHECKING:
-    from sarwmix.tasks.base import ModelSettings
+    from sarwmix.models.settings import ModelSettings
 
 _WRAPPERS = ("model", "state_dict", "teacher", "model_state_dict")  # under which files keep their weights
 FGMAE_BANDS = ("VV", "VH")  # in the order that FG-MAE's radar encoders were trained on

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import importlib
 import io
 import itertools
 import math
@@ -20,8 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import main_finetune
-import main_pretrain
 from sarwmix.reports.comparison import METRICS, Run, read_run
 from util.args import args_to_dict
 from util.errors import UserError
@@ -169,8 +168,13 @@ def folder_name(values: Mapping[str, str]) -> str:
     return "_".join(f"{name}-{re.sub(r'[^A-Za-z0-9.+-]', '-', value)}" for name, value in values.items()) or "run"
 
 
+def _entry(script: str) -> Any:
+    """The module of an entry script, by the name that jobs start it by: rooms do not import what stands above them."""
+    return importlib.import_module(script.removesuffix(".py"))
+
+
 def _job(script: str, common: Sequence[str], flags: Mapping[str, str], folder: Path, cell: Mapping[str, str]) -> Job:
-    parser = (main_pretrain if script == "main_pretrain.py" else main_finetune).get_parser()
+    parser = _entry(script).get_parser()
     arguments = list(common)
     for name, value in flags.items():
         if any(text == f"--{name}" or text.startswith(f"--{name}=") for text in common):
@@ -187,8 +191,10 @@ def _job(script: str, common: Sequence[str], flags: Mapping[str, str], folder: P
 
     parser.error = refuse  # type: ignore[method-assign,assignment]
     settings: argparse.Namespace = parser.parse_args(arguments)
-    check = main_pretrain.check_args if script == "main_pretrain.py" else _check_finetune
-    check(settings)
+    if script == "main_pretrain.py":
+        _entry(script).check_args(settings)
+    else:
+        _check_finetune(settings)
     return Job(script, tuple(arguments), folder, args_to_dict(settings))
 
 
@@ -196,7 +202,7 @@ def _check_finetune(settings: argparse.Namespace) -> None:
     start = settings.finetune
     settings.finetune = __file__ if start else ""  # the checkpoint does not exist yet; any file stands in for it
     try:
-        main_finetune.check_args(settings)
+        _entry("main_finetune.py").check_args(settings)
     finally:
         settings.finetune = start
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from util.errors import run_cli
+from util.cli import run_cli
 
 DESCRIPTION = """\
 Prepare SEN12-FLOOD: unzip, warp every Sentinel-1 tile onto its Sentinel-2 grid (ALIGN), form pairs of a dry and a

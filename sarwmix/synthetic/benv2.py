@@ -31,7 +31,7 @@ from util.errors import UserError
 
 if TYPE_CHECKING:
     from sarwmix.data.base import SarDataset
-    from sarwmix.data.registry import DatasetSpec, Statistics
+    from sarwmix.data.spec import DatasetSpec, Statistics
 
 Array = NDArray[np.float32]
 Bits = NDArray[np.uint32]

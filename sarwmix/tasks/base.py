@@ -29,6 +29,7 @@ from sarwmix.data.base import SarDataset
 from sarwmix.heads import CLASSIFICATION_HEADS, TaskModel
 from sarwmix.mixup import smooth_labels
 from sarwmix.models.backbones import build_classifier
+from sarwmix.models.settings import ModelSettings
 from sarwmix.tasks.metrics import Report, align_table, metric_table, multilabel_report
 from sarwmix.tasks.selection import SIX_METRICS, Rule, multilabel_rules, selection_rules
 from sarwmix.transforms import SarTransform
@@ -79,44 +80,6 @@ class Predictor:
         """Another method of the model, such as the one that encodes a single image of a pair."""
         with torch.autocast(self._device_type, self._amp_dtype, enabled=self._amp_dtype is not None):
             return getattr(self.model, method)(*inputs)
-
-
-@dataclass(frozen=True)
-class ModelSettings:
-    """Which model a task builds.
-
-    Attributes:
-        name: backbone, such as ``mixmim_base``.
-        input_size: side of the images that `Task.inputs` delivers, px.
-        in_chans: bands.
-        drop_path_rate: stochastic depth of the last block.
-        drop_rate: dropout before the last layer.
-        head: name of the head; None: the task's usual one.
-        pool: ``token`` or ``avg``, how a ViT makes one vector of its tokens; None: its usual way.
-    """
-
-    name: str
-    input_size: int
-    in_chans: int
-    drop_path_rate: float = 0.0
-    drop_rate: float = 0.0
-    head: str | None = None
-    pool: str | None = None
-
-    def as_config(self) -> dict[str, Any]:
-        """What a checkpoint keeps as `model_config`: all that decides which weights fit."""
-        return {
-            "name": self.name,
-            "img_size": self.input_size,
-            "in_chans": self.in_chans,
-            "head": self.head,
-            "pool": self.pool,
-        }
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> ModelSettings:
-        """Inverse of `as_config`, for evaluation: nothing is dropped."""
-        return cls(config["name"], config["img_size"], config["in_chans"], head=config["head"], pool=config.get("pool"))
 
 
 class Task(ABC):

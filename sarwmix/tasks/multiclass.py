@@ -13,7 +13,8 @@ import numpy as np
 from sarwmix.data.base import SarDataset
 from sarwmix.heads import TaskModel
 from sarwmix.models.backbones import build_classifier
-from sarwmix.tasks.base import ModelSettings, SingleLabelTask
+from sarwmix.models.settings import ModelSettings
+from sarwmix.tasks.base import SingleLabelTask
 from sarwmix.tasks.metrics import Report, class_accuracy, value_table
 from util.errors import UserError
 

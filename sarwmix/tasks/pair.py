@@ -16,7 +16,8 @@ from sarwmix.data.base import SarDataset
 from sarwmix.data.loader import Loader, ahead
 from sarwmix.datasets.sen12flood import PairDataset, power_to_db
 from sarwmix.models.backbones import is_mixmim
-from sarwmix.tasks.base import ModelSettings, Predictor, SingleLabelTask
+from sarwmix.models.settings import ModelSettings
+from sarwmix.tasks.base import Predictor, SingleLabelTask
 from sarwmix.tasks.metrics import Report, pair_metrics
 from sarwmix.transforms import SarTransform, draw_flips
 from util.errors import UserError

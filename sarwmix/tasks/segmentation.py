@@ -21,7 +21,8 @@ from sarwmix.data.base import IGNORED, MaskDataset, SarDataset
 from sarwmix.data.loader import Loader
 from sarwmix.heads import SEGMENTATION_HEADS, TaskModel
 from sarwmix.models.backbones import build_segmenter
-from sarwmix.tasks.base import ModelSettings, Predictor, Prepared, Task
+from sarwmix.models.settings import ModelSettings
+from sarwmix.tasks.base import Predictor, Prepared, Task
 from sarwmix.tasks.metrics import Report, confusion_metrics, value_table
 from sarwmix.transforms import SarTransform, apply_flips, blend_weights, cut_windows, draw_flips, draw_windows, starts
 from util.errors import UserError

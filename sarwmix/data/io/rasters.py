@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from sarwmix.data.io.geotiff import GeoTiffError
-from sarwmix.data.registry import SAR_BANDS
+from sarwmix.data.spec import SAR_BANDS
 
 SAME_PIXEL = 0.5
 """Grids may lie this far apart, in pixels: coordinates are rounded differently by different writers."""
