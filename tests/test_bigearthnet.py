@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from sarwmix.data import labels
-from sarwmix.data.base import SarDataset, UnreadableSample, bigearthnet
+from sarwmix.data.base import SarDataset, UnreadableSample
 from sarwmix.data.io.zarr import ZarrPatches, write_zarr
 from sarwmix.data.registry import build_dataset
+from sarwmix.datasets import bigearthnet
 from tests.bigearthnet_fixtures import (
     REALDATA,
     expected_indices,
