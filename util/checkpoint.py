@@ -32,7 +32,7 @@ from util.log import get_logger
 
 FORMAT = "sarwmix/1"
 RECENT = "recent"  # folder of the last K checkpoints, below the output directory
-CHECKSUMS_FILE = Path(__file__).resolve().parent.parent / "CHECKSUMS.txt"
+CHECKSUMS_FILE = Path(__file__).resolve().parent / "CHECKSUMS.txt"
 
 _FOOTER = re.compile(rb"sarwmix checkpoint; (run=([0-9a-z]*); epoch=(-?\d+); step=(\d+)); sha256=([0-9a-f]{64})")
 _FOOTER_SPACE = 512  # bytes at the end of a file in which the footer must lie

@@ -24,8 +24,7 @@ from util.errors import UserError
 from util.files import read_json, sha256_file
 from util.text import tex
 
-ROOT = Path(__file__).resolve().parents[2]
-PUBLISHED_FILE = ROOT / "datasets" / "published_results.csv"
+PUBLISHED_FILE = Path(__file__).resolve().parents[1] / "tables" / "published_results.csv"
 NOT_OURS = "published, not ours"
 
 # the metric shown for each kind of run: the first one that it has
@@ -562,7 +561,7 @@ def _remarks(table: Table) -> list[str]:
     if any(len(cell.runs) > 1 for row in table.rows for cell in row.cells.values()):
         remarks.append("Mean ± sample deviation (number of seeds).")
     if any(row.published for row in table.rows):
-        remarks.append(f'"{NOT_OURS}": other code, splits and seeds; see datasets/published_results.csv.')
+        remarks.append(f'"{NOT_OURS}": other code, splits and seeds; see sarwmix/tables/published_results.csv.')
     if table.notes:
         listed = "; ".join(f"[{letter}] {text}" for letter, text in table.notes.items())
         remarks.append(f"Not like for like: {listed}.")
