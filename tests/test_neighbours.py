@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from sarwmix.checks.samples import examine
-from sarwmix.data import registry
 from sarwmix.data.base import UnreadableSample
 from sarwmix.data.fraction import take_fraction
 from sarwmix.data.io.geotiff import GeoTiffError
 from sarwmix.data.io.rasters import Grid, band_numbers, plain_band_name, read_raster
 from sarwmix.data.registry import build_dataset, get_spec
+from sarwmix.data.spec import EmptySplit
 from sarwmix.datasets.dfc2020 import label_table
 from sarwmix.synthetic.neighbours import make_neighbour_data
 from util.errors import UserError
@@ -137,7 +137,7 @@ def test_eurosat_splits_are_stratified_and_follow_the_seed(made: Any, tmp_path: 
     rest = build_dataset("eurosat_sar", root, "train", val_frac=0.25)
     assert (len(val), len(rest)) == (20, 60)
     assert set(val.names) | set(rest.names) == set(train.names)
-    with pytest.raises(registry.EmptySplit, match="--val_frac 0.1"):
+    with pytest.raises(EmptySplit, match="--val_frac 0.1"):
         build_dataset("eurosat_sar", root, "val")
     with pytest.raises(UserError, match="val_frac must be a share"):
         build_dataset("eurosat_sar", root, "train", val_frac=2)

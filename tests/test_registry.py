@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from sarwmix.data import registry
-from sarwmix.data.spec import DatasetSpec, Statistics
+from sarwmix.data.spec import DatasetSpec, Statistics, read_statistics_file, statistics_file_content
 from tests.bigearthnet_fixtures import write_benv2
 from util.errors import UserError
 
@@ -83,7 +83,7 @@ def test_statistics_by_name_and_by_file(tmp_path: Path) -> None:
     assert registry.resolve_statistics(spec, "reben") is registry.REBEN_STATISTICS
     mine = Statistics((-20.0, -13.0), (5.0, 4.0), (-30.0, -22.0), (-8.0, -1.0), "measured")
     path = tmp_path / "mine.json"
-    path.write_text(json.dumps(registry.statistics_file_content(mine, spec)))
+    path.write_text(json.dumps(statistics_file_content(mine, spec)))
     assert registry.resolve_statistics(spec, str(path)) == mine
     # Bands are matched by name, not by position.
     turned = {"bands": ["VV", "VH"], "unit": "dB", "origin": "measured"}
@@ -116,7 +116,7 @@ def test_bad_statistics_files_are_refused(content: str, message: str, tmp_path: 
     path = tmp_path / "s.json"
     path.write_text(content)
     with pytest.raises(UserError, match=message):
-        registry.read_statistics_file(path, registry.get_spec("benv2"))
+        read_statistics_file(path, registry.get_spec("benv2"))
 
 
 def test_missing_statistics_say_what_exists(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import ROOT, clean_environment, mpirun_command
 
-from util import distributed, errors
+from util import cli, distributed, errors
 from util.distributed import FlagExchange, Processes, first_host, setup_processes
 from util.errors import UserError
 
@@ -68,7 +68,7 @@ def _clean(monkeypatch):
         if re.match(r"OMPI_|PMIX_|PMI_|SLURM_|TORCHELASTIC|RANK$|WORLD_SIZE$|LOCAL_|MASTER_", name):
             monkeypatch.delenv(name)
     yield
-    errors.set_failure_hook(None)
+    cli.set_failure_hook(None)
 
 
 @pytest.fixture
