@@ -5,7 +5,8 @@
 
 Runs that differ in the seed alone become mean and deviation. What is not like for like (samples, labels, statistics,
 bands, label fraction, any flag that can change a result, seeds) is kept apart, marked by a letter and said below the
-table. Published numbers (sarwmix/tables/published_results.csv) stand in a column of their own, never averaged with ours.
+table. Published numbers (sarwmix/tables/published_results.csv) stand in a column of their own, never averaged with
+ours.
 """
 
 from __future__ import annotations

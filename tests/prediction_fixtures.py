@@ -57,7 +57,7 @@ def write_finetuned(
             "dataset": dataset,
             "split": "train",
             "bands": list(bands),
-            "unit": spec.unit_of_bands(bands),
+            "unit": unit_of_bands(bands),
             "statistics": statistics or spec.statistics[spec.default_statistics].as_dict(),
             "preprocessing": spec.preprocessing.as_dict(),
         },
