@@ -13,6 +13,7 @@ from rasterio.transform import from_origin
 
 from models_mixmim import MixMIM, model_config
 from sarwmix.data import registry
+from sarwmix.data.spec import unit_of_bands
 from sarwmix.models.settings import ModelSettings
 from sarwmix.tasks.base import build_task
 from util.checkpoint import save_checkpoint
