@@ -298,8 +298,8 @@ def add_weight_args(parser: argparse.ArgumentParser) -> None:
         "--weight_domain",
         choices=("linear", "zscore"),
         default="linear",
-        help="power from dB before standardisation, or 10^(z/10) of standardised values (reproduces "
-        "the released checkpoints)",
+        help="power from dB before standardisation, or 10^(z/10) of standardised values (the released code: "
+        "zscore with --weight_level pixel)",
     )
     group.add_argument("--weight_exp_scale", type=positive_float, default=1.0, metavar="S", help="s in the formula")
     group.add_argument(
