@@ -174,6 +174,17 @@ def test_double_name(benv2: Path, tmp_path: Path) -> None:
         build_dataset("benv2", benv2, "train", metadata=path)
 
 
+def test_name_in_two_splits(benv2: Path, tmp_path: Path) -> None:
+    """Whatever split is asked for: the file itself is wrong."""
+    rows = metadata_rows(range(COUNT))
+    first = rows[0]["split"]
+    other = next(row["split"] for row in rows if row["split"] != first)
+    path = write_parquet(tmp_path / "both.parquet", [*rows, {**rows[0], "split": other}])
+    for split in ("train", "val", "test"):
+        with pytest.raises(UserError, match="is in more than one split"):
+            build_dataset("benv2", benv2, split, metadata=path)
+
+
 @pytest.mark.parametrize(
     "name",
     ["../S1A_IW_GRDH_1SDV_20170613T165043_33UUP_1_1", "/S1A_IW_GRDH_1SDV_2017_33UUP_1_1", "S1A_IW_GRDH_1SDV_.._3_1_1",

@@ -116,7 +116,26 @@ def read_metadata(
     labelled = [table.labels is not None for table in tables]
     if any(labelled) and not all(labelled):
         raise UserError(f"some of {', '.join(map(str, paths))} have labels and some have not")
+    _check_apart(tables, paths)
     return _join_tables(tables, tuple(splits))
+
+
+def _check_apart(tables: Sequence[Metadata], paths: Sequence[Path]) -> None:
+    """Refuse a patch that is in two splits: it would be trained on and tested on."""
+    name = NameList.join([table.names for table in tables]).first_duplicate()
+    if name is None:
+        return
+    found = [
+        table.splits[table.split[row]]
+        for table in tables
+        for row in range(len(table.names))
+        if table.names[row] == name
+    ]
+    if len(set(found)) > 1:
+        raise UserError(
+            f"{', '.join(map(str, paths))}: patch {name!r} is in more than one split ({', '.join(found)}); what is "
+            "trained on must not be tested on. Keep one of its rows"
+        )
 
 
 def _join_tables(tables: list[Metadata], wanted: tuple[str, ...]) -> Metadata:
