@@ -71,7 +71,7 @@ def test_a_request_that_was_served_is_not_a_new_one_afterwards():
 
 def test_run_cli_ends_a_resumable_program_with_75():
     code = (
-        "import os, signal; from util.errors import run_cli;"
+        "import os, signal; from util.cli import run_cli;"
         "run_cli(lambda: os.kill(os.getpid(), signal.SIGTERM), resumable={})"
     )
     for resumable, expected in ((True, 75), (False, -signal.SIGTERM)):

@@ -31,6 +31,15 @@ _IGNORED = {254, 270, 271, 272, 282, 283, 296, 305, 306, 315, 33432, 33550, 3392
 _TYPE_FORMAT = {3: "H", 4: "I"}  # SHORT, LONG
 
 
+def driver_of(path: str | Path) -> str:
+    """The one format that a raster file may have: a .tif that is a VRT or WMS inside could read others, or ask servers.
+
+    Args:
+        path: of the file; its suffix decides.
+    """
+    return "PNG" if Path(path).suffix.lower() == ".png" else "GTiff"
+
+
 class GeoTiffError(Exception):
     """A file that cannot be used as one band of a patch; the message says why."""
 
@@ -211,7 +220,10 @@ def read_band(path: str | Path, height: int, width: int) -> np.ndarray:
     if not os.path.exists(path):
         raise GeoTiffError("file does not exist")
     try:
-        with rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR"), rasterio.open(path, driver="GTiff") as source:
+        with (
+            rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR"),
+            rasterio.open(path, driver=driver_of(path)) as source,
+        ):
             if source.count != 1:
                 raise GeoTiffError(f"has {source.count} bands, expected 1")
             if (source.height, source.width) != (height, width):

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from sarwmix.data.io.geotiff import GeoTiffError
+from sarwmix.data.io.geotiff import GeoTiffError, driver_of
 from sarwmix.data.spec import SAR_BANDS
 
 SAME_PIXEL = 0.5
@@ -104,7 +104,7 @@ def read_raster(path: str | Path, *, numbers: Sequence[int] | None = None) -> Ra
     try:
         with warnings.catch_warnings(), rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR"):
             warnings.simplefilter("ignore", NotGeoreferencedWarning)
-            with rasterio.open(path, driver="GTiff") as source:
+            with rasterio.open(path, driver=driver_of(path)) as source:
                 chosen = list(numbers) if numbers is not None else list(range(1, source.count + 1))
                 if max(chosen) > source.count:
                     raise GeoTiffError(f"has {source.count} band(s), band {max(chosen)} is needed")
