@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from util.errors import UserError
-
-if TYPE_CHECKING:
-    pass
-
 
 NORMALISATIONS = ("zscore", "clip", "quantiles")
 

@@ -58,7 +58,7 @@ class Check:
         dry: whether this is a rehearsal on a CPU.
         model: the model of most sections.
         batch: images of a step.
-        left: seconds of the budget that are left.
+        deadline: end of the budget, as `time.time` counts; `left` says how many seconds remain.
         results: of the sections so far.
     """
 
@@ -326,7 +326,7 @@ class Steps:
         batch: images of a step.
         compiled: whether blocks are compiled.
         amp: "bf16" or "off".
-        drawn: batches to draw in turn, on the device; None: one.
+        lr: learning rate, constant.
         checkpointing: recompute blocks in the backward pass.
     """
 

@@ -95,8 +95,7 @@ def check(kernel, types, fixed, warps):
             if done.returncode == 0:
                 break
         else:
-            print("no assembler for this version of PTX\\nfine")
-            sys.exit()
+            sys.exit("no assembler here is as new as the compiler: " + done.stderr)
     said = done.stderr
     registers = int(re.search(r"Used (\\d+) registers", said)[1])
     stores = int(re.search(r"(\\d+) bytes spill stores", said)[1])
@@ -133,11 +132,16 @@ def test_kernel_in_the_interpreter() -> None:
     [(32, True), (16, True), (8, True), (64, False), (32, False), (8, False)], marks=pytest.mark.slow)])  # fmt: skip
 def test_kernel_stays_in_registers_on_hopper(chosen: list[tuple[int, bool]]) -> None:
     """Compiled for sm_90 without a GPU: nothing is spilled at the chosen number of warps."""
-    in_a_process(f"CHOSEN = {chosen}\n{COMPILED}", TRITON_INTERPRET="0")
+    try:
+        in_a_process(f"CHOSEN = {chosen}\n{COMPILED}", TRITON_INTERPRET="0")
+    except AssertionError as error:
+        if "no assembler here" not in str(error):
+            raise
+        pytest.skip("no ptxas for this version of Triton")
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_form_of_the_fused_kernels(case: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_form_of_the_fused_kernels(case: tuple[int, ...]) -> None:
     """Four dimensions instead of five: the same numbers and gradients."""
     from sarwmix import window_attention as module
 

@@ -119,7 +119,9 @@ def build_dataset(name: str, data_path: str | Path, split: str, **options: Any) 
     build = getattr(importlib.import_module(module_name), function_name)
     data = build(spec, root, split, statistics=statistics, on_error=on_error, **given)
     if spec.name != "s1_scenes" or is_packed(root):  # scenes are looked at as they are stored, each of them
-        importlib.import_module("sarwmix.data.pixels").check_at_door(data)
+        from sarwmix.data.pixels import check_at_door  # NumPy; reading this module costs nothing
+
+        check_at_door(data)
     return data
 
 

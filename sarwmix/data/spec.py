@@ -7,26 +7,15 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from sarwmix.preprocessing import Preprocessing
 from util.errors import UserError
 
-if TYPE_CHECKING:
-    pass
-from sarwmix.preprocessing import Preprocessing
-
 BANDS = ("VH", "VV")
-
-
 TASKS = ("multilabel", "multiclass", "pair", "segmentation", "unlabelled")
-
-
 DECIBEL, REFLECTANCE = "dB", "reflectance x 1e4"
-
-
 SAR_BANDS = ("VH", "VV", "HH", "HV")
-
-
 NORMAL_1_PERCENT = 2.3263  # the 1 % quantile of a normal distribution lies this many deviations below its mean
 
 

@@ -107,7 +107,6 @@ def check_size(path: Path) -> None:
 def _open(path: Path) -> lmdb.Environment:
     import lmdb
 
-    check_size(path)
     key = os.path.realpath(path)
     process, environment = _OPEN.get(key, (0, None))
     if environment is not None:
@@ -115,6 +114,7 @@ def _open(path: Path) -> lmdb.Environment:
             return environment
         environment.close()
         del _OPEN[key]
+    check_size(path)
     try:
         environment = lmdb.open(
             str(path), subdir=path.is_dir(), readonly=True, lock=False, readahead=False, meminit=False
