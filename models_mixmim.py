@@ -24,111 +24,19 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from sarwmix.window_attention import window_attention
+from sarwmix.sizes import CELL_STRIDE, tile_of
+from sarwmix.sizes import MODELS as MODELS
+from sarwmix.sizes import encoder_config as encoder_config
+from sarwmix.sizes import model_config as model_config
+from sarwmix.window_attention import gather_rows, window_attention
 from util.compilation import compile_methods, compile_modules
 from util.errors import UserError
-from util.linear import Linear, gelu_linear, linear, norm_linear
+from util.linear import Linear, linear
 from util.pos_embed import sincos_table
-
-CELL_STRIDE = 32  # pixels per side of a mask cell = stride of the last stage = 4 * 2**3
-
-_WINDOWS = (8, 8, 8, 4)
-MODELS: dict[str, dict[str, Any]] = {
-    # At most 3 M parameters with its decoder: for tests, the demo and laptops.
-    "mixmim_tiny": {
-        "embed_dim": 32,
-        "depths": (1, 1, 4, 1),
-        "num_heads": (2, 4, 8, 16),
-        "window_size": _WINDOWS,
-        "decoder_dim": 128,
-        "decoder_depth": 2,
-        "decoder_num_heads": 4,
-    },
-    "mixmim_base": {
-        "embed_dim": 128,
-        "depths": (2, 2, 18, 2),
-        "num_heads": (4, 8, 16, 32),
-        "window_size": _WINDOWS,
-        "decoder_dim": 512,
-        "decoder_depth": 8,
-        "decoder_num_heads": 16,
-    },
-    "mixmim_large": {
-        "embed_dim": 192,
-        "depths": (2, 2, 18, 2),
-        "num_heads": (6, 12, 24, 48),
-        "window_size": _WINDOWS,
-        "decoder_dim": 512,
-        "decoder_depth": 8,
-        "decoder_num_heads": 16,
-    },
-    "mixmim_huge": {
-        "embed_dim": 352,
-        "depths": (2, 2, 18, 2),
-        "num_heads": (11, 22, 44, 88),
-        "window_size": _WINDOWS,
-        "decoder_dim": 512,
-        "decoder_depth": 8,
-        "decoder_num_heads": 16,
-    },
-}
-
-_ENCODER_KEYS = ("embed_dim", "depths", "num_heads", "window_size")
-
-
-def model_config(name: str) -> dict[str, Any]:
-    """The size table's row for ``name`` (a copy).
-
-    Raises:
-        UserError: unknown name; the message lists what exists.
-    """
-    if name not in MODELS:
-        raise UserError(f"unknown model {name!r}; available: {', '.join(MODELS)}")
-    return dict(MODELS[name])
-
-
-def encoder_config(name: str) -> dict[str, Any]:
-    """Only the encoder's arguments of the size table's row, for classifiers."""
-    row = model_config(name)
-    return {key: row[key] for key in _ENCODER_KEYS}
-
-
-def morton_order(side: int) -> Tensor:
-    """Row-major indices of a ``side`` x ``side`` square in Z-order, row bit lowest.
-
-    The first four entries of any aligned 2 x 2 group are (0,0), (1,0), (0,1), (1,1): the order in which patch merging
-    concatenates. ``side`` must be a power of two. Returns int64 (side * side,).
-    """
-    order = torch.zeros(1, 1, dtype=torch.long)  # maps (row, col) -> z position, built by doubling
-    size = 1
-    while size < side:
-        quarter = size * size
-        order = torch.cat(
-            [
-                torch.cat([order, order + 2 * quarter], dim=1),
-                torch.cat([order + quarter, order + 3 * quarter], dim=1),
-            ],
-            dim=0,
-        )
-        size *= 2
-    return torch.argsort(order.flatten())
-
-
-def token_order(side: int, tile: int) -> Tensor:
-    """Row-major indices of a ``side`` x ``side`` grid, tile by tile, Z-order inside each tile. int64 (side * side,)."""
-    grid = torch.arange(side * side).view(side // tile, tile, side // tile, tile).permute(0, 2, 1, 3)
-    return grid.reshape(-1, tile * tile)[:, morton_order(tile)].flatten()
-
-
-def relative_position_index(window: int) -> Tensor:
-    """Row of the bias table for each (query, key) pair of a window, row-major. int64 (window**2, window**2)."""
-    rows, cols = torch.meshgrid(torch.arange(window), torch.arange(window), indexing="ij")
-    rows, cols = rows.flatten(), cols.flatten()
-    d_row = rows[:, None] - rows[None, :] + window - 1
-    d_col = cols[:, None] - cols[None, :] + window - 1
-    return d_row * (2 * window - 1) + d_col
+from util.token_order import morton_order, relative_position_index, token_order
 
 
 class CellMask(NamedTuple):
@@ -147,53 +55,34 @@ class CellMask(NamedTuple):
     num_own: int
 
 
-class _GatherRows(torch.autograd.Function):
-    """table[index]; its gradient is a product with a one-hot matrix, whose order of additions is fixed.
-
-    The gradient of an ordinary gather adds with atomics on a GPU: repeats of a step would differ in the last bits.
-    """
-
-    @staticmethod
-    def forward(table: Tensor, index: Tensor) -> Tensor:
-        return table.index_select(0, index)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[1])
-        ctx.rows = inputs[0].shape[0]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (index,) = ctx.saved_tensors
-        with torch.autocast(grads[0].device.type, enabled=False):
-            one_hot = (index == torch.arange(ctx.rows, device=index.device)[:, None]).to(grads[0].dtype)
-            return one_hot @ grads[0], None
-
-
 class WindowAttention(nn.Module):
-    """Multi-head self-attention inside windows, with a learned relative-position bias."""
+    """Multi-head self-attention inside windows, with a learned relative-position bias where a window is given."""
 
-    def __init__(self, dim: int, window: int, num_heads: int) -> None:
+    def __init__(self, dim: int, num_heads: int, window: int | None) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window - 1) ** 2, num_heads))
-        self.register_buffer("relative_position_index", relative_position_index(window))
+        if window is not None:
+            self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window - 1) ** 2, num_heads))
+            self.register_buffer("relative_position_index", relative_position_index(window))
         self.qkv = Linear(dim, 3 * dim)
         self.proj = Linear(dim, dim)
-        nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
+        if window is not None:
+            nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
 
-    def forward(self, x: Tensor, norm: nn.LayerNorm, sizes: tuple[int, ...], biases: tuple[Tensor, ...]) -> Tensor:
+    def forward(
+        self, x: Tensor, sizes: tuple[int, ...] | None = None, biases: tuple[Tensor | None, ...] = (None,)
+    ) -> Tensor:
         """Attend within groups of consecutive tokens.
 
         Args:
             x: (B, T, C) tokens in the encoder's order.
-            norm: applied to them first.
-            sizes: tokens of each group, sum T. A group holds one or more windows.
+            sizes: tokens of each group, sum T. A group holds one or more windows. None: one window of all tokens.
             biases: per group (1 or W, h, n, n) with n tokens a window; the group has size / n windows.
         """
         outputs = []
-        for qkv, bias in zip(norm_linear(x, norm, self.qkv).split(sizes, dim=1), biases, strict=True):
-            outputs.append(window_attention(qkv, bias, self.num_heads, window=bias.shape[-1]))
+        for qkv, bias in zip(self.qkv(x).split(sizes or (x.shape[1],), dim=1), biases, strict=True):
+            window = x.shape[1] if bias is None else bias.shape[-1]
+            outputs.append(window_attention(qkv, bias, self.num_heads, window=window))
         return self.proj(outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1))
 
 
@@ -205,51 +94,47 @@ class Mlp(nn.Module):
         self.fc1 = Linear(dim, 4 * dim)
         self.fc2 = Linear(4 * dim, dim)
 
-    def forward(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
-        """(..., C) -> (..., C); ``norm`` is applied first."""
-        return gelu_linear(norm_linear(x, norm, self.fc1), self.fc2.weight, self.fc2.bias)
-
-
-def draw_drop_path(x: Tensor, rate: float) -> Tensor:
-    """Factors of stochastic depth (arXiv 1603.09382), (B, 1, ...): 0 with probability ``rate``, else 1 / (1 - rate)."""
-    keep = 1.0 - rate
-    return torch.empty(x.shape[0], *[1] * (x.ndim - 1), dtype=x.dtype, device=x.device).bernoulli_(keep).div_(keep)
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C) -> (..., C)."""
+        return self.fc2(F.gelu(self.fc1(x)))
 
 
 class MixMIMBlock(nn.Module):
-    """Pre-norm transformer block with window attention."""
+    """Pre-norm transformer block; encoder blocks attend in windows, decoder blocks over all tokens."""
 
-    def __init__(self, dim: int, window: int, num_heads: int, drop_path_rate: float) -> None:
+    def __init__(self, dim: int, num_heads: int, window: int | None = None) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
-        self.attn = WindowAttention(dim, window, num_heads)
+        self.attn = WindowAttention(dim, num_heads, window)
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim)
-        self.drop_path_rate = drop_path_rate
 
-    def draw_drop_path(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Factors of the two residuals in training; outside of `forward`, whose graph then serves all rates."""
-        if self.drop_path_rate == 0.0 or not self.training:
-            return None
-        return draw_drop_path(x, self.drop_path_rate), draw_drop_path(x, self.drop_path_rate)
+    def attend(self, x: Tensor, *groups: Any, kept: Tensor | None = None) -> Tensor:
+        """The first half; `groups` as in :meth:`WindowAttention.forward`."""
+        attended = self.attn(self.norm1(x), *groups)
+        return x + (attended if kept is None else attended * kept)
+
+    def transform(self, x: Tensor, kept: Tensor | None = None) -> Tensor:
+        """The second half."""
+        changed = self.mlp(self.norm2(x))
+        return x + (changed if kept is None else changed * kept)
 
     def forward(
         self,
         x: Tensor,
-        sizes: tuple[int, ...],
-        biases: tuple[Tensor, ...],
-        kept: tuple[Tensor, Tensor] | None = None,
+        sizes: tuple[int, ...] | None = None,
+        biases: tuple[Tensor | None, ...] = (None,),
+        kept: Tensor | None = None,
     ) -> Tensor:
         """(B, T, C) -> (B, T, C).
 
         Args:
             sizes, biases: as in :meth:`WindowAttention.forward`.
-            kept: factors of :meth:`draw_drop_path`.
+            kept: (2, B, 1, 1), factors of stochastic depth of the two halves; they come from outside, so that one
+                compiled graph serves all rates.
         """
-        attended = self.attn(x, self.norm1, sizes, biases)
-        x = x + (attended if kept is None else attended * kept[0])
-        changed = self.mlp(x, self.norm2)
-        return x + (changed if kept is None else changed * kept[1])
+        first, second = (None, None) if kept is None else kept.unbind()
+        return self.transform(self.attend(x, sizes, biases, kept=first), second)
 
 
 class PatchMerging(nn.Module):
@@ -262,11 +147,11 @@ class PatchMerging(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         batch, tokens, width = x.shape
-        return norm_linear(x.reshape(batch, tokens // 4, 4 * width), self.norm, self.reduction)
+        return self.reduction(self.norm(x.reshape(batch, tokens // 4, 4 * width)))
 
 
 class PatchEmbed(nn.Module):
-    """Non-overlapping patches -> tokens. ``proj`` is stored as a convolution; on ready patches it is one Linear."""
+    """Non-overlapping patches -> tokens. ``proj`` is stored as a convolution; on ready patches it is one product."""
 
     def __init__(self, patch_size: int, in_chans: int, embed_dim: int) -> None:
         super().__init__()
@@ -275,7 +160,10 @@ class PatchEmbed(nn.Module):
 
     def forward(self, patches: Tensor) -> Tensor:
         """(B, T, in_chans * patch**2), channel-major as a convolution kernel -> (B, T, C)."""
-        return self.norm(linear(patches, self.proj.weight.flatten(1), self.proj.bias))
+        embedded = linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+        # The residual stream has the type of the linear layers' results (bfloat16 under autocast) in every stage and in
+        # the decoder; norms, softmax and the loss compute in float32 all the same.
+        return self.norm(embedded).to(embedded.dtype)
 
 
 class Stage(nn.Module):
@@ -283,12 +171,10 @@ class Stage(nn.Module):
 
     z_position_index: Tensor
 
-    def __init__(
-        self, dim: int, depth: int, num_heads: int, window: int, drop_path_rates: list[float], downsample: bool
-    ) -> None:
+    def __init__(self, dim: int, depth: int, num_heads: int, window: int, downsample: bool) -> None:
         super().__init__()
         self.window = window
-        self.blocks = nn.ModuleList(MixMIMBlock(dim, window, num_heads, rate) for rate in drop_path_rates[:depth])
+        self.blocks = nn.ModuleList(MixMIMBlock(dim, num_heads, window) for _ in range(depth))
         self.downsample = PatchMerging(dim) if downsample else None
         z = morton_order(window)
         index = relative_position_index(window)[z][:, z]
@@ -301,8 +187,7 @@ class Stage(nn.Module):
         """
         tables = torch.cat([cast(MixMIMBlock, block).attn.relative_position_bias_table for block in self.blocks], dim=1)
         n = self.window**2
-        index = self.z_position_index
-        rows = _GatherRows.apply(tables, index) if tables.is_cuda else tables.index_select(0, index)  # (N*N, depth*h)
+        rows = gather_rows(tables, self.z_position_index)  # (N * N, depth * h)
         # Contiguous: the fused kernels ask for a last stride of 1 and fall back to float32 products in silence.
         return rows.t().contiguous().view(len(self.blocks), -1, n, n)
 
@@ -343,7 +228,7 @@ class MixMIMEncoder(nn.Module):
         super().__init__()
         self.img_size, self.patch_size, self.in_chans, self.embed_dim = img_size, patch_size, in_chans, embed_dim
         self.window_size = tuple(window_size)
-        self.tile = self._check_sizes(img_size, patch_size, depths, num_heads, window_size, embed_dim)
+        self.tile = tile_of(img_size, patch_size, depths, num_heads, window_size, embed_dim)
         self.activation_checkpointing = False
         self.num_features = embed_dim * 2 ** (len(depths) - 1)
 
@@ -352,20 +237,11 @@ class MixMIMEncoder(nn.Module):
         self.num_cells = (img_size // CELL_STRIDE) ** 2
         self.absolute_pos_embed = nn.Parameter(sincos_table(embed_dim, grid), requires_grad=False)
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
-        rates = [drop_path_rate * i / max(sum(depths) - 1, 1) for i in range(sum(depths))]
-        self.layers = nn.ModuleList()
-        for i, depth in enumerate(depths):
-            first = sum(depths[:i])
-            self.layers.append(
-                Stage(
-                    embed_dim * 2**i,
-                    depth,
-                    num_heads[i],
-                    window_size[i],
-                    rates[first : first + depth],
-                    downsample=i < len(depths) - 1,
-                )
-            )
+        self.layers = nn.ModuleList(
+            Stage(embed_dim * 2**i, depth, num_heads[i], window_size[i], downsample=i < len(depths) - 1)
+            for i, depth in enumerate(depths)
+        )
+        self.drop_path_rate = drop_path_rate
         self.norm = nn.LayerNorm(self.num_features)
 
         # Constant permutations; row-major is what users and state dicts see, Z-order what the blocks work on.
@@ -381,41 +257,6 @@ class MixMIMEncoder(nn.Module):
             back = torch.argsort(token_order(grid // 2**i, self.tile // 2**i))
             self.register_buffer(f"map_tokens_{i}", back, persistent=False)
         self.apply(init_linear)
-
-    @staticmethod
-    def _check_sizes(
-        img_size: int,
-        patch_size: int,
-        depths: tuple[int, ...],
-        num_heads: tuple[int, ...],
-        window_size: tuple[int, ...],
-        embed_dim: int,
-    ) -> int:
-        if patch_size * 2 ** (len(depths) - 1) != CELL_STRIDE:
-            raise UserError(
-                f"patch_size {patch_size} with {len(depths)} stages has stride {patch_size * 2 ** (len(depths) - 1)}; "
-                f"the mask cells of the method are {CELL_STRIDE} px: use patch_size 4 and 4 stages"
-            )
-        if not len(depths) == len(num_heads) == len(window_size):
-            raise UserError(
-                f"depths {depths}, num_heads {num_heads} and window_size {window_size} must have one entry per stage"
-            )
-        for stage, (window, heads) in enumerate(zip(window_size, num_heads, strict=True)):
-            if window < 1 or window & (window - 1):
-                raise UserError(
-                    f"window_size[{stage}] is {window}; windows must be powers of two (1, 2, 4, 8, 16, ...)"
-                )
-            if (embed_dim * 2**stage) % heads:
-                raise UserError(f"width {embed_dim * 2**stage} of stage {stage} is not divisible by its {heads} heads")
-        # A tile is the smallest square, in tokens of stage 0, that holds whole windows and whole cells at each stage.
-        tile = max([window * 2**stage for stage, window in enumerate(window_size)] + [CELL_STRIDE // patch_size])
-        if img_size <= 0 or img_size % (tile * patch_size):
-            raise UserError(
-                f"input size {img_size} px does not fit: windows {tuple(window_size)} need a multiple of "
-                f"{tile * patch_size} px ({tile} tokens of {patch_size} px hold whole windows at every stage); "
-                f"choose --input_size {tile * patch_size} or a multiple of it"
-            )
-        return tile
 
     # ------------------------------------------------------------------ pieces
 
@@ -456,7 +297,8 @@ class MixMIMEncoder(nn.Module):
         if mask is not None:
             shown = mask.z_cells.repeat_interleave(patches.shape[1] // self.num_cells, output_size=patches.shape[1])
             patches = torch.where(shown[None, :, None], patches.flip(0), patches)
-        return self.patch_embed(patches) + self.absolute_pos_embed.index_select(1, self.z_tokens)
+        tokens = self.patch_embed(patches)
+        return tokens + self.absolute_pos_embed.index_select(1, self.z_tokens).to(tokens.dtype)
 
     def encode(self, tokens: Tensor, mask: CellMask | None = None) -> Tensor:
         """Tokens of :meth:`embed` -> (B, L, 8 * embed_dim), cells row-major, after the last norm.
@@ -482,8 +324,9 @@ class MixMIMEncoder(nn.Module):
 
     def compile_blocks(self, backend: str | Callable[..., Any] = "inductor") -> None:
         """torch.compile each block in place: a handful of distinct graphs (one per stage) instead of one huge one."""
-        blocks = [module for module in self.modules() if isinstance(module, MixMIMBlock | PatchMerging | DecoderBlock)]
+        blocks = [module for module in self.modules() if isinstance(module, MixMIMBlock | PatchMerging)]
         compile_modules(blocks, backend)
+        compile_methods(self, ("embed",), backend)
 
     # ------------------------------------------------------------------ stages
 
@@ -491,6 +334,7 @@ class MixMIMEncoder(nn.Module):
         """All stages; returns (B, L, 8C) row-major. ``maps`` collects the outputs of all but the last stage."""
         is_sorted = False
         stages = [cast(Stage, stage) for stage in self.layers]
+        kept = iter(self._draw_drop_path(x))
         for index, stage in enumerate(stages):
             cell_tokens = x.shape[1] // self.num_cells
             single_window = all(later.window == self.grid // 2 ** (index + i) for i, later in enumerate(stages[index:]))
@@ -500,11 +344,11 @@ class MixMIMEncoder(nn.Module):
                 is_sorted = True
             sizes, biases = self._attention_plan(stage, x.shape[1], mask, is_sorted)
             for block, block_biases in zip(stage.blocks, biases, strict=True):
-                kept = cast(MixMIMBlock, block).draw_drop_path(x)
-                if self.activation_checkpointing and self.training:
-                    x = checkpoint(block, x, sizes, block_biases, kept, use_reentrant=False)
+                if self.activation_checkpointing and self.training:  # blocks draw nothing: no generator to save
+                    arguments = (x, sizes, block_biases, next(kept))
+                    x = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
                 else:
-                    x = block(x, sizes, block_biases, kept)
+                    x = block(x, sizes, block_biases, next(kept))
             if stage.downsample is not None:
                 if maps is not None:
                     maps.append(self._as_map(x, index))
@@ -514,6 +358,18 @@ class MixMIMEncoder(nn.Module):
             assert mask is not None
             position = torch.argsort(mask.order).index_select(0, position)
         return x.index_select(1, position)
+
+    def _draw_drop_path(self, x: Tensor) -> list[Tensor | None]:
+        """Stochastic depth (arXiv 1603.09382): a block's factors (2, B, 1, 1), 0 with its rate, else 1 / (1 - rate).
+
+        Rates grow linearly from 0 at the first block, whose factors are None. One draw for all blocks, not two a block.
+        """
+        blocks = sum(len(cast(Stage, stage).blocks) for stage in self.layers)
+        if not self.training or self.drop_path_rate == 0.0 or blocks == 1:
+            return [None] * blocks
+        keep = 1 - self.drop_path_rate * torch.arange(1, blocks, device=x.device) / (blocks - 1)
+        keep = keep.view(-1, 1, 1, 1, 1).expand(-1, 2, x.shape[0], 1, 1)
+        return [None, *(torch.bernoulli(keep) / keep).to(x.dtype).unbind()]
 
     def _attention_plan(
         self, stage: Stage, tokens: int, mask: CellMask | None, is_sorted: bool
@@ -562,40 +418,6 @@ def init_linear(module: nn.Module) -> None:
 # ---------------------------------------------------------------------- pretraining
 
 
-class DecoderAttention(nn.Module):
-    """Plain multi-head self-attention over all cells."""
-
-    def __init__(self, dim: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.qkv = Linear(dim, 3 * dim)
-        self.proj = Linear(dim, dim)
-
-    def forward(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
-        """(B, L, C) -> (B, L, C); ``norm`` is applied first."""
-        return self.proj(window_attention(norm_linear(x, norm, self.qkv), None, self.num_heads, window=x.shape[1]))
-
-
-class DecoderBlock(nn.Module):
-    """Pre-norm ViT block. ``attend`` and ``transform`` are its two halves."""
-
-    def __init__(self, dim: int, num_heads: int) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim)
-        self.attn = DecoderAttention(dim, num_heads)
-        self.norm2 = nn.LayerNorm(dim)
-        self.mlp = Mlp(dim)
-
-    def attend(self, x: Tensor) -> Tensor:
-        return x + self.attn(x, self.norm1)
-
-    def transform(self, x: Tensor) -> Tensor:
-        return x + self.mlp(x, self.norm2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.transform(self.attend(x))
-
-
 class MixMIMOutput(NamedTuple):
     """Result of :meth:`MixMIM.forward`.
 
@@ -640,7 +462,7 @@ class MixMIM(MixMIMEncoder):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
         self.decoder_pos_embed = nn.Parameter(sincos_table(decoder_dim, img_size // CELL_STRIDE), requires_grad=False)
         self.decoder_embed = Linear(self.num_features, decoder_dim)
-        self.decoder_blocks = nn.ModuleList(DecoderBlock(decoder_dim, decoder_num_heads) for _ in range(decoder_depth))
+        self.decoder_blocks = nn.ModuleList(MixMIMBlock(decoder_dim, decoder_num_heads) for _ in range(decoder_depth))
         self.decoder_norm = nn.LayerNorm(decoder_dim)
         self.decoder_pred = Linear(decoder_dim, CELL_STRIDE**2 * in_chans)
         for part in (self.decoder_embed, self.decoder_blocks, self.decoder_pred):
@@ -648,9 +470,9 @@ class MixMIM(MixMIMEncoder):
         nn.init.normal_(self.mask_token, std=0.02)
 
     def compile_blocks(self, backend: str | Callable[..., Any] = "inductor") -> None:
-        """The encoder's and the decoder's blocks, and the loss, which is many small passes over the pixels."""
+        """The encoder's and the decoder's blocks, and all that follows the decoder's last but one, down to the loss."""
         super().compile_blocks(backend)
-        compile_methods(self, ("reconstruction_loss",), backend)
+        compile_methods(self, ("predict_cells", "finish"), backend)
 
     def draw_mask(self, mask_ratio: float = 0.5, generator: torch.Generator | None = None) -> Tensor:
         """One random mask on the CPU: (L,) float with exactly ``int(L * mask_ratio)`` ones.
@@ -694,18 +516,31 @@ class MixMIM(MixMIMEncoder):
             both: True returns all 2B sequences; False only the B x L tokens the loss reads, in (B, L, ...): the other
                 half is dropped before the last block's MLP, since nothing after it mixes tokens.
         """
-        batch = latent.shape[0]
+        return self.predict_cells(self._decode_all_but_last(latent, mask), mask.cells, both=both)
+
+    def _decode_all_but_last(self, latent: Tensor, mask: CellMask) -> Tensor:
+        """(B, L, 8C) -> (2B, L, decoder_dim), the last block's input."""
         hidden = mask.cells[None, :, None]
         x = self.decoder_embed(latent)
         token = self.mask_token.to(x.dtype)
-        x = torch.cat([torch.where(hidden, token, x), torch.where(hidden, x, token)]) + self.decoder_pos_embed
+        x = torch.cat([torch.where(hidden, token, x), torch.where(hidden, x, token)])
+        x = x + self.decoder_pos_embed.to(x.dtype)
         for block in self.decoder_blocks[:-1]:
             x = block(x)
-        last = cast(DecoderBlock, self.decoder_blocks[-1])
+        return x
+
+    def predict_cells(self, x: Tensor, cells: Tensor, *, both: bool) -> Tensor:
+        """The decoder's last block, norm and projection; arguments as in :meth:`decode`."""
+        batch = x.shape[0] // 2
+        last = cast(MixMIMBlock, self.decoder_blocks[-1])
         x = last.attend(x)
         if not both:
-            x = torch.where(hidden, x[:batch], x[batch:].flip(0))
+            x = torch.where(cells[None, :, None], x[:batch], x[batch:].flip(0))
         return self.decoder_pred(self.decoder_norm(last.transform(x)))
+
+    def finish(self, x: Tensor, cells: Tensor, images: Tensor, weights: Tensor | None) -> Tensor:
+        """From the last decoder block's input to the loss."""
+        return self.reconstruction_loss(self.predict_cells(x, cells, both=False), images, weights)
 
     def merge_prediction(self, pred: Tensor, mask: Tensor) -> Tensor:
         """Both halves of a full prediction (2B, L, P) -> each sample's reconstruction (B, L, P)."""
@@ -773,8 +608,10 @@ class MixMIM(MixMIMEncoder):
         if mask is None:
             mask = self.draw_mask(mask_ratio)
         cell_mask = mask if isinstance(mask, CellMask) else self.prepare_mask(mask)
-        latent = self.encode(self.embed(images, cell_mask), cell_mask)
-        pred = self.decode(latent, cell_mask, both=return_pred)
-        rec = self.merge_prediction(pred, cell_mask.cells) if return_pred else pred
-        loss = self.reconstruction_loss(rec, images, weights)
-        return MixMIMOutput(loss, cell_mask.cells.to(images.dtype), pred if return_pred else None)
+        decoded = self._decode_all_but_last(self.encode(self.embed(images, cell_mask), cell_mask), cell_mask)
+        shown = cell_mask.cells.to(images.dtype)
+        if not return_pred:
+            return MixMIMOutput(self.finish(decoded, cell_mask.cells, images, weights), shown, None)
+        pred = self.predict_cells(decoded, cell_mask.cells, both=True)
+        loss = self.reconstruction_loss(self.merge_prediction(pred, cell_mask.cells), images, weights)
+        return MixMIMOutput(loss, shown, pred)

@@ -159,21 +159,54 @@ def _sdpa(qkv: Tensor, bias: Tensor | None, num_heads: int, *, window: int) -> T
     return out.transpose(2, 3).reshape(qkv.shape[0], qkv.shape[1], -1)
 
 
+class _GatherRows(torch.autograd.Function):
+    """table[index]; its gradient is a product with a one-hot matrix, whose order of additions is fixed.
+
+    The gradient of an ordinary gather adds with atomics on a GPU: repeats of a step would differ in the last bits.
+    """
+
+    @staticmethod
+    def forward(table: Tensor, index: Tensor) -> Tensor:
+        return table.index_select(0, index)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+        ctx.rows = inputs[0].shape[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (index,) = ctx.saved_tensors
+        with torch.autocast(grads[0].device.type, enabled=False):
+            one_hot = (index == torch.arange(ctx.rows, device=index.device)[:, None]).to(grads[0].dtype)
+            return one_hot @ grads[0], None
+
+
+def gather_rows(table: Tensor, index: Tensor) -> Tensor:
+    """Rows of a table of learned biases: (M, K), (N,) -> (N, K), with a gradient that repeats bit by bit on a GPU."""
+    return _GatherRows.apply(table, index) if table.is_cuda else table.index_select(0, index)
+
+
 # ---------------------------------------------------------------------------------------------------------- kernels
 
 
 if triton is not None:
 
     @triton.jit
-    def _tile_of(QKV, tile, head, tokens, D: tl.constexpr, C: tl.constexpr, TILE: tl.constexpr):
-        """Tokens, and q, k, v (TILE, D) of a tile; rows beyond the last token are 0."""
-        row = tile * TILE + tl.arange(0, TILE)
-        offset = row.to(tl.int64)[:, None] * (3 * C) + head * D + tl.arange(0, D)[None, :]
-        inside = (row < tokens)[:, None]
-        q = tl.load(QKV + offset, mask=inside, other=0.0)
-        k = tl.load(QKV + offset + C, mask=inside, other=0.0)
-        v = tl.load(QKV + offset + 2 * C, mask=inside, other=0.0)
-        return row, offset, inside, q, k, v
+    def _places(head, C: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr):
+        """Elements from a tile's first token to its (token, column) pairs of a head, (TILE, D), 32 bits each.
+
+        WIDTH is that of a token's row: 3 C in the projection, C in the output.
+        """
+        return tl.arange(0, TILE)[:, None] * WIDTH + head * D + tl.arange(0, D)[None, :]
+
+    @triton.jit
+    def _read(QKV, first, places, inside, C: tl.constexpr):
+        """q, k, v (TILE, D) of a tile whose first token lies at `first`; rows beyond the last token are 0."""
+        q = tl.load(QKV + first + places, mask=inside, other=0.0)
+        k = tl.load(QKV + first + C + places, mask=inside, other=0.0)
+        v = tl.load(QKV + first + 2 * C + places, mask=inside, other=0.0)
+        return q, k, v
 
     @triton.jit
     def _bias_of(BIAS, tile, head, rows, heads, N: tl.constexpr, HAS_BIAS: tl.constexpr, TILE: tl.constexpr):
@@ -202,12 +235,13 @@ if triton is not None:
         PRECISION: tl.constexpr, TILE: tl.constexpr,
     ):  # fmt: skip
         head, tile = tl.program_id(0), tl.program_id(1)
-        row, _, inside, q, k, v = _tile_of(QKV, tile, head, tokens, D, C, TILE)
+        inside = (tile * TILE + tl.arange(0, TILE) < tokens)[:, None]
+        row = tl.full((), TILE, tl.int64) * tile
+        q, k, v = _read(QKV, row * (3 * C), _places(head, C, D, TILE, 3 * C), inside, C)
         added = _bias_of(BIAS, tile, head, rows, heads, N, HAS_BIAS, TILE)
         p = _probabilities(q, k, added, SCALE, PRECISION)
         out = tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
-        where = row.to(tl.int64)[:, None] * C + head * D + tl.arange(0, D)[None, :]
-        tl.store(OUT + where, out.to(v.dtype), mask=inside)
+        tl.store(OUT + row * C + _places(head, C, D, TILE, C), out.to(v.dtype), mask=inside)
 
     @triton.jit
     def _backward_kernel(
@@ -219,22 +253,25 @@ if triton is not None:
         # Tiles pattern, pattern + period, ... have the same rows of the bias: it is read once.
         added = _bias_of(BIAS, pattern, head, rows, heads, N, HAS_BIAS, TILE)
         total = tl.zeros((TILE, TILE), dtype=tl.float32)
+        places, where = _places(head, C, D, TILE, 3 * C), _places(head, C, D, TILE, C)
         for tile in range(pattern + part * period, tiles, step * period):
-            row, offset, inside, q, k, v = _tile_of(QKV, tile, head, tokens, D, C, TILE)
-            where = row.to(tl.int64)[:, None] * C + head * D + tl.arange(0, D)[None, :]
-            dout = tl.load(DOUT + where, mask=inside, other=0.0)
+            inside = (tile * TILE + tl.arange(0, TILE) < tokens)[:, None]
+            row = tl.full((), TILE, tl.int64) * tile
+            q, k, v = _read(QKV, row * (3 * C), places, inside, C)
+            dout = tl.load(DOUT + row * C + where, mask=inside, other=0.0)
+            gradients = DQKV + row * (3 * C)
             p = _probabilities(q, k, added, SCALE, PRECISION)
             dv = tl.dot(tl.trans(p.to(v.dtype)), dout, input_precision=PRECISION)
-            tl.store(DQKV + offset + 2 * C, dv.to(v.dtype), mask=inside)
+            tl.store(gradients + 2 * C + places, dv.to(v.dtype), mask=inside)
             dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
             ds = p * (dp - tl.sum(p * dp, axis=1)[:, None])
             if SUM_BIAS:
                 total += ds
             ds = (ds * SCALE).to(v.dtype)
             dq = tl.dot(ds, k, input_precision=PRECISION)
-            tl.store(DQKV + offset, dq.to(v.dtype), mask=inside)
+            tl.store(gradients + places, dq.to(v.dtype), mask=inside)
             dk = tl.dot(tl.trans(ds), q, input_precision=PRECISION)
-            tl.store(DQKV + offset + C, dk.to(v.dtype), mask=inside)
+            tl.store(gradients + C + places, dk.to(v.dtype), mask=inside)
         if SUM_BIAS:
             i = tl.arange(0, TILE)[:, None]
             j = tl.arange(0, TILE)[None, :]

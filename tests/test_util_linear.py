@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from util import linear as module
-from util.linear import Linear, gelu_linear, linear, norm_linear, onednn_available
+from util.linear import Linear, linear, onednn_available
 
 needs_onednn = pytest.mark.skipif(not onednn_available(), reason="this build of PyTorch has no oneDNN linear operator")
 
@@ -42,37 +42,24 @@ def test_equals_pytorch(shape, with_bias, avx512, used, monkeypatch):
 
 
 @needs_onednn
-@pytest.mark.parametrize("joined", ["gelu", "norm"])
-@pytest.mark.parametrize("with_bias", [True, False])
-def test_joined_forms_equal_pytorch_and_keep_less(joined, with_bias, used):
+def test_second_gradients_and_transforms():
+    """Differentiated twice, and under torch.func: as PyTorch's own layer."""
     torch.manual_seed(0)
-    norm, layer = torch.nn.LayerNorm(24), torch.nn.Linear(24, 40, bias=with_bias)
-    torch.nn.init.normal_(norm.weight)
-    torch.nn.init.normal_(norm.bias)
-    x = torch.randn(2, 3, 24)
+    x, weight, bias = (torch.randn(shape) for shape in ((2, 3, 4), (5, 4), (5,)))
 
-    def ours(x):
-        return gelu_linear(x, layer.weight, layer.bias) if joined == "gelu" else norm_linear(x, norm, layer)
+    def energy(function, x, weight, bias):
+        return function(x, weight, bias).pow(3).sum()
 
-    def theirs(x):
-        return layer(F.gelu(x) if joined == "gelu" else norm(x))
-
-    results, kept = [], []
-    for function in (ours, theirs):
-        leaf = x.clone().requires_grad_()
-        saved: set[int] = set()
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.add(t.data_ptr()) or t, lambda t: t):
-            out = function(leaf)
-        (out * torch.linspace(-1, 1, out.numel()).view(out.shape)).sum().backward()
-        parameters = [*layer.parameters(), *(norm.parameters() if joined == "norm" else ())]
-        results.append([out.detach(), leaf.grad, *(p.grad for p in parameters)])
-        layer.zero_grad()
-        norm.zero_grad()
-        kept.append(saved)
-    for one, other in zip(*results, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=2e-5)
-    assert len(used) == 2
-    assert len(kept[0]) < len(kept[1])
+    seconds = []
+    for function in (linear, F.linear):
+        leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
+        first = torch.autograd.grad(energy(function, *leaves), leaves, create_graph=True)
+        seconds.append(torch.autograd.grad(sum(g.pow(2).sum() for g in first), leaves))
+    for ours, theirs in zip(*seconds, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-3)
+    per_sample = torch.func.vmap(torch.func.grad(lambda w, one: energy(linear, one, w, bias)), (None, 0))(weight, x)
+    expected = torch.autograd.functional.jacobian(lambda w: F.linear(x, w, bias).pow(3).sum((1, 2)), weight)
+    torch.testing.assert_close(per_sample, expected, rtol=1e-5, atol=1e-3)
 
 
 @needs_onednn
