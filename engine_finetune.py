@@ -66,17 +66,20 @@ def train_one_epoch(
     """
     device, rank = trainer.device, trainer.processes.rank
 
-    def loss_of(batch: dict[str, Any], step: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def prepare(batch: dict[str, Any], step: int) -> tuple[Any, dict[str, Tensor]]:
         seed_step(seed, epoch, step, rank)  # drop path draws from the global generators
         flips = step_generator(seed, epoch, step, rank, "flips")
         prepared = task.prepare(batch, transform, device=device, generator=flips)
-        inputs, target = augment(task, prepared, augmentation, step_generator(seed, epoch, step, rank, "augment"))
-        with trainer.autocast():
-            logits = trainer.model(*inputs)
-        return task.loss(logits.float(), target, smoothing=augmentation.smoothing), {}
+        return augment(task, prepared, augmentation, step_generator(seed, epoch, step, rank, "augment")), {}
+
+    def loss_of(inputs: tuple[tuple[Tensor, ...], Tensor]) -> Tensor:
+        images, target = inputs
+        logits = trainer.model(*images)
+        with torch.autocast(device.type, enabled=False):
+            return task.loss(logits.float(), target, smoothing=augmentation.smoothing)
 
     return trainer.run_epoch(
-        batches, loss_of, epoch=epoch, steps=steps, start_step=start_step, progress=progress, on_step=on_step
+        batches, prepare, loss_of, epoch=epoch, steps=steps, start_step=start_step, progress=progress, on_step=on_step
     )
 
 

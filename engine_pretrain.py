@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models_mixmim import MixMIM
+from models_mixmim import CellMask, MixMIM
 from sarwmix.transforms import SarBatch, SarTransform, draw_flips
 from util.log import Progress
 from util.seeding import step_generator
@@ -47,17 +47,19 @@ def train_one_epoch(
     inner = bare(trainer.model)
     assert isinstance(inner, MixMIM)
 
-    def loss_of(batch: dict[str, Any], step: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def prepare(batch: dict[str, Any], step: int) -> tuple[Any, dict[str, Tensor]]:
         image = batch["image"].to(device, non_blocking=True)
         flips = draw_flips(image.shape[0], step_generator(seed, epoch, step, rank, "flips"))
         sar = transform(image, flips)
         mask = inner.draw_mask(mask_ratio, step_generator(seed, epoch, step, rank, "mask"))
-        with trainer.autocast():
-            loss = trainer.model(sar.images, sar.weights, mask=mask).loss
-        return loss, {"invalid_pixels": sar.num_invalid}
+        return (sar.images, sar.weights, inner.prepare_mask(mask)), {"invalid_pixels": sar.num_invalid}
+
+    def loss_of(inputs: tuple[Tensor, Tensor | None, CellMask]) -> Tensor:
+        images, weights, mask = inputs
+        return trainer.model(images, weights, mask=mask).loss
 
     return trainer.run_epoch(
-        batches, loss_of, epoch=epoch, steps=steps, start_step=start_step, progress=progress, on_step=on_step
+        batches, prepare, loss_of, epoch=epoch, steps=steps, start_step=start_step, progress=progress, on_step=on_step
     )
 
 

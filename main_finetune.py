@@ -399,7 +399,7 @@ def train(
     from sarwmix.mixup import Mixup
     from sarwmix.models.loading import load_trained
     from sarwmix.tasks.selection import Selector
-    from util.distributed import data_parallel, share_statistics
+    from util.distributed import share_statistics
     from util.log import Progress, get_logger
     from util.optim import build_adamw, build_sgd, parameter_groups
     from util.precision import precision
@@ -407,7 +407,7 @@ def train(
     from util.saving import RunSaver
     from util.schedule import check_schedule, effective_batch, learning_rate, scaled_lr
     from util.tracking import Tracker
-    from util.training import Trainer
+    from util.training import Trainer, arrange
 
     log, task, group, device, is_main = get_logger(), bench.task, bench.group, bench.device, bench.processes.is_main
     output_dir, whole = make_directory(args.output_dir), args.protocol == "finetune"
@@ -480,8 +480,9 @@ def train(
     if is_main:
         write_json(output_dir / "args.json", groups.args_to_dict(args))
 
+    trained, graphs = arrange(module, group, cuda_graph=args.cuda_graph)
     trainer = Trainer(
-        data_parallel(module, group),
+        trained,
         optimizer,
         processes=group,
         output_dir=output_dir,
@@ -493,6 +494,7 @@ def train(
         skip_nonfinite=args.skip_nonfinite,
         max_bad_samples=args.max_bad_samples,
         resumed=resumed,
+        graphs=graphs,
     )
     began = time.monotonic()
     saver = RunSaver(

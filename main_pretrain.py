@@ -244,14 +244,13 @@ def train(
     from engine_pretrain import train_one_epoch
     from sarwmix.data.loader import build_loader
     from util.checkpoint import load_model_state
-    from util.distributed import data_parallel
     from util.log import EpochLog, Progress, ScalarWriter, format_duration, get_logger, memory_mib
     from util.optim import build_adamw, parameter_groups
     from util.precision import precision
     from util.resume import Batch, find_checkpoint, resume_run, start_afresh
     from util.saving import RunSaver
     from util.schedule import learning_rate
-    from util.training import Trainer
+    from util.training import Trainer, arrange
 
     log, device, output_dir = get_logger(), processes.device, make_directory(args.output_dir)
     loader = build_loader(
@@ -299,8 +298,9 @@ def train(
 
     if args.compile:
         model.compile_blocks()
+    trained, graphs = arrange(model, processes, cuda_graph=args.cuda_graph)
     trainer = Trainer(
-        data_parallel(model, processes),
+        trained,
         optimizer,
         processes=processes,
         output_dir=output_dir,
@@ -312,6 +312,7 @@ def train(
         skip_nonfinite=args.skip_nonfinite,
         max_bad_samples=args.max_bad_samples,
         resumed=resumed,
+        graphs=graphs,
     )
     saver = RunSaver(
         output_dir,

@@ -43,6 +43,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from util.cuda_graph import is_recording
+
 try:  # comes with the CUDA builds of PyTorch for Linux
     import triton
     import triton.language as tl
@@ -124,7 +126,7 @@ def _fastest(qkv: Tensor) -> str:
     Python, as in eager mode, PyTorch's own operators have less to do before a launch."""
     if not qkv.is_cuda:
         return "explicit"
-    return "kernel" if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing() else "sdpa"
+    return "kernel" if torch.compiler.is_compiling() or is_recording() else "sdpa"
 
 
 def _split(qkv: Tensor, rows: int, num_heads: int, window: int) -> tuple[Tensor, ...]:

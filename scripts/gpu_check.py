@@ -323,45 +323,63 @@ class Steps:
     Args:
         check: see `Check`.
         name: of the model.
-        batch: images of a step.
+        batch: images, or pairs of images, of a step.
+        kind: "pretrain", "patches" (fine-tuning on 19 labels) or "pairs" (flood or no flood).
+        size: side of an image that the model sees, px.
         compiled: whether blocks are compiled.
+        graph: whether forward and backward pass run as a CUDA graph.
         amp: "bf16" or "off".
         lr: learning rate, constant.
         checkpointing: recompute blocks in the backward pass.
     """
 
     def __init__(
-        self, check: Check, *, name: str = "", batch: int = 0, compiled: bool, amp: str = "bf16",
-        lr: float = 1e-5, checkpointing: bool = False,
+        self, check: Check, *, name: str = "", batch: int = 0, kind: str = "pretrain", size: int = 128,
+        compiled: bool, graph: bool = False, amp: str = "bf16", lr: float = 1e-5, checkpointing: bool = False,
     ) -> None:  # fmt: skip
         import torch
 
         from models_mixmim import MixMIM, model_config
+        from sarwmix.models.settings import ModelSettings
+        from sarwmix.tasks.base import build_task
         from sarwmix.transforms import SarTransform
         from sarwmix.weighting import WeightOptions
         from util.distributed import Processes
         from util.optim import build_adamw, parameter_groups
         from util.precision import precision
-        from util.training import Trainer
+        from util.training import Trainer, arrange
 
         check.fresh()
         torch.manual_seed(0)
-        self.check, self.batch = check, batch or check.batch
-        self.model = MixMIM(**model_config(name or check.model), norm_pix_loss=True).to(check.device)
+        self.check, self.batch, self.kind, self.size = check, batch or check.batch, kind, size
+        name = name or check.model
+        self.task: Any = None
+        if kind == "pretrain":
+            self.model: Any = MixMIM(**model_config(name), norm_pix_loss=True)
+        else:
+            classes = [f"class {number}" for number in range(19 if kind == "patches" else 2)]
+            self.task = build_task("multilabel" if kind == "patches" else "pair", classes)
+            self.model = self.task.build_model(ModelSettings(name, size, 2, drop_path_rate=0.1))
+            torch.nn.init.normal_(self.model.head.weight, std=0.01)
+        self.model.to(check.device)
         self.model.activation_checkpointing = checkpointing
         if compiled:
             self.model.compile_blocks()
         self.folder = tempfile.TemporaryDirectory()
         self.optimizer = build_adamw(parameter_groups(self.model, weight_decay=0.05), lr=lr, betas=(0.9, 0.95))
+        processes = Processes(device=check.device)
+        trained, graphs = arrange(self.model, processes, cuda_graph=graph)
         self.trainer = Trainer(
-            self.model,
+            trained,
             self.optimizer,
-            processes=Processes(device=check.device),
+            processes=processes,
             output_dir=self.folder.name,
             lr_at=lambda epoch: lr,
             amp_dtype=precision(amp, check.device)[0],
+            graphs=graphs,
         )
-        self.transform = SarTransform(size=128, mean=MEAN, std=STD, weighting=WeightOptions(), all_finite=True)
+        weighting = WeightOptions() if kind == "pretrain" else None
+        self.transform = SarTransform(size=size, mean=MEAN, std=STD, weighting=weighting, all_finite=kind == "pretrain")
         self.epoch = 0
 
     def one(self) -> dict[str, Any]:
@@ -369,15 +387,23 @@ class Steps:
         import torch
 
         generator = torch.Generator().manual_seed(1)
-        image = torch.randn(self.batch, 2, 120, 120, generator=generator) * 5 - 15
-        names = [f"sample_{i}" for i in range(self.batch)]
-        return {"image": image.to(self.check.device), "name": names, "replaced": []}
+        side = self.size if self.kind == "pairs" else 120
+        image = torch.randn(self.batch, 2, side, side, generator=generator) * 5 - 15
+        batch = {"name": [f"sample_{i}" for i in range(self.batch)], "replaced": []}
+        if self.kind == "pairs":
+            power = (10 ** (image / 10)).to(self.check.device)
+            label = torch.randint(0, 2, (self.batch,), generator=generator)
+            return {**batch, "image1": power, "image2": power.flip(0), "label": label.to(self.check.device)}
+        label = torch.randint(0, 2, (self.batch, 19), generator=generator).float()
+        return {**batch, "image": image.to(self.check.device), "label": label.to(self.check.device)}
 
     def run(self, batches: Any, steps: int) -> tuple[dict[str, float], list[float], list[float]]:
         """Train; statistics of the epoch, milliseconds of each step on the device, and of the host."""
         import torch
 
-        from engine_pretrain import train_one_epoch
+        from engine_finetune import Augmentation
+        from engine_finetune import train_one_epoch as finetune_epoch
+        from engine_pretrain import train_one_epoch as pretrain_epoch
         from util.log import Progress
 
         marks: list[Any] = []
@@ -391,9 +417,13 @@ class Steps:
                 marks.append(event)
             return False
 
+        train_one_epoch: Any = pretrain_epoch
+        more: dict[str, Any] = {}
+        if self.task is not None:
+            train_one_epoch, more = finetune_epoch, {"task": self.task, "augmentation": Augmentation()}
         result = train_one_epoch(
             self.trainer, batches, transform=self.transform, seed=0, epoch=self.epoch, steps=steps,
-            progress=Progress(steps, title="", enabled=False), on_step=mark,
+            progress=Progress(steps, title="", enabled=False), on_step=mark, **more,
         )  # fmt: skip
         self.epoch += 1
         self.check.synchronize()
@@ -416,59 +446,75 @@ class Steps:
             "host_ms": statistics.median(host),
             "gib": self.check.gib(),
             "loss": stats["train_loss"],
+            "data_wait": stats["data_wait"],
             "warm_up_s": warm,
         }
 
 
-def _variants(check: Check) -> list[tuple[str, bool]]:
-    return [
-        ("kernel", True),
-        ("sdpa", True),
-        ("kernel", False),
-        ("sdpa", False),
-        ("explicit", False),
-        ("explicit", True),
-    ]
+Variant = tuple[str, bool, bool]  # form of attention, compiled, as a CUDA graph
 
 
-@section
-def step(check: Check) -> Any:
-    """A pretraining step by each form of attention, compiled and eager."""
+def variant_name(form: str, compiled: bool, graph: bool) -> str:
+    return f"{form}, {'compiled' if compiled else 'eager'}{', graph' if graph else ''}"
+
+
+VARIANTS: dict[str, Variant] = {
+    variant_name(*variant): variant
+    for variant in (
+        ("kernel", True, True),
+        ("kernel", False, True),
+        ("kernel", True, False),
+        ("sdpa", False, False),
+        ("explicit", False, False),
+        ("kernel", False, False),
+        ("sdpa", True, False),
+        ("explicit", True, False),
+    )
+}
+
+
+def _table(check: Check, names: list[str], reserve: float, steps: int = 40, **more: Any) -> dict[str, Any]:
+    """Some variants of a step, each measured; those for which there is no time are named."""
     from sarwmix.window_attention import attention_form
 
     found: dict[str, Any] = {}
-    for form, compiled in _variants(check):
-        name = f"{form}, {'compiled' if compiled else 'eager'}"
-        if check.dry and (compiled or form == "sdpa"):
+    for name in names:
+        form, compiled, graph = VARIANTS[name]
+        if check.dry and (compiled or graph or form == "sdpa"):
             continue
-        if check.left < 120 and found:
+        if check.left < reserve and found:
             found[name] = {"skipped": "no time left"}
             continue
         try:
             with attention_form(form):
-                found[name] = Steps(check, compiled=compiled).measure()
+                found[name] = Steps(check, compiled=compiled, graph=graph, **more).measure(steps)
         except RuntimeError as error:
             found[name] = {"error": str(error)[:500]}
-        print(f"  {name}: {found[name]}", flush=True)
+        print(f"  {name}: {shorten(found[name])}", flush=True)
     return found
 
 
-def best_form(check: Check) -> tuple[str, bool]:
+@section
+def step(check: Check) -> Any:
+    """A pretraining step by each form of attention, compiled and eager, launched one by one and as a CUDA graph."""
+    return _table(check, list(VARIANTS), reserve=120)
+
+
+def best_form(check: Check) -> Variant:
     """The fastest variant of section `step`; the chosen default where it has not run."""
     rates = {n: r.get("images_per_s", 0.0) for n, r in (check.results.get("step") or {}).items() if isinstance(r, dict)}
     if not any(rates.values()):
-        return ("explicit", False) if check.dry else ("kernel", True)
-    form, _, kind = max(rates, key=lambda n: rates[n]).partition(", ")
-    return form, kind == "compiled"
+        return ("explicit", False, False) if check.dry else ("kernel", True, True)
+    return VARIANTS[max(rates, key=lambda n: rates[n])]
 
 
 @contextlib.contextmanager
 def best(check: Check, **more: Any) -> Iterator[Steps]:
     from sarwmix.window_attention import attention_form
 
-    form, compiled = best_form(check)
+    form, compiled, graph = best_form(check)
     with attention_form(form):
-        yield Steps(check, compiled=compiled, **more)
+        yield Steps(check, compiled=compiled, graph=graph, **more)
 
 
 KINDS = {
@@ -478,92 +524,6 @@ KINDS = {
     "copies": r"memcpy|memset",
     "compiler's": r"triton_",
 }
-
-
-@section
-def graph(check: Check) -> Any:
-    """Forward and backward pass as one CUDA graph, the optimizer after it: what a host that launches nothing gains."""
-    if check.dry:
-        return {}
-    return {name: _graph_rate(check, compiled=name == "compiled") for name in ("compiled", "eager")}
-
-
-@section
-def graph_sizes(check: Check) -> Any:
-    """The same for larger models and another batch."""
-    found: dict[str, Any] = {}
-    for name, batch in (("mixmim_large", 256), ("mixmim_huge", 256), ("mixmim_base", 512)):
-        if check.dry or check.left < 70:
-            break
-        try:
-            found[f"{name}, batch {batch}"] = _graph_rate(check, compiled=True, name=name, batch=batch)
-        except RuntimeError as error:
-            found[f"{name}, batch {batch}"] = {"error": str(error)[:300]}
-    return found
-
-
-def _graph_rate(check: Check, *, compiled: bool, name: str = "", batch: int = 0) -> dict[str, Any]:
-    """Images a second of steps whose forward and backward pass are replayed."""
-    import torch
-    from torch.profiler import ProfilerActivity
-
-    from models_mixmim import CellMask
-    from sarwmix.window_attention import attention_form
-    from util.optim import gradient_norm
-
-    steps = Steps(check, compiled=compiled, name=name, batch=batch)
-    model, optimizer = steps.model, steps.optimizer
-    image = steps.one()["image"]
-    cells = model.prepare_mask(model.draw_mask(0.5, torch.Generator().manual_seed(0)))
-    still = CellMask(cells.cells.clone(), cells.z_cells.clone(), cells.order.clone(), cells.num_own)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-
-    def work() -> Any:
-        sar = steps.transform(image, None)
-        with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
-            loss = model(sar.images, sar.weights, mask=still).loss
-        loss.backward()
-        return loss
-
-    with attention_form("kernel"):
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                optimizer.zero_grad(set_to_none=True)
-                work()
-        torch.cuda.current_stream().wait_stream(side)
-        optimizer.zero_grad(set_to_none=True)
-        captured = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(captured):
-            loss = work()
-
-    def replayed() -> None:
-        captured.replay()
-        norm = gradient_norm(parameters)
-        optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
-        optimizer.step()
-
-    replayed()
-    check.synchronize()
-    began = time.perf_counter()
-    replayed()
-    host = time.perf_counter() - began
-    seconds = check.seconds(replayed, repeats=40)
-    found = {
-        "images_per_s": steps.batch / seconds,
-        "ms": 1e3 * seconds,
-        "graph_ms": 1e3 * check.seconds(captured.replay, repeats=40),
-        "host_ms": 1e3 * host,
-        "gib": check.gib(),
-        "loss": float(loss.detach()),
-    }
-    print(f"  {found}", flush=True)
-    with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as recorded:
-        for _ in range(4):
-            replayed()
-        torch.cuda.synchronize()
-    return {**found, "profile": _sums_of(recorded, check, 4)}
 
 
 def _sums_of(recorded: Any, check: Check, steps: int) -> dict[str, Any]:
@@ -607,6 +567,8 @@ def repeats(check: Check) -> Any:
 
     import torch
 
+    from sarwmix.window_attention import attention_form
+
     def weights(steps: Steps) -> dict[str, Any]:
         return {key: value.detach().cpu().clone() for key, value in steps.model.state_dict().items()}
 
@@ -631,6 +593,15 @@ def repeats(check: Check) -> Any:
         steps.run([batch] * 2, 2)
         different = differing(runs[1], weights(steps))
     found["resume"] = {"equal": not different, "different": different[:12]}
+    form, compiled, graph = best_form(check)
+    if graph:  # the same kernels launched one by one
+        with attention_form(form):
+            steps = Steps(check, compiled=compiled, lr=1e-3)
+            steps.run([batch] * 3, 3)
+            steps.run([batch] * 2, 2)
+            different = differing(runs[1], weights(steps))
+            largest = max(float((runs[1][key] - weights(steps)[key]).abs().max()) for key in different or runs[1])
+        found["without the graph"] = {"equal": not different, "different": len(different), "largest": largest}
     return found
 
 
@@ -685,87 +656,15 @@ def loop(check: Check) -> Any:
     return found
 
 
-def _finetuning(check: Check, *, pair: bool, batch: int, compiled: bool, size: int) -> tuple[Any, Any, list[Any]]:
-    """Model, optimizer and inputs of a fine-tuning step."""
-    import torch
-
-    from models_mixmim import encoder_config
-    from models_mixmim_ft import MixMIMClassifier
-    from models_sen12_ft import MixMIMPair
-
-    check.fresh()
-    torch.manual_seed(0)
-    kind = MixMIMPair if pair else MixMIMClassifier
-    model: Any = kind(num_classes=1 if pair else 19, img_size=size, drop_path_rate=0.1, **encoder_config(check.model))
-    torch.nn.init.normal_(model.head.weight, std=0.01)
-    model.to(check.device)
-    if compiled:
-        model.compile_blocks()
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=torch.tensor(1e-5), fused=not check.dry, capturable=not check.dry
-    )
-    images = [torch.randn(batch, 2, size, size, device=check.device) for _ in range(2 if pair else 1)]
-    return model, optimizer, images
-
-
-def _finetune_rate(check: Check, *, pair: bool, batch: int, compiled: bool, size: int, graph: bool) -> dict[str, float]:
-    import torch
-
-    model, optimizer, images = _finetuning(check, pair=pair, batch=batch, compiled=compiled, size=size)
-    target = torch.rand(batch, 1 if pair else 19, device=check.device).round()
-
-    def work() -> Any:
-        with torch.autocast(check.device.type, torch.bfloat16, cache_enabled=not graph):
-            logits = model(*images)
-        loss = torch.nn.functional.binary_cross_entropy_with_logits(logits.float(), target)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss
-
-    if not graph:
-        seconds = check.seconds(work)
-        return {"per_s": batch / seconds, "ms": 1e3 * seconds, "gib": check.gib(), "loss": float(work().detach())}
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(5):
-            work()
-    torch.cuda.current_stream().wait_stream(side)
-    captured = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(captured):
-        loss = work()
-    seconds = check.seconds(captured.replay)
-    return {"per_s": batch / seconds, "ms": 1e3 * seconds, "gib": check.gib(), "loss": float(loss.detach())}
-
-
-def _finetune_table(check: Check, *, pair: bool, batches: tuple[int, ...], size: int) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for batch in batches:
-        for name, compiled, graph in (
-            ("compiled", True, False),
-            ("eager", False, False),
-            ("graph of eager", False, True),
-            ("graph of compiled", True, True),
-        ):
-            if check.dry and (compiled or graph):
-                continue
-            if check.left < 60 and found:
-                found[f"batch {batch}, {name}"] = {"skipped": "no time left"}
-                continue
-            try:
-                row = _finetune_rate(check, pair=pair, batch=batch, compiled=compiled, size=size, graph=graph)
-            except RuntimeError as error:
-                row = {"error": str(error)[:300]}  # type: ignore[dict-item]
-            found[f"batch {batch}, {name}"] = row
-            print(f"  batch {batch}, {name}: {row}", flush=True)
-    return found
+FINE_TUNING = [name for name in VARIANTS if name in ("kernel, compiled, graph", "kernel, eager, graph",
+                                                     "kernel, compiled", "sdpa, eager", "explicit, eager")]  # fmt: skip
 
 
 @section
 def pairs(check: Check) -> Any:
     """Fine-tuning on SEN12-FLOOD pairs of 512 px, pairs a second."""
-    return _finetune_table(check, pair=True, batches=(1,) if check.dry else (8, 16), size=128 if check.dry else 512)
+    size, batches = (128, (1,)) if check.dry else (512, (8, 16))
+    return {f"batch {n}": _table(check, FINE_TUNING, 60, 20, kind="pairs", size=size, batch=n) for n in batches}
 
 
 @section
@@ -780,14 +679,17 @@ def curves(check: Check) -> Any:
     # Blocks of equal backscatter under speckle: something to learn, unlike noise.
     level = torch.randn(8 * batch, 2, 8, 8, generator=generator).repeat_interleave(15, 2).repeat_interleave(15, 3)
     pictures = (level * 4 - 15 + torch.randn(level.shape, generator=generator) * 2).to(check.device)
-    form, compiled = best_form(check)
+    fastest = best_form(check)
     found: dict[str, Any] = {}
-    for name, used, amp, fast in (("float32", "sdpa", "off", False), ("bf16 sdpa", "sdpa", "bf16", False),
-                                  ("bf16 " + form, form, "bf16", compiled)):  # fmt: skip
+    for name, (form, compiled, graph), amp in (
+        ("float32", ("sdpa", False, False), "off"),
+        ("bf16 sdpa", ("sdpa", False, False), "bf16"),
+        ("bf16 " + variant_name(*fastest), fastest, "bf16"),
+    ):
         if check.dry and found:
             continue
-        with attention_form(used):
-            steps = Steps(check, batch=batch, compiled=fast, amp=amp, lr=5e-4)
+        with attention_form(form):
+            steps = Steps(check, batch=batch, compiled=compiled, graph=graph, amp=amp, lr=5e-4)
             losses = []
             for first in range(0, count, 20):
                 sets = [pictures[(8 * i // 8 % 8) * batch :][:batch] for i in range(first, first + 20)]
@@ -828,12 +730,16 @@ def sizes(check: Check) -> Any:
 @section
 def finetuning(check: Check) -> Any:
     """Fine-tuning on patches of 128 px, images a second; does a graph of the whole step gain anything?"""
-    return _finetune_table(check, pair=False, batches=(2,) if check.dry else (64, 128), size=128)
+    batches = (2,) if check.dry else (64, 128)
+    return {f"batch {n}": _table(check, FINE_TUNING, 60, 20, kind="patches", batch=n) for n in batches}
 
 
 @section
 def candidates(check: Check) -> Any:
-    """Microseconds of the kernel by warps and programs: is the choice in sarwmix/window_attention.py the right one?"""
+    """Microseconds of the kernel by warps and programs: is the choice in sarwmix/window_attention.py the right one?
+
+    Twenty launches as one CUDA graph: launched from Python they would measure the host.
+    """
     import torch
 
     from sarwmix import window_attention as module
@@ -841,22 +747,38 @@ def candidates(check: Check) -> Any:
     found: dict[str, Any] = {}
     if check.dry or module.triton is None:
         return found
+
+    def microseconds(work: Callable[[], Any]) -> float:
+        work()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(20):
+                work()
+        return 1e6 / 20 * check.seconds(graph.replay, repeats=10)
+
     chosen = module.WARPS, module.PROGRAMS
     try:
-        for name in ("stage 1", "stage 3, sorted", "decoder"):
-            shape = SHAPES[name]
+        for name, shape in SHAPES.items():
             qkv, bias, dout = _attention_case(check, shape, torch.bfloat16, check.batch)
+            qkv, bias = qkv.detach(), None if bias is None else bias.detach()
             for warps in (2, 4, 8):
                 module.WARPS = (warps, *chosen[0][1:])
-                with torch.no_grad(), module.attention_form("kernel"):
-                    found[f"{name}, forward, {warps} warps"] = 1e6 * check.seconds(
-                        lambda: module.window_attention(qkv, bias, shape[2], window=shape[0])  # noqa: B023
-                    )
+                found[f"{name}, forward, {warps} warps"] = microseconds(
+                    lambda: torch.ops.sarwmix.window_attention(qkv, bias, shape[2], shape[0])  # noqa: B023
+                )
             for warps in (4, 8):
-                for programs in (528, 1056, 2112) if bias is not None else (1056,):
+                for programs in (264, 528, 1056, 2112) if bias is not None else (1056,):
                     module.WARPS, module.PROGRAMS = (chosen[0][0], warps, warps), programs
-                    found[f"{name}, both, {warps} warps, {programs} programs"] = 1e6 * check.seconds(
-                        lambda: _attend("kernel", qkv, bias, dout, shape)  # noqa: B023
+                    found[f"{name}, backward, {warps} warps, {programs} programs"] = microseconds(
+                        lambda: torch.ops.sarwmix.window_attention_backward(
+                            qkv,
+                            bias,
+                            dout,
+                            shape[2],
+                            shape[0],
+                            bias is not None,  # noqa: B023
+                        )
                     )
     finally:
         module.WARPS, module.PROGRAMS = chosen

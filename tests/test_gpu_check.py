@@ -28,7 +28,6 @@ def test_sections_run_and_are_written(tmp_path: Path) -> None:
         "finetuning",
         "curves",
         "sizes",
-        "graph",
         "candidates",
     ]
     found = rehearse(tmp_path, "--only", *names)

@@ -88,14 +88,17 @@ def test_float16_does_not_hide_what_never_becomes_finite(where: str, tmp_path: P
     if where == "gradient":
         model.weight.register_hook(lambda gradient: gradient * float("inf"))
 
-    def loss_of(batch: dict, step: int) -> tuple[torch.Tensor, dict]:
+    def loss_of(step: int) -> torch.Tensor:
         loss = model(torch.ones(1, 1)).sum()
-        return (loss * factor if step % 2 == 0 else loss), {}
+        return loss * factor if step % 2 == 0 else loss
 
     batches = [{"name": [f"patch_{i}"], "replaced": []} for i in range(80)]
     message = "samples of that batch: patch_0;" if where == "loss" else "loss scale of 0.5"
     with pytest.raises(NonFiniteError, match=message):
-        trainer.run_epoch(batches, loss_of, epoch=0, steps=80, progress=Progress(80, title="", enabled=False))
+        trainer.run_epoch(
+            batches, lambda batch, step: (step, {}), loss_of, epoch=0, steps=80,
+            progress=Progress(80, title="", enabled=False),
+        )  # fmt: skip
     assert torch.equal(model.weight, before)
     if where == "gradient":
         assert trainer._sums.as_dicts()["sums"]["overflows"] == 17  # 65,536 / 2^17 = 0.5

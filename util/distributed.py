@@ -16,7 +16,7 @@ import re
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any
@@ -193,6 +193,34 @@ def data_parallel(model: torch.nn.Module, processes: Processes) -> torch.nn.Modu
     }
     # Without `device_ids` inputs stay where they are: a mask that is drawn on the CPU is read there, without a wait.
     return parallel(model, gradient_as_bucket_view=True, **options)
+
+
+def average_gradients(parameters: Iterable[torch.nn.Parameter], processes: Processes, *, most: int = 2**26) -> None:
+    """Replace gradients by their mean over processes, many at a time; for models outside DistributedDataParallel.
+
+    Args:
+        parameters: the same on every process, in the same order.
+        most: elements that travel together, and are copied for it.
+    """
+    if processes.world_size == 1:
+        return
+    groups: list[list[torch.Tensor]] = [[]]
+    for gradient in (p.grad for p in parameters if p.grad is not None):
+        if groups[-1] and sum(g.numel() for g in groups[-1]) + gradient.numel() > most:
+            groups.append([])
+        groups[-1].append(gradient)
+    for group in groups:
+        flat = torch.cat([gradient.flatten() for gradient in group])
+        torch.distributed.all_reduce(flat)
+        parts = flat.div_(processes.world_size).split([gradient.numel() for gradient in group])
+        torch._foreach_copy_(group, [part.view_as(gradient) for part, gradient in zip(parts, group, strict=True)])
+
+
+def share_parameters(model: torch.nn.Module, processes: Processes) -> None:
+    """Give all processes the parameters of rank 0, as DistributedDataParallel does at its start."""
+    if processes.world_size > 1:
+        for parameter in model.parameters():
+            torch.distributed.broadcast(parameter.detach(), src=0)
 
 
 def has_running_statistics(model: torch.nn.Module) -> bool:

@@ -8,13 +8,15 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from util.distributed import Processes
+from util.cuda_graph import StepGraphs
+from util.distributed import Processes, average_gradients, data_parallel, has_running_statistics, share_parameters
 from util.errors import NonFiniteError, UserError
 from util.files import WriteError, write_json
 from util.log import Progress, get_logger
@@ -25,13 +27,38 @@ from util.schedule import set_learning_rate
 SMALLEST_SCALE = 1.0  # of float16 losses; it starts at 65,536 and is halved at each step with an overflow
 SYNC_EVERY = 20  # steps between looks at device values; each look waits for the device once
 
-# What a step computes: from a batch and its number, the loss and further counts to be summed over the epoch.
-LossOf = Callable[[dict[str, Any], int], tuple[Tensor, Mapping[str, Tensor]]]
+# A step in two parts. From a batch and its number: what goes into the model, nested tuples of tensors on the device and
+# plain values, and counts to be summed over the epoch. From that: the loss; this part may run as a CUDA graph, so it
+# looks at no value and draws from the device's generator only.
+Prepare = Callable[[dict[str, Any], int], tuple[Any, Mapping[str, Tensor]]]
+LossOf = Callable[[Any], Tensor]
 
 
 def sync_interval(device: torch.device) -> int:
     """Steps between looks at device values; on the CPU looking costs nothing."""
     return 1 if device.type == "cpu" else SYNC_EVERY
+
+
+def arrange(model: nn.Module, processes: Processes, *, cuda_graph: bool) -> tuple[nn.Module, StepGraphs | None]:
+    """How a model is trained by these processes: (model to call, graphs of its steps or None).
+
+    With graphs the model stays bare; :class:`Trainer` averages gradients after each launch, since communication that
+    DistributedDataParallel starts in the middle of a backward pass cannot be recorded everywhere.
+
+    Raises:
+        UserError: no CUDA device, or running statistics that several processes would have to share in each step.
+    """
+    if not cuda_graph:
+        return data_parallel(model, processes), None
+    if processes.device.type != "cuda":
+        raise UserError(f"--cuda_graph needs a CUDA device, this run computes on {processes.device}; leave it out")
+    if processes.world_size > 1 and has_running_statistics(model):
+        raise UserError(
+            "--cuda_graph on several processes does not go with BatchNorm, whose statistics they share in each step; "
+            "leave it out, or use one process"
+        )
+    share_parameters(model, processes)
+    return model, StepGraphs(model, [parameter for parameter in model.parameters() if parameter.requires_grad])
 
 
 def bare(model: nn.Module) -> nn.Module:
@@ -218,6 +245,42 @@ class _Sums:
         }
 
 
+class _Waits:
+    """Seconds in which the device had nothing to do because the next batch was not there.
+
+    On a CPU that is the time until the loader answers. A GPU is given work many steps ahead, so that the host may wait
+    long while the GPU computes: what counts is the time on the GPU between two marks in its queue, one set before the
+    loader is asked and one after it has answered. Without a wait the second follows the first at once.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._asked: Any = 0.0
+        self._pairs: list[tuple[Any, Any]] = []
+
+    def _mark(self) -> Any:
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def __enter__(self) -> None:
+        self._asked = self._mark()
+
+    def __exit__(self, *error: object) -> None:
+        self._pairs.append((self._asked, self._mark()))
+
+    def take(self) -> float:
+        """Seconds since the last call; waits for the device."""
+        pairs, self._pairs = self._pairs, []
+        if not self._on_gpu:
+            return sum(after - before for before, after in pairs)
+        if pairs:
+            pairs[-1][1].synchronize()
+        return sum(before.elapsed_time(after) for before, after in pairs) / 1e3
+
+
 class Trainer:
     """A model in training, with all that an optimizer step needs beside the loss.
 
@@ -234,6 +297,7 @@ class Trainer:
         skip_nonfinite: steps with a loss or gradient that is not finite that are left out before the run is stopped.
         max_bad_samples: unreadable samples that a process replaces before the run is stopped.
         resumed: where the run stands: its counts go on, and the sums of an epoch that was left in the middle.
+        graphs: run forward and backward passes as CUDA graphs; the model is bare then, whatever the processes.
     """
 
     def __init__(
@@ -251,6 +315,7 @@ class Trainer:
         skip_nonfinite: int = 0,
         max_bad_samples: int = 0,
         resumed: Resumed | None = None,
+        graphs: StepGraphs | None = None,
     ) -> None:
         resumed = resumed or Resumed()
         self.model = model
@@ -267,14 +332,19 @@ class Trainer:
         self._clip_grad = clip_grad
         self._amp_dtype = amp_dtype
         self._sums = _Sums(self.device, resumed.sums, resumed.counts)
+        self._waits = _Waits(self.device)
+        self._graphs = graphs
 
     def autocast(self) -> torch.autocast:
-        """The run's precision, for the forward pass."""
-        return torch.autocast(self.device.type, self._amp_dtype, enabled=self._amp_dtype is not None)
+        """The run's precision, for the forward pass. A graph casts weights where they are used: nothing outside of it
+        may be kept for the next step."""
+        used, cached = self._amp_dtype is not None, self._graphs is None
+        return torch.autocast(self.device.type, self._amp_dtype, enabled=used, cache_enabled=cached)
 
     def run_epoch(
         self,
         batches: Iterable[dict[str, Any]],
+        prepare: Prepare,
         loss_of: LossOf,
         *,
         epoch: int,
@@ -287,7 +357,8 @@ class Trainer:
 
         Args:
             batches: from ``start_step`` on; dicts with ``name`` and ``replaced``.
-            loss_of: forward pass of a batch, see :data:`LossOf`; names of counts become names in the log.
+            prepare: inputs of a batch, see :data:`Prepare`; names of counts become names in the log.
+            loss_of: forward pass of such inputs, see :data:`LossOf`; called with autocast on.
             steps: batches of a whole epoch.
             on_step: called after each optimizer step with the batches done; True ends the epoch (signals, limits).
 
@@ -306,9 +377,8 @@ class Trainer:
         iterator = iter(batches)
 
         for step in range(start_step, steps):
-            asked = time.perf_counter()
-            batch = next(iterator)
-            sums.waited += time.perf_counter() - asked
+            with self._waits:
+                batch = next(iterator)
             self.bad_samples.add(batch["replaced"])
             first, last, group_size = accumulation_group(step, steps, self._accum_iter)
             if first:
@@ -316,13 +386,18 @@ class Trainer:
                 set_learning_rate(self.optimizer, lr)
                 self.optimizer.zero_grad(set_to_none=True)
                 group = []
-            with self._apart() if not last else contextlib.nullcontext():
-                loss, counts = loss_of(batch, step)
-                scaled = loss / group_size
-                (scaled if self.scaler is None else self.scaler.scale(scaled)).backward()
+            inputs, counts = prepare(batch, step)
+            if self._graphs is None:
+                with self._apart() if not last else contextlib.nullcontext():
+                    loss = self._forward_and_backward(loss_of, inputs, group_size)
+            else:
+                work = partial(self._graph_work, loss_of)
+                loss = self._graphs.run(work, (inputs, group_size), first=first, last=last)
+                if last:
+                    average_gradients(self._parameters, self.processes)
 
-            group.append((loss.detach(), batch["name"]))
-            sums.add(loss.detach(), counts)
+            group.append((loss, batch["name"]))
+            sums.add(loss, counts)
             sums.samples += len(batch["name"])
             sums.seconds = before + time.perf_counter() - began
             seen += len(batch["name"]) * self.processes.world_size
@@ -331,6 +406,7 @@ class Trainer:
                 sums.add_norm(self.update(group, step))
                 if steps_done % sync_every == 0:
                     self.check()
+                    sums.waited += self._waits.take()
                 stop = on_step(steps_done)
             if steps_done == steps or (progress.wants and steps_done % sync_every == 0):
                 progress.update(steps_done, samples=seen, values={"loss": sums.mean_loss(), "lr": lr})
@@ -338,8 +414,20 @@ class Trainer:
                 break
         progress.close()
         self.check()
+        sums.waited += self._waits.take()
         sums.seconds = before + time.perf_counter() - began
         return EpochResult(self._stats(lr), finished=steps_done == steps, steps_done=steps_done)
+
+    def _forward_and_backward(self, loss_of: LossOf, inputs: Any, group_size: int) -> Tensor:
+        """Add a batch's gradients to those of its accumulation group; returns its loss."""
+        with self.autocast():
+            loss = loss_of(inputs)
+        scaled = loss / group_size
+        (scaled if self.scaler is None else self.scaler.scale(scaled)).backward()
+        return loss.detach()
+
+    def _graph_work(self, loss_of: LossOf, inputs: tuple[Any, int]) -> Tensor:
+        return self._forward_and_backward(loss_of, *inputs)
 
     def update(self, losses: Sequence[tuple[Tensor, list[str]]], step: int) -> Tensor:
         """Unscale, measure, clip, update. Returns the gradient norm before clipping.
@@ -382,6 +470,7 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         """What this process has counted so far, in plain values for a checkpoint; all processes call it together."""
         self.check()
+        self._sums.waited += self._waits.take()
         return {**self._sums.as_dicts(), "bad_samples": [list(item) for item in self.bad_samples.found]}
 
     def _dump(self, facts: dict[str, Any]) -> str:
