@@ -11,7 +11,7 @@ All three take the packed projection and give the heads side by side, as a linea
               its fused CUDA kernels do not fall back to products in float32.
 ``kernel``    the Triton kernels below (CUDA with Triton). No scores in memory, no copies of q, k and v.
 
-How the kernels work. A program holds a tile of 64 consecutive tokens of one head, which are 64 / n whole windows. The
+How the kernels work. A program holds a tile of 64 (or 32) consecutive tokens of one head, which are whole windows. The
 scores of a tile are one 64 x 64 product of which only the squares on the diagonal count::
 
             keys 0 .. 63
@@ -37,7 +37,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -51,13 +51,26 @@ try:  # comes with the CUDA builds of PyTorch for Linux
 except ImportError:  # pragma: no cover - depends on the build
     triton = None
 
-TILE = 64  # tokens of a program
 WINDOWS = (8, 16, 32, 64)  # tokens of a window that the kernels take
 HEAD_WIDTHS = (16, 32, 64)
-PROGRAMS = 1056  # of the backward pass at least, 8 for each multiprocessor of an H100; fixed: it orders the sums
-# Warps of a program: forward, backward, backward without a bias. Chosen by the compiler's report for sm_90: as few as
-# keep everything in registers.
-WARPS = (4, 8, 4)
+
+
+class Launch(NamedTuple):
+    """How the kernels run for one length of a window.
+
+    Attributes:
+        tile: tokens of a program, whole windows.
+        forward, backward: warps of a program, as few as keep everything in registers (compiler's report for sm_90).
+        programs: of the backward pass at least, where a bias has a gradient; fixed, since it orders the sums.
+    """
+
+    tile: int
+    forward: int
+    backward: int
+    programs: int = 1056  # 8 for each multiprocessor of an H100
+
+
+LAUNCH = {8: Launch(32, 2, 4), 16: Launch(32, 2, 4), 32: Launch(32, 2, 4), 64: Launch(64, 4, 8)}
 _MOST_BATCH = 65535  # CUDA's limit in the grid dimension in which the fused kernels count batches
 _FORMS = ("explicit", "sdpa", "kernel")
 
@@ -90,7 +103,7 @@ def kernel_takes(qkv: Tensor, bias: Tensor | None, num_heads: int, window: int) 
     on_card = qkv.is_cuda and qkv.dtype in (torch.bfloat16, torch.float16) and _has_tensor_cores(qkv.device)
     if not (on_card or (_INTERPRETED and qkv.is_floating_point())):
         return False
-    rows, inside = 1 if bias is None else bias.shape[0], TILE // window
+    rows, inside = 1 if bias is None else bias.shape[0], LAUNCH[window].tile // window
     return rows % inside == 0 or inside % rows == 0  # tiles repeat after a whole number of windows
 
 
@@ -292,12 +305,13 @@ if triton is not None:
     def _attend(qkv: Tensor, bias: Tensor | None, num_heads: int, window: int) -> Tensor:
         batch, length, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
         out = torch.empty((batch, length, width), dtype=qkv.dtype, device=qkv.device)
-        tiles = triton.cdiv(batch * length, TILE)
+        how = LAUNCH[window]
+        tiles = triton.cdiv(batch * length, how.tile)
         _launch(_forward_kernel)[(num_heads, tiles)](
             qkv, qkv if bias is None else bias.contiguous(), out, batch * length,
             1 if bias is None else bias.shape[0], num_heads,
             SCALE=(width // num_heads) ** -0.5, N=window, D=width // num_heads, C=width, HAS_BIAS=bias is not None,
-            PRECISION=_precision(qkv), TILE=TILE, num_warps=WARPS[0],
+            PRECISION=_precision(qkv), TILE=how.tile, num_warps=how.forward,
         )  # fmt: skip
         return out
 
@@ -306,22 +320,22 @@ if triton is not None:
         qkv: Tensor, bias: Tensor | None, dout: Tensor, num_heads: int, window: int, sum_bias: bool
     ) -> tuple[Tensor, Tensor]:
         tokens, width = qkv.shape[0] * qkv.shape[1], qkv.shape[2] // 3
-        rows, inside = 1 if bias is None else bias.shape[0], TILE // window
-        tiles, period = triton.cdiv(tokens, TILE), max(1, rows // inside)
+        how = LAUNCH[window]
+        rows, inside = 1 if bias is None else bias.shape[0], how.tile // window
+        tiles, period = triton.cdiv(tokens, how.tile), max(1, rows // inside)
         # With a bias a program takes many tiles, to have few sums to write; without, one.
         parts = triton.cdiv(tiles, period)
         if sum_bias:
-            parts = max(1, min(parts, triton.cdiv(PROGRAMS, num_heads * period)))
+            parts = max(1, min(parts, triton.cdiv(how.programs, num_heads * period)))
         dqkv = torch.empty_like(qkv)
         sums = torch.empty(
-            (parts, period, num_heads, TILE, TILE) if sum_bias else (0,), dtype=torch.float32, device=qkv.device
+            (parts, period, num_heads, how.tile, how.tile) if sum_bias else (0,), dtype=torch.float32, device=qkv.device
         )
         _launch(_backward_kernel)[(num_heads, period, parts)](
             qkv, qkv if bias is None else bias.contiguous(), dout, dqkv, sums, tokens, tiles, rows, num_heads, period,
             parts,
             SCALE=(width // num_heads) ** -0.5, N=window, D=width // num_heads, C=width, HAS_BIAS=bias is not None,
-            SUM_BIAS=sum_bias, PRECISION=_precision(qkv), TILE=TILE,
-            num_warps=WARPS[1 if bias is not None else 2],
+            SUM_BIAS=sum_bias, PRECISION=_precision(qkv), TILE=how.tile, num_warps=how.backward,
         )  # fmt: skip
         if not sum_bias:
             return dqkv, sums

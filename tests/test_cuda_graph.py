@@ -1,6 +1,6 @@
 """Steps as CUDA graphs, without a GPU: a stand-in records by keeping the work and launches it on the same memory.
 
-What is checked is all that surrounds a graph: fixed inputs, gradients that stay where they are, accumulation, short last
+What is checked is all that surrounds a graph: fixed inputs, gradients that stay in place, accumulation, short last
 groups, random numbers, running statistics, and the mean over processes.
 """
 

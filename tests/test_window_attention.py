@@ -103,11 +103,12 @@ def check(kernel, types, fixed, warps):
     assert stores == 0, said
 for kind in ("*bf16", "*fp16"):
     for window, has_bias in CHOSEN:
-        fixed = {"SCALE": 32**-0.5, "N": window, "D": 32, "C": 512, "HAS_BIAS": has_bias, "TILE": wa.TILE}
+        tile = wa.LAUNCH[window].tile
+        fixed = {"SCALE": 32**-0.5, "N": window, "D": 32, "C": 512, "HAS_BIAS": has_bias, "TILE": tile}
         fixed["PRECISION"] = "tf32"
         types = dict.fromkeys(("QKV", "OUT", "DOUT", "DQKV"), kind) | {"BIAS": "*fp32", "DBIAS": "*fp32"}
-        check(wa._forward_kernel, types, fixed, wa.WARPS[0])
-        check(wa._backward_kernel, types, {**fixed, "SUM_BIAS": has_bias}, wa.WARPS[1 if has_bias else 2])
+        check(wa._forward_kernel, types, fixed, wa.LAUNCH[window].forward)
+        check(wa._backward_kernel, types, {**fixed, "SUM_BIAS": has_bias}, wa.LAUNCH[window].backward)
 print("fine")
 """
 
