@@ -39,6 +39,7 @@ from sarwmix.reports.ablation import (
 from util.cli import run_cli
 from util.errors import EXIT_OK, EXIT_PREEMPTED, UserError
 from util.files import atomic_write, make_directory, write_json
+from util.locks import FolderLock
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -86,8 +87,8 @@ def main() -> int:
             print(shlex.join(command(job, args.launcher)))
         return EXIT_OK
     print(f"{len(combinations)} combinations, {len(jobs)} jobs, {len(todo)} to run", flush=True)
-    make_directory(out)
-    failed = run(todo, args.launcher)
+    with FolderLock(out, "running ablations"):
+        failed = run(todo, args.launcher)
     names = "\n".join(f"  {job.folder}: {job.folder / 'ablation.log'}" for job in failed)
     trouble = UserError(f"{len(failed)} jobs failed, see the end of their logs; the same command tries again:\n{names}")
     if failed and not any(combination.finetune.finished for combination in combinations):

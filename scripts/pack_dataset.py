@@ -152,7 +152,10 @@ def write_other(args: argparse.Namespace, datasets: list[SarDataset]) -> None:
     if args.dtype != "float32":
         raise UserError(f"--format {args.format} keeps the values unchanged; --dtype {args.dtype} is for packed stores")
     write = write_as_lmdb if args.format == "lmdb" else write_as_zarr
-    written = sum(write(args, dataset) for dataset in datasets)
+    from util.locks import FolderLock
+
+    with FolderLock(args.output, "packing"):
+        written = sum(write(args, dataset) for dataset in datasets)
     total = sum(len(dataset) for dataset in datasets)
     print(f"{args.output}: {total} patches, {written} written now, {total - written} were there")
 

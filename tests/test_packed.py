@@ -25,6 +25,7 @@ from sarwmix.data.packed import DamagedStore, PackedDataset, pack, read_manifest
 from sarwmix.data.registry import build_dataset
 from tests.bigearthnet_fixtures import patch_name, write_benv2, write_tiff
 from util.errors import UserError
+from util.locks import FolderLock
 
 ROOT = Path(__file__).resolve().parents[1]
 COUNT = 24
@@ -318,8 +319,10 @@ def test_changed_labels_are_other_content(tree: Path, tmp_path: Path) -> None:
 
 def test_only_one_process_packs(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packed, "_LOCK_WAIT", 0.2)
-    (tmp_path / "s").mkdir()
-    with packed._lock(tmp_path / "s"), pytest.raises(UserError, match="another process is packing"):
+    with (
+        FolderLock(tmp_path / "s", "packing"),
+        pytest.raises(UserError, match=r"written by process \d+ on .*, packing"),
+    ):
         pack(open_splits(tree, "train"), tmp_path / "s")
 
 

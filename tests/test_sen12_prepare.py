@@ -460,7 +460,7 @@ def test_two_at_once_are_refused(shared_raw: Path, tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(workspace, "LOCK_WAIT", 0.2)
     holder = workspace.WorkFolder(tmp_path / "work")
-    with pytest.raises(UserError, match="another preparation is using"):
+    with pytest.raises(UserError, match="preparing SEN12-FLOOD.*one writer at a time"):
         run(shared_raw, tmp_path)
     holder.lock.release()
     run(shared_raw, tmp_path)

@@ -36,7 +36,8 @@ class WriteError(UserError):
     """A file could not be written; the file of that name is what it was before."""
 
 
-def _write_error(path: Path, error: OSError) -> WriteError:
+def write_error(path: Path, error: OSError) -> WriteError:
+    """The message for a file or folder that could not be written, with the system's reason."""
     reason = _REASONS.get(error.errno or 0, error.strerror or str(error))
     return WriteError(
         f"cannot write {path}: {reason}. The previous file of that name, if any, is untouched. "
@@ -110,7 +111,7 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[
         temporary = None
         _sync_directory(target.parent)
     except OSError as error:
-        raise _write_error(Path(path), error) from error
+        raise write_error(Path(path), error) from error
     finally:
         if temporary is not None:
             with contextlib.suppress(OSError):
@@ -132,7 +133,7 @@ def file_set(folder: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         work = Path(tempfile.mkdtemp(prefix=".", suffix=TEMP_SUFFIX, dir=target))
     except OSError as error:
-        raise _write_error(target, error) from error
+        raise write_error(target, error) from error
     try:
         yield work
         written = sorted(path for path in work.iterdir() if path.is_file())
@@ -143,7 +144,7 @@ def file_set(folder: str | os.PathLike[str]) -> Iterator[Path]:
             os.replace(path, target / path.name)
         _sync_directory(target)
     except OSError as error:
-        raise _write_error(target, error) from error
+        raise write_error(target, error) from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -166,7 +167,7 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=TEMP_SUFFIX, dir=parent))
     except OSError as error:
-        raise _write_error(target, error) from error
+        raise write_error(target, error) from error
     try:
         yield work
         for written in work.iterdir():
@@ -176,7 +177,7 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(work, target)
         _sync_directory(parent)
     except OSError as error:
-        raise _write_error(target, error) from error
+        raise write_error(target, error) from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -221,7 +222,7 @@ def link_file(source: str | os.PathLike[str], target: str | os.PathLike[str]) ->
         os.replace(temporary, target)
         _sync_directory(target.parent)
     except OSError as error:
-        raise _write_error(target, error) from error
+        raise write_error(target, error) from error
     finally:
         # A rename between two names of one file does nothing and leaves the temporary name behind.
         with contextlib.suppress(OSError):
@@ -291,7 +292,7 @@ def append_jsonl(path: str | os.PathLike[str], record: dict[str, Any]) -> None:
         finally:
             os.close(descriptor)
     except OSError as error:
-        raise _write_error(path, error) from error
+        raise write_error(path, error) from error
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

@@ -14,9 +14,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from util.files import WriteError, append_jsonl, atomic_write, make_directory, read_jsonl
+from util.files import WriteError, append_jsonl, atomic_write, make_directory, read_jsonl, write_error
+from util.locks import FolderLock, program
 
 LOGGER_NAME = "sarwmix"
+_lock: FolderLock | None = None  # of the folder that this process logs to
 
 
 def get_logger() -> logging.Logger:
@@ -28,7 +30,8 @@ def setup_logging(output_dir: str | os.PathLike[str] | None = None, *, rank: int
     """Set up the logger of this process.
 
     Rank 0 speaks on standard output and, with `output_dir`, in `<output_dir>/run.log`. Other ranks only report
-    warnings and errors, on standard error, with their rank.
+    warnings and errors, on standard error, with their rank. Who logs to a folder is its one writer until the process
+    ends or logs elsewhere.
 
     Args:
         output_dir: folder of the run.
@@ -36,7 +39,12 @@ def setup_logging(output_dir: str | os.PathLike[str] | None = None, *, rank: int
 
     Returns:
         The logger.
+
+    Raises:
+        UserError: another process writes `output_dir`.
+        WriteError: it cannot be written.
     """
+    global _lock
     logger = get_logger()
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
@@ -47,8 +55,15 @@ def setup_logging(output_dir: str | os.PathLike[str] | None = None, *, rank: int
     console.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     console.setFormatter(_Console(rank))
     logger.addHandler(console)
+    if _lock is not None:
+        _lock.release()
+        _lock = None
     if output_dir is not None and rank == 0:
-        record = _File(make_directory(output_dir) / "run.log", encoding="utf-8")
+        _lock = FolderLock(output_dir, program())
+        try:
+            record = _File(Path(output_dir) / "run.log", encoding="utf-8")
+        except OSError as error:
+            raise write_error(Path(output_dir) / "run.log", error) from error
         record.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logger.addHandler(record)
     return logger

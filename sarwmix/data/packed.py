@@ -17,15 +17,11 @@ it was killed, with the same bytes in the end.
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import fcntl
 import hashlib
 import json
 import multiprocessing
 import os
 import shutil
-import time
 import traceback
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -41,6 +37,7 @@ from sarwmix.data.base import MaskDataset, NameList, SarDataset, UnreadableSampl
 from sarwmix.data.spec import DatasetSpec, EmptySplit, Statistics, parse_split
 from util.errors import UserError
 from util.files import atomic_write, write_json
+from util.locks import LOCK_NAME, FolderLock
 
 FORMAT = "sarwmix-packed/1"
 BLOCK_ROWS = 1024
@@ -429,8 +426,8 @@ def pack(
     names, labels, splits = _index_of(datasets)
     if place.exists() and not place.is_dir():
         raise UserError(f"{place} is not a folder; choose another place for the packed store")
-    place.mkdir(parents=True, exist_ok=True)
-    with _lock(place):
+    # Processes of a packing that was just killed hold the lock until they notice, which takes a moment.
+    with FolderLock(place, "packing", wait=_LOCK_WAIT, workers_write=True):
         fresh = _prepare(place, plan, names, labels, splits, overwrite=overwrite)
         known = {} if fresh else _finished_blocks(place, plan)
         if not fresh:
@@ -519,30 +516,6 @@ def _index_of(datasets: Sequence[SarDataset]) -> tuple[NameList, np.ndarray | No
     return NameList.join([dataset.names for dataset in datasets]), labels, splits
 
 
-@contextlib.contextmanager
-def _lock(place: Path) -> Iterator[None]:
-    with (place / ".lock").open("w") as file:
-        # Processes of a packing that was just killed hold the lock until they notice, which takes a moment.
-        end = time.monotonic() + _LOCK_WAIT
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > end:
-                    raise UserError(
-                        f"another process is packing into {place}; wait for it or choose another folder"
-                    ) from None
-                time.sleep(0.1)
-            except OSError as error:
-                if error.errno in (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK):  # a file system without locks
-                    break
-                raise
-        yield
-        # Removed only after success and while held: a waiting process that opened it finds the work done.
-        (place / ".lock").unlink(missing_ok=True)
-
-
 _OWN_FILES = {"manifest.json", "images.npy", "names.npy", "offsets.npy", "split.npy", "labels.npy", "invalid.npy"}
 
 
@@ -550,7 +523,7 @@ def _prepare(
     place: Path, plan: Manifest, names: NameList, labels: np.ndarray | None, splits: np.ndarray, *, overwrite: bool
 ) -> bool:
     """Make the index and an empty array file unless they are there; True when the store starts afresh."""
-    others = {entry.name for entry in place.iterdir()} - _OWN_FILES - {JOURNAL, ".lock"}
+    others = {entry.name for entry in place.iterdir()} - _OWN_FILES - {JOURNAL, LOCK_NAME}
     others = {name for name in others if not name.endswith(".partial")}
     if others:
         raise UserError(f"folder {place} holds other files ({sorted(others)[0]}, ...); choose an empty or new folder")

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
-import time
 from pathlib import Path
 from typing import Any
 
@@ -26,37 +24,13 @@ from sarwmix.sen12flood.layout import (
 from sarwmix.sen12flood.metadata import SPLITS, parse_pair_name
 from util.errors import UserError
 from util.files import TEMP_SUFFIX, make_directory, read_json, remove_partial_files, write_json
+from util.locks import LOCK_NAME, FolderLock
 
 WORK_NAME = "sen12flood_work"
 WORK_FORMAT = "sarwmix-sen12flood-work/1"
 MARKER = "work.json"
+PREPARING = "preparing SEN12-FLOOD"
 LOCK_WAIT = 5.0  # seconds; workers of a killed run notice within 0.2 s that their parent is gone
-
-
-class Lock:
-    """An exclusive lock on a folder that ends with the process that holds it, also after kill -9."""
-
-    def __init__(self, folder: Path) -> None:
-        self._file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        deadline = time.monotonic() + LOCK_WAIT
-        while True:
-            try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    os.close(self._file)
-                    raise UserError(
-                        f"another preparation is using {folder}; wait until it ends, or choose another folder"
-                    ) from None
-                time.sleep(0.1)
-            except OSError:
-                return  # a file system without locks; the user has been told in the help not to run two at once
-
-    def release(self) -> None:
-        """Give the folder free."""
-        with contextlib.suppress(OSError):
-            os.close(self._file)
 
 
 class WorkFolder:
@@ -78,7 +52,7 @@ class WorkFolder:
                 f"{self.root} exists and was not made by this command; expected it to be absent: choose another --work"
             )
         make_directory(self.root)
-        self.lock = Lock(self.root)
+        self.lock = FolderLock(self.root, PREPARING, wait=LOCK_WAIT, workers_write=True)
         if self._is_ours() and (self.root / MARKER).exists():
             self.state: dict[str, Any] = read_json(self.root / MARKER)
         else:
@@ -92,7 +66,7 @@ class WorkFolder:
     def _is_ours(self) -> bool:
         if not self.root.is_dir():
             return False
-        names = set(os.listdir(self.root))
+        names = set(os.listdir(self.root)) - {LOCK_NAME}
         if MARKER not in names:
             # Killed before the marker was in place: empty, or the marker's temporary file alone.
             return all(name.startswith(f".{MARKER}.") and name.endswith(TEMP_SUFFIX) for name in names)
@@ -161,7 +135,7 @@ class OutFolder:
         self.manifest: dict[str, Any] | None = None
         if out.exists() and not out.is_dir():
             raise UserError(f"--out {out} is a file; expected a folder that is absent or empty")
-        names = set(os.listdir(out)) if out.exists() else set()
+        names = set(os.listdir(out)) - {LOCK_NAME} if out.exists() else set()
         names = {n for n in names if not (n.startswith(f".{MANIFEST}.") and n.endswith(TEMP_SUFFIX))}
         manifest = read_manifest(out) if names else None
         if names and manifest is None:
@@ -184,12 +158,12 @@ class OutFolder:
                     f"--out {out} holds a preparation that {_difference(manifest, fingerprint)}; give --overwrite to "
                     "replace it, or choose another --out"
                 )
-        self.lock: Lock | None = None
+        self.lock: FolderLock | None = None
 
     def begin(self) -> None:
         """Take the folder: lock it, remove an old preparation where that was asked for, and mark it as ours."""
         make_directory(self.root)
-        self.lock = Lock(self.root)
+        self.lock = FolderLock(self.root, PREPARING, wait=LOCK_WAIT, workers_write=True)
         if self._remove_first:
             self._remove()
         remove_partial_files(self.root)
