@@ -50,13 +50,14 @@ def train_one_epoch(
     def prepare(batch: dict[str, Any], step: int) -> tuple[Any, dict[str, Tensor]]:
         image = batch["image"].to(device, non_blocking=True)
         flips = draw_flips(image.shape[0], step_generator(seed, epoch, step, rank, "flips"))
-        sar = transform(image, flips)
+        sar = transform(image, flips, transform.draw_order(step_generator(seed, epoch, step, rank, "weights")))
         mask = inner.draw_mask(mask_ratio, step_generator(seed, epoch, step, rank, "mask"))
-        return (sar.images, sar.weights, inner.prepare_mask(mask)), {"invalid_pixels": sar.num_invalid}
+        inputs = (sar.images, sar.weights, inner.prepare_mask(mask), sar.target)
+        return inputs, {"invalid_pixels": sar.num_invalid}
 
-    def loss_of(inputs: tuple[Tensor, Tensor | None, CellMask]) -> Tensor:
-        images, weights, mask = inputs
-        return trainer.model(images, weights, mask=mask).loss
+    def loss_of(inputs: tuple[Tensor, Tensor | None, CellMask, Tensor | None]) -> Tensor:
+        images, weights, mask, target = inputs
+        return trainer.model(images, weights, mask=mask, target=target).loss
 
     return trainer.run_epoch(
         batches, prepare, loss_of, epoch=epoch, steps=steps, start_step=start_step, progress=progress, on_step=on_step
@@ -95,13 +96,14 @@ def reconstruct(model: MixMIM, batch: dict[str, Any], *, transform: SarTransform
     model.eval()
     device = model.mask_token.device
     sar: SarBatch = transform(batch["image"].to(device))
-    out = model(sar.images, sar.weights, mask=mask, return_pred=True)
+    out = model(sar.images, sar.weights, mask=mask, return_pred=True, target=sar.target)
     hidden = out.mask > 0.5
     cells = model.cells_of(sar.images)
+    goal = cells if sar.target is None else model.cells_of(sar.target)
     rec = out.pred[: sar.images.shape[0]].float()
     if model.norm_pix_loss:
         valid = None if sar.valid is None else model.cells_of(sar.valid)
-        _, mean, std = model.normalise_cells(cells, valid)
+        _, mean, std = model.normalise_cells(goal, valid)
         rec = rec * std + mean
     shown = torch.where(hidden[None, :, None], rec, cells)
     mixed = torch.where(hidden[None, :, None], cells.flip(0), cells)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sarwmix.data import registry
-from sarwmix.data.spec import DECIBEL
+from sarwmix.data.spec import DECIBEL, NOISE_DB
 from util import args as groups
 from util.cli import run_cli
 from util.errors import EXIT_OK, EXIT_PREEMPTED, UserError
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from models_mixmim import MixMIM
     from sarwmix.data.base import SarDataset
     from sarwmix.transforms import SarTransform
+    from sarwmix.weighting import WeightOptions
     from util.distributed import Processes
 
 TEST_RUN_STEPS = 3
@@ -70,7 +71,6 @@ def main() -> int | None:
     args = get_parser().parse_args()
     check_args(args)
 
-    from sarwmix.weighting import WeightOptions
     from util.distributed import setup_processes
     from util.log import get_logger, setup_logging
     from util.schedule import check_schedule, effective_batch, scaled_lr
@@ -87,17 +87,9 @@ def main() -> int | None:
     log = get_logger()
     seed_everything(args.seed)
 
-    weighting = WeightOptions(
-        mode=args.weight_mode,
-        level=args.weight_level,
-        domain=args.weight_domain,
-        exp_scale=args.weight_exp_scale,
-        clip=args.weight_clip,
-        norm=args.weight_norm,
-        renorm=args.weight_renorm,
-    )
+    weighting = weight_options(args)
     dataset = open_data(args)
-    transform = make_transform(dataset, args.input_size, weighting)
+    transform = make_transform(dataset, args.input_size, weighting, args.target_looks)
     model = make_model(args, bands=len(dataset.spec.bands)).to(processes.device)
     log.info("%s, %s", processes.describe(), describe_data(dataset))
     if args.inference:
@@ -128,7 +120,7 @@ def main() -> int | None:
             "unit": dataset.spec.unit,
             "statistics": dataset.statistics.as_dict(),
         },
-        "weighting": {**asdict(weighting), "mask_ratio": args.mask_ratio},
+        "weighting": {**asdict(weighting), "mask_ratio": args.mask_ratio, "target_looks": args.target_looks},
         # The peak rate follows from --lr or --blr and the effective batch, which may change when a run is resumed.
         "schedule": {
             "epochs": args.epochs,
@@ -161,6 +153,24 @@ def check_args(args: argparse.Namespace) -> None:
     for path in [args.finetune, *args.inference]:
         if path and not Path(path).is_file():
             raise UserError(f"checkpoint {path} does not exist; give the path of a .pth file")
+    weight_options(args)
+
+
+def weight_options(args: argparse.Namespace) -> WeightOptions:
+    """The weighting of the command line; refuses flags that do not go together."""
+    from sarwmix.weighting import WeightOptions
+
+    return WeightOptions(
+        mode=args.weight_mode,
+        level=args.weight_level,
+        domain=args.weight_domain,
+        exp_scale=args.weight_exp_scale,
+        clip=args.weight_clip,
+        norm=args.weight_norm,
+        renorm=args.weight_renorm,
+        range=args.weight_range,
+        permute=args.weight_permute,
+    )
 
 
 def open_data(args: argparse.Namespace) -> SarDataset:
@@ -185,16 +195,19 @@ def describe_data(dataset: SarDataset) -> str:
     return f"{len(dataset):,} samples of {spec.name} ({dataset.split}), bands {', '.join(spec.bands)} in {spec.unit}"
 
 
-def make_transform(dataset: SarDataset, size: int, weighting: Any) -> SarTransform:
+def make_transform(dataset: SarDataset, size: int, weighting: WeightOptions, target_looks: int = 1) -> SarTransform:
     from sarwmix.transforms import SarTransform
 
     statistics = dataset.statistics
+    median = weighting.range == "p01-median"
     return SarTransform(
         size=size,
         mean=statistics.mean,
         std=statistics.std,
         weighting=weighting,
-        linear_range_db=(statistics.p01, statistics.p99),
+        range_db=(statistics.p01, statistics.median if median else statistics.p99),
+        noise_db=[NOISE_DB[band] for band in dataset.spec.bands] if weighting.mode == "noise" else None,
+        target_looks=target_looks,
         all_finite=dataset.all_finite,
     )
 

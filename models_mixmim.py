@@ -570,7 +570,7 @@ class MixMIM(MixMIMEncoder):
 
         Args:
             rec: (B, L, P) predictions.
-            images: (B, bands, H, W) standardised input.
+            images: (B, bands, H, W) what they should be, standardised.
             weights: None, (B, bands, H, W) or (B, L, bands); 0 marks invalid pixels, which count in neither numerator
                 nor denominator.
         """
@@ -595,6 +595,7 @@ class MixMIM(MixMIMEncoder):
         mask: Tensor | CellMask | None = None,
         mask_ratio: float = 0.5,
         return_pred: bool = False,
+        target: Tensor | None = None,
     ) -> MixMIMOutput:
         """One pretraining step's loss.
 
@@ -604,14 +605,16 @@ class MixMIM(MixMIMEncoder):
             mask: (L,) of 0/1, row-major, or prepared by :meth:`prepare_mask`; drawn when None.
             mask_ratio: share of masked cells when drawn.
             return_pred: also return all 2B predictions.
+            target: what to reconstruct, (B, bands, H, W) standardised; None: the images.
         """
         if mask is None:
             mask = self.draw_mask(mask_ratio)
         cell_mask = mask if isinstance(mask, CellMask) else self.prepare_mask(mask)
+        goal = images if target is None else target
         decoded = self._decode_all_but_last(self.encode(self.embed(images, cell_mask), cell_mask), cell_mask)
         shown = cell_mask.cells.to(images.dtype)
         if not return_pred:
-            return MixMIMOutput(self.finish(decoded, cell_mask.cells, images, weights), shown, None)
+            return MixMIMOutput(self.finish(decoded, cell_mask.cells, goal, weights), shown, None)
         pred = self.predict_cells(decoded, cell_mask.cells, both=True)
-        loss = self.reconstruction_loss(self.merge_prediction(pred, cell_mask.cells), images, weights)
+        loss = self.reconstruction_loss(self.merge_prediction(pred, cell_mask.cells), goal, weights)
         return MixMIMOutput(loss, shown, pred)

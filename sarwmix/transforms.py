@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sarwmix.preprocessing import Preprocessing
-from sarwmix.weighting import WeightOptions, compute_weights, is_all_finite, spread_to_pixels
+from sarwmix.targets import multilook
+from sarwmix.weighting import CELL, WeightOptions, compute_weights, is_all_finite, permute_cells, spread_to_pixels
 
 
 class SarBatch(NamedTuple):
@@ -30,6 +31,7 @@ class SarBatch(NamedTuple):
         db: (B, bands, S, S) float32 dB after resize and flips, invalid pixels at the band mean.
         valid: (B, bands, S, S) bool; None when every pixel is known to be valid.
         num_invalid: int64 scalar on the device, invalid pixels as read.
+        target: (B, bands, S, S) what is to be reconstructed, z-score; None: the images themselves.
     """
 
     images: Tensor
@@ -37,6 +39,7 @@ class SarBatch(NamedTuple):
     db: Tensor
     valid: Tensor | None
     num_invalid: Tensor
+    target: Tensor | None = None
 
 
 def draw_flips(batch: int, generator: torch.Generator) -> Tensor:
@@ -148,7 +151,9 @@ class SarTransform:
         size: side of the model input in pixels.
         mean, std: per band, dB.
         weighting: None leaves ``weights`` out (fine-tuning, evaluation).
-        linear_range_db: registered (1 %, 99 %) percentiles per band in dB; needed for ``--weight_norm dataset``.
+        range_db: registered low and high percentiles per band in dB; needed for ``--weight_norm dataset``.
+        noise_db: noise equivalent sigma0 per band in dB; needed for ``--weight_mode noise``.
+        target_looks: side of the blocks over which the target's power is averaged; 1: the image itself.
         preprocessing: normalisation and geometry; None: z-score and resize.
         all_finite: every pixel is valid, see `SarDataset.all_finite`; a GPU then saves the passes over masks.
     """
@@ -160,7 +165,9 @@ class SarTransform:
         mean: Sequence[float],
         std: Sequence[float],
         weighting: WeightOptions | None = None,
-        linear_range_db: tuple[Sequence[float], Sequence[float]] | None = None,
+        range_db: tuple[Sequence[float], Sequence[float]] | None = None,
+        noise_db: Sequence[float] | None = None,
+        target_looks: int = 1,
         preprocessing: Preprocessing | None = None,
         all_finite: bool = False,
     ) -> None:
@@ -173,11 +180,19 @@ class SarTransform:
         self._mean = torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1)
         self._std = torch.tensor(std, dtype=torch.float32).view(-1, 1, 1)
         self._quantiles = torch.tensor(QUANTILES)
+        self._noise: Tensor | None = None
         self._range: tuple[Tensor, Tensor] | None = None
+        self.target_looks = target_looks
+        if weighting is not None and weighting.mode == "noise":
+            if noise_db is None:
+                raise ValueError("weight_mode 'noise' needs noise_db, the noise of each band in dB")
+            self._noise = 10.0 ** (torch.tensor(noise_db, dtype=torch.float32) / 10.0)
         if weighting is not None and weighting.norm == "dataset":
-            if linear_range_db is None:
-                raise ValueError("weight_norm 'dataset' needs linear_range_db, the registered percentiles in dB")
-            low, high = (10.0 ** (torch.tensor(limit, dtype=torch.float32) / 10.0) for limit in linear_range_db)
+            if range_db is None:
+                raise ValueError("weight_norm 'dataset' needs range_db, the registered percentiles in dB")
+            low, high = (torch.tensor(limit, dtype=torch.float32) for limit in range_db)
+            if weighting.domain == "zscore":
+                low, high = ((limit - self._mean.flatten()) / self._std.flatten() for limit in (low, high))
             self._range = (low, high)
 
     def to_device(self, device: torch.device) -> None:
@@ -185,6 +200,14 @@ class SarTransform:
         self._mean, self._std, self._quantiles = (t.to(device) for t in (self._mean, self._std, self._quantiles))
         if self._range is not None:
             self._range = (self._range[0].to(device), self._range[1].to(device))
+        if self._noise is not None:
+            self._noise = self._noise.to(device)
+
+    def draw_order(self, generator: torch.Generator) -> Tensor | None:
+        """(cells,) on the CPU: from which cell each one takes its weight (``--weight_permute``); None: its own."""
+        if self.weighting is None or not self.weighting.permute:
+            return None
+        return torch.randperm((self.size // CELL) ** 2, generator=generator)
 
     def standardise(self, db: Tensor) -> Tensor:
         """dB -> z-score."""
@@ -240,12 +263,13 @@ class SarTransform:
         images = apply_flips(crop_and_resize(self.scale(filled, image), crops, self.size), flips)
         return self.standardise(images) if self.preprocessing.normalisation == "zscore" else images
 
-    def __call__(self, image: Tensor, flips: Tensor | None = None) -> SarBatch:
+    def __call__(self, image: Tensor, flips: Tensor | None = None, order: Tensor | None = None) -> SarBatch:
         """Transform a batch.
 
         Args:
             image: (B, bands, H, W) dB; NaN or infinity marks invalid pixels.
             flips: (B, 2) bool on the CPU, from :func:`draw_flips`, or None.
+            order: of the cells' weights, from :meth:`draw_order`, or None.
         """
         if image.device != self._mean.device:
             self.to_device(image.device)
@@ -270,7 +294,8 @@ class SarTransform:
             scaled = None if scaled is None else apply_flips(scaled, flips)
             valid = None if valid is None else apply_flips(valid, flips)
         images = self.standardise(db) if scaled is None else scaled
-        return SarBatch(images, self._weights(db, images, valid), db, valid, num_invalid)
+        target = None if self.target_looks == 1 else self.standardise(multilook(db, valid, self.target_looks))
+        return SarBatch(images, self._weights(db, images, valid, order), db, valid, num_invalid, target)
 
     def _resize(self, images: Tensor) -> Tensor:
         """Resize as evaluation does, and cut out the centre where the geometry says so."""
@@ -278,21 +303,25 @@ class SarTransform:
         start = (self.evaluation_size - self.size) // 2
         return images[..., start : start + self.size, start : start + self.size] if start else images
 
-    def _weights(self, db: Tensor, images: Tensor, valid: Tensor | None) -> Tensor | None:
+    def _weights(self, db: Tensor, images: Tensor, valid: Tensor | None, order: Tensor | None) -> Tensor | None:
         options = self.weighting
         if options is None or (options.mode == "none" and valid is None):
             return None
         weights = compute_weights(
-            db if options.domain == "linear" else images,
+            images if options.domain == "zscore" else db,
             mode=options.mode,
             level=options.level,
             exp_scale=options.exp_scale,
             clip=options.clip,
             renorm=options.renorm,
             valid=valid,
-            linear_range=self._range,
+            limits=self._range,
+            decibel=options.domain == "db",
+            noise=self._noise,
             all_finite=valid is None,
         )
+        if order is not None:
+            weights = permute_cells(weights, order)
         if valid is not None and options.level == "token":
             weights = spread_to_pixels(weights, valid)  # invalid pixels inside a cell must not count
         return weights

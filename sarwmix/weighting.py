@@ -4,6 +4,10 @@ With sigma0 = 10**(dB / 10) the linear backscatter of one band, min-max normalis
 
     w = exp(s * (1 - x))          so that 1 <= w <= e at s = 1; low backscatter (calm water) counts most
 
+``--weight_domain db`` takes x from dB itself, ``--weight_norm dataset`` from a range that all images share, so that
+"dark" means the same in each of them. Mode ``noise`` is the inverse error variance of a value in dB instead: with the
+mean power m of a neighbourhood and the sensor's noise n, w = (m / (m + n))**2, which falls in the dark.
+
 Everything is batched and runs on the device of its input; nothing here needs gradients.
 """
 
@@ -13,17 +17,20 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from util.errors import UserError
 
-MODES = ("none", "per_channel", "shared_avg", "shared_intensity")
+MODES = ("none", "per_channel", "shared_avg", "shared_intensity", "noise")
 LEVELS = ("token", "pixel")
-DOMAINS = ("linear", "zscore")
+DOMAINS = ("linear", "db", "zscore")
 NORMS = ("image", "dataset")
+RANGES = ("p01-p99", "p01-median")
 
 CELL = 32  # pixels per side of a token cell
 EPS = 1e-6
+NEIGHBOURHOOD = 9  # pixels per side over which mode noise takes its mean power
 
 
 @dataclass(frozen=True)
@@ -31,13 +38,16 @@ class WeightOptions:
     """The weighting of a run; the field names are the command-line flags without ``weight_``.
 
     Attributes:
-        mode: ``none`` | ``per_channel`` | ``shared_avg`` | ``shared_intensity``.
+        mode: ``none`` | ``per_channel`` | ``shared_avg`` | ``shared_intensity`` | ``noise``.
         level: ``token`` (averaged over 32 x 32 cells) | ``pixel``.
-        domain: ``linear`` (from dB before standardisation) | ``zscore`` (from standardised values, as released).
-        exp_scale: s > 0.
+        domain: ``linear`` (power, from dB before standardisation) | ``db`` (dB itself) | ``zscore`` (from standardised
+            values, as released).
+        exp_scale: s, not 0; below 0 bright surfaces count more, a control.
         clip: percentile in [0, 50) cut from both ends of the linear power before min-max.
-        norm: ``image`` (each image's range) | ``dataset`` (registered 1 % and 99 % percentiles).
+        norm: ``image`` (each image's range) | ``dataset`` (registered percentiles).
         renorm: divide by the image's mean weight.
+        range: with norm ``dataset``: ``p01-p99`` | ``p01-median``.
+        permute: shuffle the weights over the cells of the image, a placebo with the same distribution of weights.
     """
 
     mode: str = "per_channel"
@@ -47,6 +57,8 @@ class WeightOptions:
     clip: float = 0.0
     norm: str = "image"
     renorm: bool = False
+    range: str = "p01-p99"
+    permute: bool = False
 
     def __post_init__(self) -> None:
         for name, value, allowed in (
@@ -54,21 +66,29 @@ class WeightOptions:
             ("level", self.level, LEVELS),
             ("domain", self.domain, DOMAINS),
             ("norm", self.norm, NORMS),
+            ("range", self.range, RANGES),
         ):
             if value not in allowed:
                 raise UserError(f"--weight_{name} {value!r} is unknown; choose one of {', '.join(allowed)}")
-        if not 0.0 < self.exp_scale < 80.0:
+        if not 0.0 < abs(self.exp_scale) < 80.0:
             raise UserError(
-                f"--weight_exp_scale is {self.exp_scale}; expected a number above 0 and below 80 (published: 1.0)"
+                f"--weight_exp_scale is {self.exp_scale}; expected a number between -80 and 80 that is not 0 "
+                "(published: 1.0; no weights: --weight_mode none)"
             )
         if not 0.0 <= self.clip < 50.0:
             raise UserError(f"--weight_clip is {self.clip}; expected a percentile from 0 (off) to below 50")
-        if self.norm == "dataset" and self.domain == "zscore":
-            raise UserError(
-                "--weight_norm dataset takes its range from percentiles in dB and so needs --weight_domain linear"
-            )
         if self.norm == "dataset" and self.clip > 0:
             raise UserError("--weight_clip has no effect with --weight_norm dataset (a fixed range); drop one of them")
+        if self.range != "p01-p99" and self.norm != "dataset":
+            raise UserError(f"--weight_range {self.range} is a range of the data set and needs --weight_norm dataset")
+        formula = (self.domain, self.exp_scale, self.clip, self.norm)
+        if self.mode == "noise" and formula != ("linear", 1.0, 0.0, "image"):
+            raise UserError(
+                "--weight_mode noise has no range and no exponent; leave out --weight_domain, --weight_exp_scale, "
+                "--weight_clip and --weight_norm"
+            )
+        if self.permute and (self.level != "token" or self.mode == "none"):
+            raise UserError("--weight_permute shuffles the weights of cells; it needs weights and --weight_level token")
 
 
 def compute_weights(
@@ -80,7 +100,9 @@ def compute_weights(
     clip: float = 0.0,
     renorm: bool = False,
     valid: Tensor | None = None,
-    linear_range: tuple[Tensor, Tensor] | None = None,
+    limits: tuple[Tensor, Tensor] | None = None,
+    decibel: bool = False,
+    noise: Tensor | None = None,
     all_finite: bool = False,
 ) -> Tensor:
     """Loss weights of a batch of SAR images.
@@ -88,15 +110,17 @@ def compute_weights(
     Args:
         sar: (..., bands, H, W) decibel-like values: dB for the linear domain, z-scores for the published one.
         mode: see :data:`MODES`. ``shared_avg`` averages the bands' weights, ``shared_intensity`` their linear power
-            (the conference paper's W_SAR); both give all bands the same weight.
+            (the conference paper's W_SAR); both give all bands the same weight. ``noise`` needs ``noise``.
         level: ``pixel``, or ``token``: averaged over 32 x 32 cells per band.
         exp_scale: s of the exponent.
         clip: clamp the linear power of each image to its [clip, 100 - clip] percentiles before min-max.
         renorm: divide by the image's mean weight over bands and valid pixels.
         valid: (..., bands, H, W) bool; by default where ``sar`` is finite. Invalid pixels enter no minimum, maximum,
             percentile or mean and get weight 0. In the shared modes a pixel uses its valid bands.
-        linear_range: fixed (minimum, maximum) linear power per band, each (bands,), instead of each image's own; values
-            outside are clamped.
+        limits: fixed (minimum, maximum) per band, each (bands,), instead of each image's own; values outside are
+            clamped. Decibel-like, as ``sar``.
+        decibel: x from ``sar`` itself instead of from its power.
+        noise: noise equivalent power per band, (bands,), linear sigma0.
         all_finite: without ``valid``: whether all values are known to be finite, so that none is looked for.
 
     Returns:
@@ -115,17 +139,27 @@ def compute_weights(
         valid = torch.isfinite(sar)
     if mode == "none":
         weights = torch.ones_like(sar, dtype=torch.float32)
+    elif mode == "noise":
+        if noise is None:
+            raise ValueError("mode 'noise' needs the noise power of each band")
+        mean_power = local_mean(as_power(sar), valid)
+        weights = (mean_power / (mean_power + noise.to(mean_power).view(-1, 1, 1))).square()
+    elif mode == "shared_intensity":
+        power = band_mean(without(as_power(sar), valid), valid)
+        any_band = None if valid is None else valid.any(dim=-3, keepdim=True)
+        if limits is not None:  # the range of the mean power: the mean of the bands' ranges
+            limits = (as_power(limits[0]).mean(0, keepdim=True), as_power(limits[1]).mean(0, keepdim=True))
+        if decibel:
+            power = 10.0 * power.clamp(min=EPS).log10()
+            limits = None if limits is None else (10.0 * limits[0].log10(), 10.0 * limits[1].log10())
+        weights = exponential_weights(power, any_band, exp_scale, clip, limits).expand_as(sar)
     else:
-        # 10**(dB / 10) as one exponential
-        power = without((sar.float() * (math.log(10.0) / 10.0)).exp_(), valid)
-        if mode == "shared_intensity":
-            power = band_mean(power, valid)
-            any_band = None if valid is None else valid.any(dim=-3, keepdim=True)
-            weights = exponential_weights(power, any_band, exp_scale, clip, linear_range, shared=True).expand_as(sar)
-        else:
-            weights = exponential_weights(power, valid, exp_scale, clip, linear_range, shared=False)
-            if mode == "shared_avg":
-                weights = band_mean(weights, valid).expand_as(sar)
+        level_of = without(sar.float().clone() if decibel else as_power(sar), valid)
+        if limits is not None and not decibel:
+            limits = (as_power(limits[0]), as_power(limits[1]))
+        weights = exponential_weights(level_of, valid, exp_scale, clip, limits)
+        if mode == "shared_avg":
+            weights = band_mean(weights, valid).expand_as(sar)
     weights = without(weights, valid)
     if renorm:
         image = (-3, -2, -1)
@@ -146,6 +180,24 @@ def without(values: Tensor, valid: Tensor | None) -> Tensor:
     return values if valid is None else torch.where(valid, values, 0.0)
 
 
+def as_power(values: Tensor) -> Tensor:
+    """10**(values / 10), float32, as one exponential."""
+    return (values.float() * (math.log(10.0) / 10.0)).exp_()
+
+
+def local_mean(power: Tensor, valid: Tensor | None, size: int = NEIGHBOURHOOD) -> Tensor:
+    """Mean over the valid pixels of a square around each pixel: (..., H, W) -> the same shape."""
+
+    def average(values: Tensor) -> Tensor:
+        flat = values.flatten(0, -3)[:, None]
+        pooled = F.avg_pool2d(flat, size, stride=1, padding=size // 2, count_include_pad=valid is not None)
+        return pooled.view(values.shape)
+
+    if valid is None:
+        return average(power)
+    return average(without(power, valid)) / average(valid.to(power.dtype)).clamp(min=EPS)
+
+
 def band_mean(values: Tensor, valid: Tensor | None) -> Tensor:
     """Mean over the valid bands of each pixel: (..., bands, H, W) -> (..., 1, H, W), 0 where no band is valid."""
     if valid is None:
@@ -158,21 +210,17 @@ def exponential_weights(
     valid: Tensor | None,
     exp_scale: float,
     clip: float,
-    linear_range: tuple[Tensor, Tensor] | None,
-    *,
-    shared: bool,
+    limits: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
-    """exp(s * (1 - x)) with x the min-max normalised linear power, (..., bands, H, W)."""
-    if linear_range is not None:
-        low, high = (limit.to(power).view(-1, 1, 1) for limit in linear_range)
-        if shared:
-            low, high = low.mean(dim=0, keepdim=True), high.mean(dim=0, keepdim=True)
+    """exp(s * (1 - x)) with x the min-max normalised ``power`` (or dB), (..., bands, H, W)."""
+    if limits is not None:
+        low, high = (limit.to(power).view(-1, 1, 1) for limit in limits)
     elif clip > 0:
         low, high = percentiles(power, valid, clip)
     else:
         low = (power if valid is None else torch.where(valid, power, torch.inf)).amin(dim=(-2, -1), keepdim=True)
         high = (power if valid is None else torch.where(valid, power, -torch.inf)).amax(dim=(-2, -1), keepdim=True)
-    if linear_range is not None or clip > 0:
+    if limits is not None or clip > 0:
         power = torch.maximum(torch.minimum(power, high), low)
     # s * (1 - x) as s - (power - low) * s / (high - low): one pass over the pixels less for each operation saved.
     exponent = (power - low).mul_(-exp_scale / (high - low + EPS)).add_(exp_scale)
@@ -209,6 +257,17 @@ def token_weights(weights: Tensor, valid: Tensor | None) -> Tensor:
     total = weights.reshape(cells).sum(dim=(-3, -1))
     count = CELL**2 if valid is None else valid.reshape(cells).sum(dim=(-3, -1)).clamp(min=1)
     return (total / count).flatten(-2).transpose(-2, -1)
+
+
+def permute_cells(tokens: Tensor, order: Tensor) -> Tensor:
+    """Token weights (..., cells, bands) with cell i given the weight of cell ``order[i]``.
+
+    Cells without a valid pixel have weight 0; they take part with the mean weight of the others, because 0 would take
+    valid pixels out of the loss where it lands.
+    """
+    there = tokens > 0
+    mean = tokens.sum(dim=-2, keepdim=True) / there.sum(dim=-2, keepdim=True).clamp(min=1)
+    return torch.where(there, tokens, mean).index_select(-2, order.to(tokens.device, non_blocking=True))
 
 
 def spread_to_pixels(tokens: Tensor, valid: Tensor) -> Tensor:

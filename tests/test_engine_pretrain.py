@@ -93,8 +93,8 @@ def test_non_finite_step(tmp_path: Path, allowed: int) -> None:
     class Poisoned(SarTransform):
         calls = 0
 
-        def __call__(self, image: torch.Tensor, flips: torch.Tensor | None = None) -> Any:
-            out = super().__call__(image, flips)
+        def __call__(self, *arguments: Any) -> Any:
+            out = super().__call__(*arguments)
             self.calls += 1
             if self.calls == 2:
                 before.append(model.decoder_pred.weight.detach().clone())

@@ -161,7 +161,7 @@ def test_pretraining_copies_without_waiting() -> None:
         mean=(-19.2, -12.5),
         std=(5.4, 5.0),
         weighting=weighting,
-        linear_range_db=((-30.0, -20.0), (-10.0, -5.0)),
+        range_db=((-30.0, -20.0), (-10.0, -5.0)),
     )
     transform.to_device(META)
     with Copies() as copies:

@@ -26,9 +26,7 @@ MEAN, STD = (-19.2, -12.5), (5.4, 5.0)
 
 def transform(weighting: WeightOptions | None = None, size: int = 128, all_finite: bool = False) -> SarTransform:
     limits = ((-30.0, -24.0), (-7.0, -1.0))
-    return SarTransform(
-        size=size, mean=MEAN, std=STD, weighting=weighting, linear_range_db=limits, all_finite=all_finite
-    )
+    return SarTransform(size=size, mean=MEAN, std=STD, weighting=weighting, range_db=limits, all_finite=all_finite)
 
 
 def patches(batch: int = 3) -> torch.Tensor:
@@ -71,8 +69,12 @@ def test_weights_come_from_db_before_standardisation() -> None:
     torch.testing.assert_close(zscore.weights, compute_weights(zscore.images, mode="per_channel"))
     assert not torch.allclose(zscore.weights, got.weights)
     ranged = transform(WeightOptions(level="pixel", norm="dataset"))(patches(), flips)
-    limits = tuple(10 ** (torch.tensor(v) / 10) for v in ((-30.0, -24.0), (-7.0, -1.0)))
-    torch.testing.assert_close(ranged.weights, compute_weights(db, mode="per_channel", linear_range=limits))
+    limits = (torch.tensor([-30.0, -24.0]), torch.tensor([-7.0, -1.0]))
+    torch.testing.assert_close(ranged.weights, compute_weights(db, mode="per_channel", limits=limits))
+    of_zscore = transform(WeightOptions(level="pixel", norm="dataset", domain="zscore"))(patches(), flips)
+    spread = torch.tensor(STD)
+    standard = tuple((limit - torch.tensor(MEAN)) / spread for limit in limits)
+    torch.testing.assert_close(of_zscore.weights, compute_weights(zscore.images, mode="per_channel", limits=standard))
 
 
 def test_token_weights_by_default_shape() -> None:

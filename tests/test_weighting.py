@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import PARITY
 
-from sarwmix.weighting import WeightOptions, compute_weights, spread_to_pixels
+from sarwmix.weighting import WeightOptions, compute_weights, permute_cells, spread_to_pixels
 from util.errors import UserError
 
 # One 2 x 2 image, bands VH and VV, in dB: linear power 0.1, 1, 10, 100 and 0.01, 0.1, 1, 10.
@@ -105,14 +105,77 @@ def test_renorm_keeps_the_mean_at_one() -> None:
 
 
 def test_dataset_range_lets_dark_images_count_more() -> None:
-    limits = (torch.tensor([0.001, 0.01]), torch.tensor([0.1, 1.0]))
+    limits = (torch.tensor([-30.0, -20.0]), torch.tensor([-10.0, 0.0]))  # power 0.001 .. 0.1 and 0.01 .. 1
     dark, bright = torch.full((1, 2, 32, 32), -25.0), torch.full((1, 2, 32, 32), -12.0)
-    got = [compute_weights(db, mode="per_channel", linear_range=limits) for db in (dark, bright)]
+    got = [compute_weights(db, mode="per_channel", limits=limits) for db in (dark, bright)]
     # VH dark: x = (10**-2.5 - 0.001) / (0.099 + 1e-6)
     assert got[0][0, 0, 0, 0].item() == pytest.approx(w((10**-2.5 - 0.001) / 0.099001), rel=1e-5)
     assert got[0].mean() > got[1].mean()
-    outside = compute_weights(torch.full((1, 2, 32, 32), 20.0), mode="shared_intensity", linear_range=limits)
+    outside = compute_weights(torch.full((1, 2, 32, 32), 20.0), mode="shared_intensity", limits=limits)
     assert outside.min().item() == pytest.approx(1.0, rel=1e-4)  # clamped, so that 1 <= w <= e holds
+
+
+def test_decibel_domain_in_float64() -> None:
+    db = np.random.default_rng(3).normal((-19, -12), 5, (2, 40, 50, 2)).transpose(0, 3, 1, 2)
+    low, high = np.array([-30.0, -24.0]), np.array([-8.0, -2.0])
+    low_, high_ = low[:, None, None], high[:, None, None]
+    x = (np.clip(db, low_, high_) - low_) / (high_ - low_ + 1e-6)
+    limits = (torch.from_numpy(low), torch.from_numpy(high))
+    sar = torch.from_numpy(db)
+    for scale in (1.0, 3.0, -3.0):
+        got = compute_weights(sar, mode="per_channel", exp_scale=scale, decibel=True, limits=limits).double().numpy()
+        np.testing.assert_allclose(got, np.exp(scale * (1 - x)), rtol=2e-5)
+    own = db - db.min(axis=(2, 3), keepdims=True)
+    x = own / (own.max(axis=(2, 3), keepdims=True) + 1e-6)
+    got = compute_weights(sar, mode="per_channel", decibel=True).double().numpy()
+    np.testing.assert_allclose(got, np.exp(1 - x), rtol=2e-5)
+    # the mean power of both bands, in dB, within the dB of the mean of the powers at the ranges' ends
+    mean, ends = (
+        10 * np.log10((10 ** (db / 10)).mean(axis=1)),
+        [10 * np.log10((10 ** (e / 10)).mean()) for e in (low, high)],
+    )
+    x = (np.clip(mean, *ends) - ends[0]) / (ends[1] - ends[0] + 1e-6)
+    got = compute_weights(sar, mode="shared_intensity", decibel=True, limits=limits).double().numpy()
+    np.testing.assert_allclose(got[:, 1], np.exp(1 - x), rtol=2e-5)
+
+
+def test_negative_scale_turns_the_order_round() -> None:
+    db = torch.tensor([[[[-30.0, -10.0]]]])
+    up, down = (compute_weights(db, mode="per_channel", exp_scale=s)[0, 0, 0].tolist() for s in (1.0, -1.0))
+    assert up == pytest.approx([math.e, 1.0], rel=1e-4)
+    assert down == pytest.approx([1 / math.e, 1.0], rel=1e-4)
+
+
+def test_noise_weights_in_float64() -> None:
+    rng = np.random.default_rng(4)
+    db = rng.normal(-22, 6, (1, 2, 30, 20))
+    holes = rng.random(db.shape) < 0.1
+    holes[0, 0, :12, :12] = True  # a whole neighbourhood without a valid pixel
+    power, noise = 10 ** (db / 10), 10 ** (np.array([-25.0, -24.0]) / 10)
+    for valid in (None, ~holes):
+        expected = np.zeros_like(db)
+        for b, r, c in np.ndindex(2, 30, 20):
+            box = (0, b, slice(max(r - 4, 0), r + 5), slice(max(c - 4, 0), c + 5))
+            inside = power[box] if valid is None else power[box][valid[box]]
+            if len(inside.ravel()) and (valid is None or valid[0, b, r, c]):
+                expected[0, b, r, c] = (inside.mean() / (inside.mean() + noise[b])) ** 2
+        mask = None if valid is None else torch.from_numpy(valid)
+        got = compute_weights(torch.from_numpy(db), mode="noise", valid=mask, noise=torch.from_numpy(noise))
+        np.testing.assert_allclose(got.double().numpy(), expected, rtol=1e-5, atol=1e-9)
+    flat = compute_weights(torch.full((1, 2, 9, 9), -25.0), mode="noise", noise=torch.from_numpy(noise))
+    assert flat[0, 0].unique().tolist() == pytest.approx([0.25], rel=1e-5)  # signal as strong as noise
+
+
+def test_permuted_weights_are_the_same_weights_elsewhere() -> None:
+    db = torch.randn(3, 2, 64, 64) * 5 - 15
+    db[1, 0, :32, 32:] = float("nan")  # cell 1 of image 1
+    tokens = compute_weights(db, mode="per_channel", level="token")
+    order = torch.tensor([2, 0, 3, 1])
+    got = permute_cells(tokens, order)
+    torch.testing.assert_close(got[0], tokens[0, order])
+    torch.testing.assert_close(got.mean((1, 2))[[0, 2]], tokens.mean((1, 2))[[0, 2]])
+    assert got[1, 3, 0].item() == pytest.approx(tokens[1, [0, 2, 3], 0].mean().item())  # not 0: cell 3 is valid
+    assert got[1, 3, 1] == tokens[1, 1, 1]
 
 
 @pytest.mark.parametrize("mode", ["none", "per_channel", "shared_avg", "shared_intensity"])
@@ -152,11 +215,17 @@ def test_invalid_by_hand() -> None:
     [
         ({"mode": "sum"}, "per_channel"),
         ({"level": "image"}, "token, pixel"),
-        ({"domain": "log"}, "linear, zscore"),
+        ({"domain": "log"}, "linear, db, zscore"),
         ({"norm": "batch"}, "image, dataset"),
-        ({"exp_scale": 0.0}, "above 0"),
+        ({"exp_scale": 0.0}, "is not 0"),
+        ({"exp_scale": -80.0}, "between -80"),
         ({"clip": 50.0}, "below 50"),
-        ({"norm": "dataset", "domain": "zscore"}, "linear"),
+        ({"range": "p05"}, "p01-median"),
+        ({"range": "p01-median"}, "needs --weight_norm dataset"),
+        ({"mode": "noise", "domain": "db"}, "no range and no exponent"),
+        ({"mode": "noise", "exp_scale": 2.0}, "no range and no exponent"),
+        ({"permute": True, "level": "pixel"}, "weight_level token"),
+        ({"permute": True, "mode": "none"}, "needs weights"),
         ({"norm": "dataset", "clip": 1.0}, "no effect"),
     ],
 )

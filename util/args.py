@@ -16,7 +16,8 @@ from util.errors import UserError
 
 MIXMIM_NAMES = ("mixmim_tiny", "mixmim_base", "mixmim_large", "mixmim_huge")
 AMP_MODES = ("auto", "bf16", "fp16", "off")
-WEIGHT_MODES = ("none", "per_channel", "shared_avg", "shared_intensity")
+WEIGHT_MODES = ("none", "per_channel", "shared_avg", "shared_intensity", "noise")
+TARGET_LOOKS = (1, 2, 4, 8, 16, 32)
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
@@ -69,6 +70,7 @@ def _number(convert: Callable[[str], Any], accept: Callable[[Any], bool], expect
 positive_int = _number(int, lambda value: value > 0, "a whole number above 0")
 non_negative_int = _number(int, lambda value: value >= 0, "a whole number of at least 0")
 seed_number = _number(int, lambda value: 0 <= value < 2**63, "a whole number of at least 0 and below 2^63")
+non_zero_float = _number(float, lambda value: 0 < abs(value) < float("inf"), "a number other than 0")
 positive_float = _number(float, lambda value: 0 < value < float("inf"), "a number above 0")
 non_negative_float = _number(float, lambda value: 0 <= value < float("inf"), "a number of at least 0")
 open_fraction = _number(float, lambda value: 0 < value < 1, "a number between 0 and 1 (both excluded)")
@@ -277,6 +279,15 @@ def add_pretrain_args(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--norm_pix_loss", action="store_true",
                        help="standardise each target cell over its own values")  # fmt: skip
+    group.add_argument(
+        "--target_looks",
+        type=int,
+        choices=TARGET_LOOKS,
+        default=1,
+        metavar="K",
+        help="reconstruct the mean power over blocks of K x K pixels (1, 2, 4, 8, 16, 32) instead of single pixels; "
+        "the input stays as it is",
+    )
 
 
 def add_weight_args(parser: argparse.ArgumentParser) -> None:
@@ -286,7 +297,8 @@ def add_weight_args(parser: argparse.ArgumentParser) -> None:
         "--weight_mode",
         choices=WEIGHT_MODES,
         default="per_channel",
-        help="none; own weights for VH and VV; their mean on both; weights of the mean power on both",
+        help="none; own weights for VH and VV; their mean on both; weights of the mean power on both; noise: inverse "
+        "error variance (m / (m + noise))^2 of the local mean power m",
     )
     group.add_argument(
         "--weight_level",
@@ -296,12 +308,13 @@ def add_weight_args(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--weight_domain",
-        choices=("linear", "zscore"),
+        choices=("linear", "db", "zscore"),
         default="linear",
-        help="power from dB before standardisation, or 10^(z/10) of standardised values (the released code: "
+        help="power from dB before standardisation, dB itself, or 10^(z/10) of standardised values (the released code: "
         "zscore with --weight_level pixel)",
     )
-    group.add_argument("--weight_exp_scale", type=positive_float, default=1.0, metavar="S", help="s in the formula")
+    group.add_argument("--weight_exp_scale", type=non_zero_float, default=1.0, metavar="S",
+                       help="s in the formula; below 0 bright surfaces count more, a control")  # fmt: skip
     group.add_argument(
         "--weight_clip",
         type=percentile_clip,
@@ -313,8 +326,16 @@ def add_weight_args(parser: argparse.ArgumentParser) -> None:
         "--weight_norm",
         choices=("image", "dataset"),
         default="image",
-        help="min and max of each image, or the data set's registered 1%% and 99%% percentiles",
+        help="min and max of each image, or registered percentiles of the data set",
     )
+    group.add_argument(
+        "--weight_range",
+        choices=("p01-p99", "p01-median"),
+        default="p01-p99",
+        help="which percentiles --weight_norm dataset takes",
+    )
+    group.add_argument("--weight_permute", action="store_true",
+                       help="shuffle the weights over the cells of each image: a placebo")  # fmt: skip
     group.add_argument("--weight_renorm", action="store_true",
                        help="divide by the image's mean weight, which keeps the loss scale")  # fmt: skip
 

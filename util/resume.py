@@ -18,6 +18,8 @@ from util.log import get_logger
 from util.seeding import set_rng_state
 
 _ABSENT = "(not stored)"
+# Settings of pretraining that came later: what checkpoints without them were trained with.
+_BEFORE = {"range": "p01-p99", "permute": False, "target_looks": 1}
 
 
 @dataclass(frozen=True)
@@ -289,6 +291,8 @@ def resume_run(
         UserError: the checkpoint belongs to another run.
     """
     checkpoint = load_verified(path, processes)
+    if isinstance(checkpoint.get("weighting"), Mapping):
+        checkpoint["weighting"] = {**_BEFORE, **checkpoint["weighting"]}
     check_same_run(checkpoint, _comparable(run, checkpoint, batch), path=str(path), allow_mismatch=allow_mismatch)
     load_model(checkpoint)
     optimizer.load_state_dict(checkpoint["optimizer"])

@@ -172,9 +172,8 @@ class Moments:
         def plain(values: NDArray[np.float64]) -> tuple[float, ...]:
             return tuple(round(float(value), 4) for value in values)
 
-        return Statistics(
-            plain(self.mean), plain(self.std()), plain(self.percentile(1)), plain(self.percentile(99)), origin
-        )
+        low, middle, high = (plain(self.percentile(percent)) for percent in (1, 50, 99))
+        return Statistics(plain(self.mean), plain(self.std()), low, high, origin, middle)
 
 
 def read_moments(dataset: SarDataset, indices: NDArray[np.int64]) -> Moments:

@@ -16,6 +16,9 @@ BANDS = ("VH", "VV")
 TASKS = ("multilabel", "multiclass", "pair", "segmentation", "unlabelled")
 DECIBEL, REFLECTANCE = "dB", "reflectance x 1e4"
 SAR_BANDS = ("VH", "VV", "HH", "HV")
+NOISE_DB = dict.fromkeys(SAR_BANDS, -25.0)
+"""Noise equivalent sigma0 of each band in dB: between the -22 dB that Sentinel-1 IW was specified for and about -30 dB
+in the middle of its sub-swaths; it is not known for a single image without its noise annotation."""
 NORMAL_1_PERCENT = 2.3263  # the 1 % quantile of a normal distribution lies this many deviations below its mean
 
 
@@ -33,6 +36,7 @@ class Statistics:
         p01: 1 % percentile of each band (dB).
         p99: 99 % percentile of each band (dB).
         origin: Where the numbers come from, for the log and the checkpoint.
+        p50: Median of each band; empty where only mean and deviation are known.
     """
 
     mean: tuple[float, ...]
@@ -40,18 +44,26 @@ class Statistics:
     p01: tuple[float, ...]
     p99: tuple[float, ...]
     origin: str
+    p50: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        lengths = {len(self.mean), len(self.std), len(self.p01), len(self.p99)}
+        lengths = {len(self.mean), len(self.std), len(self.p01), len(self.p99), len(self.median)}
         if len(lengths) != 1 or 0 in lengths:
             raise UserError(f"statistics need one mean, std, p01 and p99 for each band, got {asdict(self)}")
-        values = (*self.mean, *self.std, *self.p01, *self.p99)
+        values = (*self.mean, *self.std, *self.p01, *self.p99, *self.median)
         if not all(math.isfinite(value) for value in values):
             raise UserError(f"statistics must be finite numbers, got {asdict(self)}")
         if min(self.std) <= 0:
             raise UserError(f"every standard deviation must be positive, got {self.std}")
         if any(low >= high for low, high in zip(self.p01, self.p99, strict=True)):
             raise UserError(f"p01 must be below p99 in every band, got {self.p01} and {self.p99}")
+        if any(low >= mid for low, mid in zip(self.p01, self.median, strict=True)):
+            raise UserError(f"p01 must be below the median in every band, got {self.p01} and {self.median}")
+
+    @property
+    def median(self) -> tuple[float, ...]:
+        """Median of each band; where it is not known the mean, which it is for a normal distribution."""
+        return self.p50 or self.mean
 
     @classmethod
     def from_normal(cls, mean: tuple[float, ...], std: tuple[float, ...], *, origin: str) -> Statistics:
@@ -66,11 +78,19 @@ class Statistics:
         def pick(numbers: tuple[float, ...]) -> tuple[float, ...]:
             return tuple(numbers[i] for i in positions)
 
-        return Statistics(pick(self.mean), pick(self.std), pick(self.p01), pick(self.p99), self.origin)
+        return Statistics(
+            pick(self.mean),
+            pick(self.std),
+            pick(self.p01),
+            pick(self.p99),
+            self.origin,
+            pick(self.p50) if self.p50 else (),
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """Plain lists and strings, for checkpoints and JSON."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        return values if self.p50 else {key: value for key, value in values.items() if key != "p50"}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, source: str = "statistics") -> Statistics:
@@ -82,12 +102,13 @@ class Statistics:
         """
         try:
             lists = [tuple(float(number) for number in values[key]) for key in ("mean", "std", "p01", "p99")]
+            lists.append(tuple(float(number) for number in values.get("p50", ())))
             origin = str(values["origin"])
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"{source}: expected lists mean, std, p01, p99 (one number a band) and a text origin; {error!r}"
             ) from error
-        return cls(lists[0], lists[1], lists[2], lists[3], origin)
+        return cls(lists[0], lists[1], lists[2], lists[3], origin, lists[4])
 
 
 def unit_of(band: str) -> str:
