@@ -60,17 +60,19 @@ class Launch(NamedTuple):
 
     Attributes:
         tile: tokens of a program, whole windows.
-        forward, backward: warps of a program, as few as keep everything in registers (compiler's report for sm_90).
+        forward, backward: warps of a program.
         programs: of the backward pass at least, where a bias has a gradient; fixed, since it orders the sums.
+
+    Chosen by timing on an H200 (`scripts/gpu_check.py --only candidates`): few warps, so that many tiles are under way.
     """
 
     tile: int
     forward: int
     backward: int
-    programs: int = 1056  # 8 for each multiprocessor of an H100
+    programs: int = 528  # 4 for each multiprocessor of an H100
 
 
-LAUNCH = {8: Launch(32, 2, 4), 16: Launch(32, 2, 4), 32: Launch(32, 2, 4), 64: Launch(64, 4, 8)}
+LAUNCH = {8: Launch(32, 2, 2), 16: Launch(32, 2, 2), 32: Launch(32, 2, 2), 64: Launch(64, 2, 4)}
 _MOST_BATCH = 65535  # CUDA's limit in the grid dimension in which the fused kernels count batches
 _FORMS = ("explicit", "sdpa", "kernel")
 

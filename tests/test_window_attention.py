@@ -99,8 +99,11 @@ def check(kernel, types, fixed, warps):
     said = done.stderr
     registers = int(re.search(r"Used (\\d+) registers", said)[1])
     stores = int(re.search(r"(\\d+) bytes spill stores", said)[1])
-    print(kernel.fn.__name__, fixed["N"], types["QKV"], fixed["HAS_BIAS"], warps, "warps", registers, "registers")
-    assert stores == 0, said
+    print(kernel.fn.__name__, fixed["N"], types["QKV"], fixed["HAS_BIAS"], warps, "warps", registers, "registers",
+          stores, "bytes spilled")
+    # Timed on an H200, four warps of which each thread spills some 130 bytes are 1.7 times as fast as eight that spill
+    # nothing: more tiles are under way at once.
+    assert stores <= (0 if kernel is wa._forward_kernel else 256), said
 for kind in ("*bf16", "*fp16"):
     for window, has_bias in CHOSEN:
         tile = wa.LAUNCH[window].tile
@@ -132,7 +135,7 @@ def test_kernel_in_the_interpreter() -> None:
 @pytest.mark.parametrize("chosen", [[(64, True)], [(16, False)], pytest.param(
     [(32, True), (16, True), (8, True), (64, False), (32, False), (8, False)], marks=pytest.mark.slow)])  # fmt: skip
 def test_kernel_stays_in_registers_on_hopper(chosen: list[tuple[int, bool]]) -> None:
-    """Compiled for sm_90 without a GPU: nothing is spilled at the chosen number of warps."""
+    """Compiled for sm_90 without a GPU: what is spilled at the chosen number of warps is nothing, or little."""
     try:
         in_a_process(f"CHOSEN = {chosen}\n{COMPILED}", TRITON_INTERPRET="0")
     except AssertionError as error:
