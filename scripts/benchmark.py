@@ -508,7 +508,7 @@ def part_gpu(args: argparse.Namespace) -> list[dict[str, Any]]:
     """See `benchmark_training.part_gpu`."""
     from benchmark_training import part_gpu
 
-    return part_gpu(args.patches, batches=args.batch or [256], model=args.model, scratch=args.scratch)
+    return part_gpu(args.model, (args.batch or [256])[0], budget=600)
 
 
 def part_evaluation(args: argparse.Namespace) -> list[dict[str, Any]]:

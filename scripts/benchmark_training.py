@@ -7,149 +7,34 @@ import subprocess
 import sys
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from util.errors import UserError
-from util.log import Progress
+from util.files import read_json
 
 if TYPE_CHECKING:
     import torch
 
-    from sarwmix.data.base import SarDataset
     from sarwmix.datasets.sen12flood import PairDataset
 
 ROOT = Path(__file__).resolve().parent.parent
-PEAK_TFLOPS = {"H200": 790.0, "H100": 790.0, "A100": 312.0}  # bf16 dense; others: no utilisation is printed
-WARM_UP, TIMED = 15, 40  # steps; the first compile, and fill the caches of the allocator
+GPU_SECTIONS = ("environment", "step", "repeats", "loop", "pairs", "finetuning", "profile")
 
 
-def silent(steps: int) -> Progress:
-    return Progress(steps, title="", enabled=False)
-
-
-def pretraining_rate(
-    name: str, data: SarDataset, *, batch: int, device: torch.device, cache: str, compiled: bool, folder: Path
-) -> dict[str, float]:
-    """Pretrain by the project's own loop.
-
-    Args:
-        name: of the model.
-        data: patches, enough for `TIMED` steps.
-        batch: samples of a step.
-        device: where to train.
-        cache: see `sarwmix.data.loader.build_loader`.
-        compiled: whether blocks are compiled.
-        folder: for what a run writes.
-
-    Returns:
-        ``images_per_s``, ``data_wait`` (share of the time), ``train_loss``, ``gflop`` (of an image, both ways).
-    """
+def part_gpu(model: str, batch: int, budget: int) -> list[dict[str, Any]]:
+    """Speed, equality, loop, pairs and profile on a card: sections of scripts/gpu_check.py."""
     import torch
-
-    from engine_pretrain import train_one_epoch
-    from models_mixmim import MixMIM, model_config
-    from sarwmix.data.loader import build_loader
-    from sarwmix.transforms import SarTransform
-    from sarwmix.weighting import WeightOptions
-    from util.distributed import Processes
-    from util.flops import count_flops
-    from util.optim import build_adamw, parameter_groups
-    from util.precision import precision
-    from util.training import Trainer
-
-    torch.manual_seed(0)
-    model = MixMIM(**model_config(name), norm_pix_loss=True)
-    forward = count_flops(model, partial(model, torch.zeros(2, 2, 128, 128)), samples=2)[0]
-    model.to(device)
-    if compiled:
-        model.compile_blocks()
-    loader = build_loader(
-        data,
-        batch_size=batch,
-        shuffle=True,
-        drop_last=True,
-        pin_memory=device.type == "cuda",
-        device=device,
-        cache=cache,
-    )
-    trainer = Trainer(
-        model,
-        build_adamw(parameter_groups(model, weight_decay=0.05), lr=1e-5, betas=(0.9, 0.95)),
-        processes=Processes(device=device),
-        output_dir=folder,
-        lr_at=lambda epoch: 1e-5,
-        amp_dtype=precision("auto", device)[0],
-    )
-    transform = SarTransform(
-        size=128,
-        mean=data.statistics.mean,
-        std=data.statistics.std,
-        weighting=WeightOptions(),
-        all_finite=data.all_finite,
-    )
-    stats = {}
-    for epoch, steps in enumerate((WARM_UP, TIMED)):
-        loader.set_epoch(epoch)
-        stats = train_one_epoch(
-            trainer, iter(loader), transform=transform, seed=0, epoch=epoch, steps=steps, progress=silent(steps)
-        ).stats
-    loader.close()
-    return {
-        **{name: stats[name] for name in ("images_per_s", "data_wait", "train_loss")},
-        "gflop": 3 * forward / 1e9,  # backward is twice the forward
-    }
-
-
-def part_gpu(patches: int, *, batches: list[int], model: str, scratch: str | None) -> list[dict[str, Any]]:
-    """Images/s, model FLOP utilisation and data stalls of pretraining, eager and compiled, from GPU memory and from a
-    packed store; pairs/s of SEN12-FLOOD."""
-    import torch
-
-    from sarwmix.data.packed import pack
-    from sarwmix.data.registry import build_dataset
-    from sarwmix.synthetic.benv2 import generate
 
     if not torch.cuda.is_available():
         print("gpu: no CUDA device here; this part is ready to run where there is one")
         return []
-    device = torch.device("cuda")
-    peak = next((v for k, v in PEAK_TFLOPS.items() if k in torch.cuda.get_device_name()), None)
-    results = []
-    with tempfile.TemporaryDirectory(dir=scratch) as folder:
-        root = Path(folder) / "demo"
-        generate(root, patches=max(patches, max(batches) * TIMED), seed=0, jobs=8)
-        pack(
-            [build_dataset("demo", root, split) for split in ("train", "val", "test")], Path(folder) / "packed", jobs=8
-        )
-        data = build_dataset("demo", Path(folder) / "packed", "train+val+test")
-        for batch in batches:
-            for compiled in (False, True):
-                for cache in ("device", "none"):
-                    torch.cuda.empty_cache()
-                    torch.cuda.reset_peak_memory_stats()
-                    found = pretraining_rate(
-                        model, data, batch=batch, device=device, cache=cache, compiled=compiled, folder=Path(folder)
-                    )
-                    used = found["gflop"] * found["images_per_s"] / 1e3
-                    gib = torch.cuda.max_memory_allocated() / 2**30
-                    name = f"{model}, batch {batch}, bf16, {'compiled' if compiled else 'eager'}, cache {cache}"
-                    share = f", {100 * used / peak:.1f} % of {peak:.0f} TFLOP/s" if peak else ""
-                    print(
-                        f"{name}: {found['images_per_s']:,.0f} images/s{share}, {100 * found['data_wait']:.1f} % of "
-                        f"the time waiting for data, {gib:.1f} GiB, loss {found['train_loss']:.4f}",
-                        flush=True,
-                    )
-                    results.append({"name": name, "unit": "images/s", "tflops": used, "gib": gib, **found})
-        pairs = make_pairs(Path(folder), sequences=4, frames=14, size=512)
-        for compiled in (False, True):
-            rate = pair_rate(model, pairs, batch=8, device=device, compiled=compiled, folder=Path(folder))
-            name = f"{model}, SEN12 pairs of 512 px, batch 8, bf16, {'compiled' if compiled else 'eager'}"
-            print(f"{name}: {rate['pairs_per_s']:,.0f} pairs/s, loss {rate['train_loss']:.4f}", flush=True)
-            results.append({"name": name, "unit": "pairs/s", **rate})
-        results.append(pair_evaluation(model, pairs, batch=16, device=device, rounds=3))
-    return results
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "results.json"
+        command = [sys.executable, str(ROOT / "scripts" / "gpu_check.py"), "--out", str(out), "--model", model]
+        command += ["--batch", str(batch), "--budget", str(budget)]
+        subprocess.run([*command, "--only", *GPU_SECTIONS], check=True)
+        return [{"name": f"gpu_check: {name}", "found": value} for name, value in read_json(out).items()]
 
 
 # ---------------------------------------------------------------------- SEN12-FLOOD pairs
@@ -187,47 +72,6 @@ def pair_model(name: str, size: int, device: torch.device) -> tuple[Any, Any, An
     task = build_task("pair", spec.classes, {})
     model = task.build_model(ModelSettings(name, size, 2)).to(device)
     return task, model, SarTransform(size=size, mean=statistics_.mean, std=statistics_.std)
-
-
-def pair_rate(
-    name: str, data: PairDataset, *, batch: int, device: torch.device, compiled: bool, folder: Path
-) -> dict[str, float]:
-    """``pairs_per_s`` and ``train_loss`` of fine-tuning on pairs that lie on the device."""
-    import numpy as np
-
-    from engine_finetune import Augmentation, train_one_epoch
-    from util.distributed import Processes
-    from util.optim import build_adamw, parameter_groups
-    from util.precision import precision
-    from util.training import Trainer
-
-    task, model, transform = pair_model(name, data.size, device)
-    if compiled:
-        model.compile_blocks()
-    found = data.get_batch(np.arange(batch) % len(data))
-    one = found | {key: found[key].to(device) for key in ("image1", "image2", "label")}
-    trainer = Trainer(
-        model,
-        build_adamw(parameter_groups(model, weight_decay=0.05), lr=1e-5),
-        processes=Processes(device=device),
-        output_dir=folder,
-        lr_at=lambda epoch: 1e-5,
-        amp_dtype=precision("auto", device)[0],
-    )
-    stats = {}
-    for epoch, steps in enumerate((WARM_UP, TIMED)):
-        stats = train_one_epoch(
-            trainer,
-            [one] * steps,
-            task=task,
-            transform=transform,
-            augmentation=Augmentation(),
-            seed=0,
-            epoch=epoch,
-            steps=steps,
-            progress=silent(steps),
-        ).stats
-    return {"pairs_per_s": stats["images_per_s"], "train_loss": stats["train_loss"]}
 
 
 def pair_evaluation(name: str, data: PairDataset, *, batch: int, device: torch.device, rounds: int) -> dict[str, Any]:

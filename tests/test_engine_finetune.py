@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch._dynamo.testing
 
 from engine_finetune import Augmentation, Evaluation, evaluate, extract_features, gather_in_order, train_one_epoch
 from sarwmix.data.loader import build_loader
 from sarwmix.mixup import Mixup
-from sarwmix.tasks.base import MultilabelTask
+from sarwmix.models.settings import ModelSettings
+from sarwmix.tasks.base import MultilabelTask, Predictor, build_task
 from sarwmix.transforms import SarTransform
 from tests.conftest import ROOT, clean_environment, mpirun_command
 from tests.finetune_fixtures import MeanModel, MemoryDataset
@@ -267,7 +269,8 @@ import json, sys
 import numpy as np, torch
 from engine_finetune import evaluate
 from sarwmix.data.loader import build_loader
-from sarwmix.tasks.base import MultilabelTask
+from sarwmix.models.settings import ModelSettings
+from sarwmix.tasks.base import MultilabelTask, Predictor, build_task
 from tests.finetune_fixtures import MeanModel, MemoryDataset
 from tests.test_engine_finetune import transform
 from util.distributed import setup_processes
@@ -316,3 +319,25 @@ def test_real_processes_give_the_same_metrics(world: int, tmp_path: Path) -> Non
         expected = MultilabelTask(data.spec.classes).report(run_evaluation(data, MeanModel(), 64).outputs).scalars
         expected.pop("loss")
         assert scalars == expected, case
+
+
+def test_a_compiled_model_meets_one_size_of_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A short last batch is filled up, so that nothing is compiled for it; its outputs are the same."""
+    task = build_task("multilabel", ("a", "b", "c"))
+    torch.manual_seed(0)
+    model = task.build_model(ModelSettings("mixmim_tiny", 128, 2))
+    torch.nn.init.normal_(model.head.weight)
+    images = torch.randn(7, 2, 128, 128)
+    plain = Predictor(model, torch.device("cpu"), None)
+    expected = [plain(images[:4]), plain(images[4:])]
+    torch.compiler.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    model.compile_blocks(backend=counter)
+    predictor = Predictor(model, torch.device("cpu"), None)
+    with torch.no_grad():
+        found = [predictor(images[:4])]
+        compiled = counter.frame_count
+        found.append(predictor(images[4:]))
+    assert counter.frame_count == compiled > 0
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -417,8 +420,10 @@ class FakeEvent:
 
 
 class FakeStream:
+    made: ClassVar[int] = 0
+
     def __init__(self, device: object = None) -> None:
-        pass
+        FakeStream.made += 1
 
     def __enter__(self) -> FakeStream:
         return self
@@ -435,8 +440,9 @@ def test_copies_run_ahead_of_the_computation(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", FakeStream)
-    FakeEvent.log = []
+    computing = FakeStream()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: computing)
+    FakeEvent.log, FakeStream.made = [], 0
     loader = make("thread")
     loader.device = torch.device("cpu")
     seen = []
@@ -452,6 +458,43 @@ def test_copies_run_ahead_of_the_computation(monkeypatch: pytest.MonkeyPatch) ->
     for batch in loader:  # leaving early ends the reader thread too
         assert len(batch["index"]) == 4
         break
+    assert FakeStream.made == 1  # for all epochs: the allocator keeps memory apart for each stream
+
+
+def test_names_of_a_batch_are_decoded_when_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = write_benv2(tmp_path / "tree", 6)
+    pack([registry.build_dataset("benv2", root, "train")], tmp_path / "store")
+    data = registry.build_dataset("benv2", tmp_path / "store", "train")
+    decoded = []
+    get = type(data.names).__getitem__
+    monkeypatch.setattr(type(data.names), "__getitem__", lambda self, i: decoded.append(i) or get(self, i))
+    for cache in ("none", "device"):
+        loader = build_loader(data, batch_size=3, shuffle=True, drop_last=True, device="cpu", cache=cache)
+        batches = list(loader)
+        assert [len(batch["name"]) for batch in batches] == [3] * len(loader)
+        assert decoded == []
+        names = [data.names[int(i)] for i in batches[0]["index"]]
+        assert batches[0]["name"] == names
+        assert batches[0]["name"][1] == names[1]
+        assert pickle.loads(pickle.dumps(batches[0]["name"])) == names
+        decoded.clear()
+
+
+def test_half_precision_copy_on_the_device(tmp_path: Path) -> None:
+    """Half the memory, the same batches to half a step of float16 (2^-7 dB below |32| dB, 2^-6 beyond); dB alone."""
+    root = write_benv2(tmp_path / "tree", 6)
+    data = registry.build_dataset("benv2", root, "train")
+    options = {"batch_size": 3, "shuffle": True, "drop_last": True, "device": "cpu"}
+    exact, rounded = (build_loader(data, cache=cache, **options) for cache in ("device", "device16"))
+    assert rounded.images.element_size() * 2 == exact.images.element_size()
+    for ours, theirs in zip(rounded, exact, strict=True):
+        assert ours["image"].dtype == torch.float32
+        torch.testing.assert_close(ours["image"], theirs["image"], rtol=2**-11, atol=0, equal_nan=True)
+        assert not torch.equal(ours["image"], theirs["image"])
+    other = copy.copy(data)
+    other.spec = types.SimpleNamespace(name="optical", unit="reflectance x 1e4")  # type: ignore[assignment]
+    with pytest.raises(UserError, match="cache=device16 rounds to float16, which suits dB"):
+        build_loader(other, cache="device16", **options)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -210,10 +210,10 @@ def add_data_args(parser: argparse.ArgumentParser, *, datasets: Sequence[str], d
     )
     group.add_argument(
         "--cache",
-        choices=("auto", "device", "host", "none"),
+        choices=("auto", "device", "device16", "host", "none"),
         default="auto",
-        help="where training images are kept: in GPU memory, in the memory of each process, or nowhere; "
-        "auto: in GPU memory when they take at most 45%% of it",
+        help="where training images are kept: in GPU memory (device16: rounded to float16, half the room), in the "
+        "memory of each process, or nowhere; auto: in GPU memory when they take at most 45%% of it",
     )
     group.add_argument("--max_bad_samples", type=non_negative_int, default=100, metavar="N",
                        help="unreadable samples are named, counted and replaced by another one; "
@@ -410,7 +410,8 @@ def add_optim_args(
         "--amp",
         choices=AMP_MODES,
         default="auto",
-        help="mixed precision: auto = bf16 on CUDA, off on CPU; fp16 uses a gradient scaler",
+        help="mixed precision: auto = bf16 on CUDA, off on CPU; fp16 uses a gradient scaler; off = float32 throughout, "
+        "without TF32",
     )
     group.add_argument("--compile", action="store_true",
                        help="torch.compile the model: faster steps after minutes of compiling")  # fmt: skip

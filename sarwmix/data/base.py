@@ -126,6 +126,43 @@ class NameList(Sequence[str]):
         return value.hexdigest()
 
 
+class BatchNames(Sequence[str]):
+    """Names of a batch's samples, decoded when somebody asks: a training step does so only for a message.
+
+    Args:
+        names: names of a data set.
+        used: int64 (B,), positions of the batch's samples.
+    """
+
+    def __init__(self, names: Sequence[str], used: np.ndarray) -> None:
+        self._names, self._used = names, used
+
+    def __len__(self) -> int:
+        return len(self._used)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self._names[int(i)] for i in self._used[index]]
+        return self._names[int(self._used[index])]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return repr(list(self))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return list, (list(self),)  # a loader's worker sends the names of its batch, not those of the data set
+
+
 EMPTY_BAND = "an image has a band without any finite pixel"  # why such a sample cannot be used
 
 
@@ -351,8 +388,8 @@ class SarDataset(torch.utils.data.Dataset):
 
         Returns:
             ``image`` float32 (B, C, H, W) in dB, NaN at invalid pixels; ``label`` (unless unlabelled) float32 (B,
-            classes) or int64 (B,); ``name`` list of str; ``index`` int64 (B,), the samples really read; ``replaced``
-            list of (name, reason), empty unless samples were unreadable.
+            classes) or int64 (B,); ``name`` B strings; ``index`` int64 (B,), the samples really read; ``replaced`` list
+            of (name, reason), empty unless samples were unreadable.
         """
         indices = np.asarray(indices, dtype=np.int64)
         images = np.empty((len(indices), *self.shape), dtype=np.float32) if out is None else out
@@ -365,7 +402,7 @@ class SarDataset(torch.utils.data.Dataset):
         labels = self.batch_labels(used)
         if labels is not None:
             batch["label"] = labels
-        batch["name"] = [self.names[int(i)] for i in used]
+        batch["name"] = BatchNames(self.names, used)
         batch["index"] = torch.from_numpy(np.array(used, dtype=np.int64))
         batch["replaced"] = replaced
         return batch

@@ -26,13 +26,14 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from sarwmix.data.base import EMPTY_BAND, MAX_TRIES, SarDataset, SharedImages, UnreadableSample
+from sarwmix.data.base import EMPTY_BAND, MAX_TRIES, BatchNames, SarDataset, SharedImages, UnreadableSample
+from sarwmix.data.spec import DECIBEL
 from util.errors import UserError
 from util.log import get_logger
 from util.signals import held_signals, ignore_stop_signals
 
 Batch = dict[str, Any]
-CACHES = ("none", "host", "device", "auto")
+CACHES = ("none", "host", "device", "device16", "auto")
 PREFETCH = 4  # batches read ahead
 DEVICE_AHEAD = 2  # batches on their way to the GPU while one is computed
 DEVICE_SHARE = 0.45  # of a GPU's memory that cache="auto" gives to the data; the rest is for model and activations
@@ -128,6 +129,7 @@ class Loader:
         self.plan = plan
         self.epoch = 0
         self.device = device
+        self._stream: torch.cuda.Stream | None = None
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch (from 0) whose order the next iteration follows."""
@@ -148,7 +150,11 @@ class Loader:
         if not 0 <= step <= self.plan.steps:
             raise UserError(f"step {step} is not in an epoch of {self.plan.steps} steps; was the batch size changed?")
         batches = self._batches(self.epoch, step)
-        return batches if self.device is None else _on_device(batches, self.device)
+        if self.device is None:
+            return batches
+        if self._stream is None:  # one for all epochs: the allocator keeps memory for each stream that it has seen
+            self._stream = torch.cuda.Stream(self.device)
+        return _on_device(batches, self._stream, self.device)
 
     def _batches(self, epoch: int, step: int) -> Iterator[Batch]:
         for number in range(step, self.plan.steps):
@@ -158,12 +164,11 @@ class Loader:
         """End workers and threads; the loader cannot be used afterwards."""
 
 
-def _on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+def _on_device(batches: Iterator[Batch], stream: torch.cuda.Stream, device: torch.device) -> Iterator[Batch]:
     """Copy images and labels to a GPU on a stream of their own, some batches ahead of the computation.
 
     A host buffer is kept until its copy is done; the compute stream waits for the copy of its own batch only.
     """
-    stream = torch.cuda.Stream(device)
     ahead: deque[tuple[Batch, Batch, torch.cuda.Event]] = deque()
     copied: deque[tuple[Batch, torch.cuda.Event]] = deque()
 
@@ -544,22 +549,32 @@ def _read_shared(shared: SharedImages, rows: np.ndarray, target: torch.Tensor) -
 
 
 class DeviceLoader(Loader):
-    """Batches gathered from images that all lie in the memory of a device (of the host, with device "cpu")."""
+    """Batches gathered from images that all lie in the memory of a device (of the host, with device "cpu").
+
+    With `dtype` float16 they are rounded there and delivered as float32.
+    """
 
     def __init__(
-        self, dataset: SarDataset, plan: Plan, *, device: torch.device, num_workers: int, timeout: float
+        self,
+        dataset: SarDataset,
+        plan: Plan,
+        *,
+        device: torch.device,
+        num_workers: int,
+        timeout: float,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__(dataset, plan)
         self.device = device
         shared = dataset.shared_images
         if shared is None:
-            self.images = torch.empty((len(dataset), *dataset.shape), dtype=torch.float32, device=device)
+            self.images = torch.empty((len(dataset), *dataset.shape), dtype=dtype, device=device)
             self.bad = _read_all(dataset, self.images, num_workers=num_workers, timeout=timeout)
             self.places = {"image": np.arange(len(dataset))}
         else:
             rows, places = np.unique(shared.rows, return_inverse=True)
             places = places.reshape(shared.rows.shape)
-            self.images = torch.empty((len(rows), *dataset.shape), dtype=torch.float32, device=device)
+            self.images = torch.empty((len(rows), *dataset.shape), dtype=dtype, device=device)
             usable = _read_shared(shared, rows, self.images)[places].all(axis=1)
             self.bad = {
                 int(i): UnreadableSample(dataset.names[int(i)], dataset.source, EMPTY_BAND)
@@ -588,12 +603,12 @@ class DeviceLoader(Loader):
         size = self.plan.batch_size
         for number in range(step, self.plan.steps):
             piece = slice(number * size, (number + 1) * size)
-            batch: Batch = {key: self.images.index_select(0, source[piece]) for key, source in sources.items()}
+            batch: Batch = {key: self.images.index_select(0, source[piece]).float() for key, source in sources.items()}
             if self.labels is not None:
                 batch["label"] = self.labels.index_select(0, places[piece])
             indices = order[piece]
             used = self.used[indices]
-            batch["name"] = [self.dataset.names[int(i)] for i in used]
+            batch["name"] = BatchNames(self.dataset.names, used)
             batch["index"] = torch.from_numpy(used)
             batch["replaced"] = []
             if self.bad:
@@ -625,13 +640,18 @@ def choose_cache(cache: str, dataset: SarDataset, device: torch.device | None) -
     """
     if cache not in CACHES:
         raise UserError(f"cache must be one of {', '.join(CACHES)}, not {cache!r}")
-    if cache == "device" and device is None:
-        raise UserError("cache=device needs a device")
+    if cache in ("device", "device16") and device is None:
+        raise UserError(f"cache={cache} needs a device")
+    if cache == "device16" and dataset.spec.unit != DECIBEL:
+        raise UserError(
+            f"cache=device16 rounds to float16, which suits dB; images of {dataset.spec.name} are in "
+            f"{dataset.spec.unit}: use cache=device"
+        )
     plain = isinstance(dataset, SarDataset) and type(dataset).get_batch is SarDataset.get_batch
     shared = dataset.shared_images if isinstance(dataset, SarDataset) else None
-    if cache in ("host", "device") and not plain and (shared is None or cache == "host"):
+    if cache in ("host", "device", "device16") and not plain and (shared is None or cache != "device"):
         raise UserError(f"cache={cache} does not suit {type(dataset).__name__}: its batches are made in its own way")
-    size = _cache_bytes(dataset)
+    size = _cache_bytes(dataset) // (2 if cache == "device16" else 1)
     on_gpu = device is not None and device.type == "cuda"
     free, total = torch.cuda.mem_get_info(device) if on_gpu else (0, 0)
     if cache == "auto":
@@ -695,7 +715,8 @@ def build_loader(
         timeout: Seconds to wait for a batch before giving up.
         device: A GPU to which images and labels are copied ahead of time; None or a CPU: they stay in host memory.
         cache: ``"host"``: read all images into this process's memory first; ``"device"``: into the memory of
-            ``device``; ``"auto"``: on the device if they take at most 45 % of a GPU's memory; ``"none"``.
+            ``device``; ``"device16"``: the same, rounded to float16; ``"auto"``: on the device if they take at most
+            45 % of a GPU's memory; ``"none"``.
 
     Returns:
         A loader: ``set_epoch(epoch)``, ``len()`` in steps, iteration over batch dicts, ``iter_from(step)``.
@@ -717,10 +738,12 @@ def build_loader(
     place = None if device is None else torch.device(device)
     choice = choose_cache(cache, dataset, place)
     size = _cache_bytes(dataset) / 1e9
-    if choice == "device":
+    if choice in ("device", "device16"):
         assert place is not None
+        dtype = torch.float16 if choice == "device16" else torch.float32
+        size = size / 2 if choice == "device16" else size
         get_logger().info("reading %d samples (%.2f GB) into the memory of %s", len(dataset), size, place)
-        return DeviceLoader(dataset, plan, device=place, num_workers=num_workers, timeout=timeout)
+        return DeviceLoader(dataset, plan, device=place, num_workers=num_workers, timeout=timeout, dtype=dtype)
     if choice == "host":
         get_logger().info("reading %d samples (%.2f GB) into memory", len(dataset), size)
         images = np.empty((len(dataset), *dataset.shape), dtype=np.float32)

@@ -68,6 +68,8 @@ class Predictor:
     def __init__(self, model: nn.Module, device: torch.device, amp_dtype: torch.dtype | None) -> None:
         self.model = model.eval()
         self._device_type, self._amp_dtype = device.type, amp_dtype
+        self._compiled = any(module._compiled_call_impl is not None for module in model.modules())
+        self._most: dict[str, int] = {}  # samples of a batch so far, by method
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         return self.call("__call__", *inputs)
@@ -77,7 +79,15 @@ class Predictor:
         return callable(getattr(self.model, method, None))
 
     def call(self, method: str, *inputs: Tensor) -> Tensor:
-        """Another method of the model, such as the one that encodes a single image of a pair."""
+        """Another method of the model, such as the one that encodes a single image of a pair.
+
+        A compiled model is compiled for each size of a batch: a short last one is filled up with its last sample.
+        """
+        count = len(inputs[0])
+        most = self._most[method] = max(count, self._most.get(method, 0))
+        if self._compiled and count < most:
+            inputs = tuple(torch.cat([x, x[-1:].expand(most - count, *x.shape[1:])]) for x in inputs)
+            return self.call(method, *inputs)[:count]
         with torch.autocast(self._device_type, self._amp_dtype, enabled=self._amp_dtype is not None):
             return getattr(self.model, method)(*inputs)
 
