@@ -185,6 +185,8 @@ def main() -> int | None:
     if args.flops:
         total, table = bench.count_flops(model)
         get_logger().info("forward pass of one sample: %.2f GFLOP (2 a multiply-add)\n%s", total / 1e9, table)
+    if args.activation_checkpointing:
+        model.recompute_blocks()  # type: ignore[operator]
     if args.compile:
         model.compile_blocks()  # type: ignore[operator]
     if args.eval:

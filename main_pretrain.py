@@ -46,9 +46,6 @@ def get_parser() -> argparse.ArgumentParser:
     groups.add_pretrain_args(parser)
     groups.add_weight_args(parser)
     groups.add_optim_args(parser, batch_size=256, epochs=1024, blr=1.5e-4, warmup_epochs=40)
-    parser.add_argument(
-        "--activation_checkpointing", action="store_true", help="recompute blocks in backward: less memory, slower"
-    )
     groups.add_resume_args(parser, save_every=8)
     start = parser.add_argument_group("other starts, extra checkpoints, pictures")
     start.add_argument("--finetune", default="", metavar="CKPT", help="start from these weights, with a new schedule")
@@ -219,7 +216,8 @@ def make_model(args: argparse.Namespace, *, bands: int) -> MixMIM:
         img_size=args.input_size, in_chans=bands, norm_pix_loss=args.norm_pix_loss, **model_config(args.model)
     )
     model.draw_mask(args.mask_ratio)  # refuses a ratio that leaves nothing to do at this input size
-    model.activation_checkpointing = args.activation_checkpointing
+    if args.activation_checkpointing:
+        model.recompute_blocks()
     return model
 
 

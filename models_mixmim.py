@@ -322,6 +322,10 @@ class MixMIMEncoder(nn.Module):
         """Same as :meth:`forward_features`; subclasses replace it."""
         return self.forward_features(images)
 
+    def recompute_blocks(self) -> None:
+        """Keep only the encoder blocks' inputs for the backward pass, which computes the rest again."""
+        self.activation_checkpointing = True
+
     def compile_blocks(self, backend: str | Callable[..., Any] = "inductor") -> None:
         """torch.compile each block in place: a handful of distinct graphs (one per stage) instead of one huge one."""
         blocks = [module for module in self.modules() if isinstance(module, MixMIMBlock | PatchMerging)]

@@ -12,6 +12,8 @@ from models_mixmim import MixMIM
 from models_mixmim_ft import MixMIMClassifier
 from sarwmix.heads import LinearProbe
 from sarwmix.models.loading import load_pretrained, load_trained
+from sarwmix.models.settings import ModelSettings
+from sarwmix.tasks.base import build_task
 from tests.conftest import PARITY, parity_weights
 from util.errors import UserError
 from util.optim import parameter_groups
@@ -165,3 +167,20 @@ def test_a_typo_in_an_argument_is_a_type_error() -> None:
 def test_linear_probe_has_only_the_linear_layer_to_train() -> None:
     probe = LinearProbe(384, 19)
     assert sum(p.numel() for p in probe.parameters()) == 7_315  # 384 * 19 + 19, as published for ViT-S
+
+
+@pytest.mark.parametrize("name", ["mixmim_tiny", "vit_tiny_patch16_224", "resnet10t"])
+def test_recomputed_blocks_give_the_same_gradients(name: str) -> None:
+    gradients = []
+    for recomputed in (False, True):
+        torch.manual_seed(0)
+        model = build_task("multilabel", ("a", "b")).build_model(ModelSettings(name, 128, 2))
+        torch.nn.init.normal_([p for key, p in model.named_parameters() if key.startswith("head.")][-2])
+        if recomputed:
+            model.recompute_blocks()
+        model.train()
+        torch.manual_seed(1)
+        model(torch.randn(2, 2, 128, 128)).sum().backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)

@@ -11,7 +11,7 @@ from util.distributed import Processes
 from util.errors import NonFiniteError, UserError
 from util.files import WriteError
 from util.log import Progress
-from util.training import BadSamples, FiniteGuard, Trainer, accumulation_group
+from util.training import BadSamples, FiniteGuard, Trainer, _Waits, accumulation_group
 
 
 def test_accumulation_group_by_hand() -> None:
@@ -102,3 +102,39 @@ def test_float16_does_not_hide_what_never_becomes_finite(where: str, tmp_path: P
     assert torch.equal(model.weight, before)
     if where == "gradient":
         assert trainer._sums.as_dicts()["sums"]["overflows"] == 17  # 65,536 / 2^17 = 0.5
+
+
+def test_waits_are_the_idle_time_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the host's wait does not count while work is queued: only the time between two marks in the queue.
+
+    A queue of pretended work: the device is done with what it was given at `busy`; a mark is reached at the later of
+    that moment and the moment it was set.
+    """
+    clock, busy = [0.0], [0.0]
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = busy[0] = max(busy[0], clock[0])
+
+        def synchronize(self) -> None:
+            pass
+
+        def elapsed_time(self, later: Event) -> float:
+            return 1e3 * (later.at - self.at)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    waits = _Waits(torch.device("cuda", 0))
+    busy[0] = 10.0  # ten seconds of work are queued
+    with waits:
+        clock[0] = 4.0  # the batch takes four: the device does not notice
+    assert waits.take() == 0.0
+    with waits:
+        clock[0] = 13.0  # nine more: it stands still for three
+    busy[0] = 14.0
+    with waits:
+        pass
+    assert waits.take() == 3.0
+    assert waits.take() == 0.0

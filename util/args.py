@@ -415,6 +415,8 @@ def add_optim_args(
     )
     group.add_argument("--compile", action="store_true",
                        help="torch.compile the model: faster steps after minutes of compiling")  # fmt: skip
+    group.add_argument("--activation_checkpointing", action="store_true",
+                       help="compute blocks again in the backward pass: less memory, a third more time")  # fmt: skip
     group.add_argument("--cuda_graph", action="store_true",
                        help="launch each step's forward and backward pass as one CUDA graph: faster where the host is "
                        "slower than the GPU, as in small batches")  # fmt: skip

@@ -196,6 +196,19 @@ class TimmEncoder(nn.Module):
                 ) from error
         self.encoder.train()
 
+    def recompute_blocks(self) -> None:
+        """Keep little for the backward pass, which computes the rest again.
+
+        Raises:
+            UserError: timm has no such way for this encoder.
+        """
+        try:
+            self.encoder.set_grad_checkpointing(True)  # type: ignore[operator]
+        except (AssertionError, AttributeError, TypeError) as error:
+            raise UserError(
+                f"{self.name} has no activation checkpointing in timm; use a smaller --batch_size with --accum_iter"
+            ) from error
+
     def compile_blocks(self, backend: str | Callable[..., Any] = "inductor") -> None:
         """torch.compile the encoder's ways to features; its ``forward`` is not one of them."""
         compile_methods(self.encoder, ("forward_features", "forward_intermediates"), backend)
