@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models_mixmim import CellMask, MixMIM
+from models_mixmim import ERRORS, CellMask, MixMIM
 from sarwmix.transforms import SarBatch, SarTransform, draw_flips
 from util.log import Progress
 from util.seeding import step_generator
@@ -57,10 +57,18 @@ def train_one_epoch(
 
     def loss_of(inputs: tuple[Tensor, Tensor | None, CellMask, Tensor | None]) -> Tensor:
         images, weights, mask, target = inputs
-        return trainer.model(images, weights, mask=mask, target=target).loss
+        return trainer.model(images, weights, mask=mask, target=target).losses
 
     return trainer.run_epoch(
-        batches, prepare, loss_of, epoch=epoch, steps=steps, start_step=start_step, progress=progress, on_step=on_step
+        batches,
+        prepare,
+        loss_of,
+        epoch=epoch,
+        steps=steps,
+        start_step=start_step,
+        progress=progress,
+        on_step=on_step,
+        beside=ERRORS,
     )
 
 

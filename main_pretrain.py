@@ -253,6 +253,7 @@ def train(
 ) -> int:
     """Everything from loader to last checkpoint; returns the exit code."""
     from engine_pretrain import train_one_epoch
+    from models_mixmim import ERRORS
     from sarwmix.data.loader import build_loader
     from util.checkpoint import load_model_state
     from util.log import EpochLog, Progress, ScalarWriter, format_duration, get_logger, memory_mib
@@ -374,13 +375,15 @@ def train(
         record = {"epoch": epoch, **result.stats, "memory_mib": max(memory_mib())}
         if epoch_log is not None:
             epoch_log.write(record)
-        scalars.add(1000 * epoch, {"train_loss": record["train_loss"], "lr": record["train_lr"]})
+        shown = {name: record[name] for name in ("train_loss", *ERRORS) if name in record}
+        scalars.add(1000 * epoch, {**shown, "lr": record["train_lr"]})
         left = (time.monotonic() - began) / (done - start_epoch) * (end_epoch - done)
         log.info(
-            "Epoch %d/%d  loss %.4f  lr %.3g  %.1f images/s  ETA %s",
+            "Epoch %d/%d  loss %.4f  unweighted %.4f  lr %.3g  %.1f images/s  ETA %s",
             done,
             end_epoch,
             record["train_loss"],
+            record.get("plain_error", float("nan")),
             record["train_lr"],
             record["images_per_s"],
             format_duration(left),

@@ -422,6 +422,9 @@ def init_linear(module: nn.Module) -> None:
 # ---------------------------------------------------------------------- pretraining
 
 
+ERRORS = ("plain_error", "dark_error", "bright_error")  # unweighted: all cells, darkest tenth, brightest tenth
+
+
 class MixMIMOutput(NamedTuple):
     """Result of :meth:`MixMIM.forward`.
 
@@ -429,11 +432,27 @@ class MixMIMOutput(NamedTuple):
         loss: scalar, mean of weight * squared error (z-score units, or cell-standardised with ``norm_pix_loss``).
         mask: (L,) float, the mask that was used.
         pred: (2B, L, 32 * 32 * in_chans), last axis ordered row, column, band; None unless asked for.
+        losses: (4,) the loss again, then :data:`ERRORS`; see :meth:`MixMIM.losses`.
     """
 
     loss: Tensor
     mask: Tensor
     pred: Tensor | None
+    losses: Tensor
+
+
+def _tenths(level: Tensor, error: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean error per valid pixel: of all cells, of the darkest and of the brightest tenth of them.
+
+    Args:
+        level, error, pixels: (cells,) sums over valid pixels of what is seen and of the error; number of these pixels.
+    """
+    mean, count = level / pixels.clamp(min=1), max(1, round(len(level) / 10))
+    found = [error.sum() / pixels.sum().clamp(min=1)]
+    for sign in (-1.0, 1.0):  # cells without a valid pixel come last in either order
+        chosen = torch.where(pixels > 0, sign * mean, -torch.inf).topk(count).indices
+        found.append(error[chosen].sum() / pixels[chosen].sum().clamp(min=1))
+    return found[0], found[1], found[2]
 
 
 class MixMIM(MixMIMEncoder):
@@ -543,8 +562,8 @@ class MixMIM(MixMIMEncoder):
         return self.decoder_pred(self.decoder_norm(last.transform(x)))
 
     def finish(self, x: Tensor, cells: Tensor, images: Tensor, weights: Tensor | None) -> Tensor:
-        """From the last decoder block's input to the loss."""
-        return self.reconstruction_loss(self.predict_cells(x, cells, both=False), images, weights)
+        """From the last decoder block's input to the :meth:`losses`."""
+        return self.losses(self.predict_cells(x, cells, both=False), images, weights)
 
     def merge_prediction(self, pred: Tensor, mask: Tensor) -> Tensor:
         """Both halves of a full prediction (2B, L, P) -> each sample's reconstruction (B, L, P)."""
@@ -570,7 +589,14 @@ class MixMIM(MixMIMEncoder):
         return (target - mean) / std, mean, std
 
     def reconstruction_loss(self, rec: Tensor, images: Tensor, weights: Tensor | None) -> Tensor:
-        """Weighted squared error of reconstructed cells.
+        """The weighted loss alone; see :meth:`losses`."""
+        return self.losses(rec, images, weights)[0]
+
+    def losses(self, rec: Tensor, images: Tensor, weights: Tensor | None) -> Tensor:
+        """Squared errors of reconstructed cells: (4,) the weighted loss, then :data:`ERRORS`, which carry no gradient.
+
+        The errors are means over valid pixels without weights, of all cells and of the darkest and the brightest tenth
+        of the batch's cells (by their mean z-score over the bands): numbers by which two weightings can be compared.
 
         Args:
             rec: (B, L, P) predictions.
@@ -583,13 +609,14 @@ class MixMIM(MixMIMEncoder):
             weights = weights.repeat(1, 1, CELL_STRIDE**2)  # last axis ordered row, column, band
         elif weights is not None:
             weights = self.cells_of(weights)
-        valid = None if weights is None else weights > 0
+        valid = torch.ones_like(target) if weights is None else (weights > 0).to(target.dtype)
+        level, pixels = (target * valid).sum(-1), valid.sum(-1)  # (B, L) each
         if self.norm_pix_loss:
-            target, _, _ = self.normalise_cells(target, valid)
+            target, _, _ = self.normalise_cells(target, None if weights is None else weights > 0)
         error = (rec - target) ** 2
-        if weights is None or valid is None:
-            return error.mean()
-        return (weights * error).sum() / valid.sum().clamp(min=1)
+        loss = error.mean() if weights is None else (weights * error).sum() / (weights > 0).sum().clamp(min=1)
+        sums = (error.detach() * valid).sum(-1).flatten()
+        return torch.stack([loss, *_tenths(level.flatten(), sums, pixels.flatten())])
 
     def forward(  # type: ignore[override]
         self,
@@ -618,7 +645,8 @@ class MixMIM(MixMIMEncoder):
         decoded = self._decode_all_but_last(self.encode(self.embed(images, cell_mask), cell_mask), cell_mask)
         shown = cell_mask.cells.to(images.dtype)
         if not return_pred:
-            return MixMIMOutput(self.finish(decoded, cell_mask.cells, goal, weights), shown, None)
+            losses = self.finish(decoded, cell_mask.cells, goal, weights)
+            return MixMIMOutput(losses[0], shown, None, losses)
         pred = self.predict_cells(decoded, cell_mask.cells, both=True)
-        loss = self.reconstruction_loss(self.merge_prediction(pred, cell_mask.cells), goal, weights)
-        return MixMIMOutput(loss, shown, pred)
+        losses = self.losses(self.merge_prediction(pred, cell_mask.cells), goal, weights)
+        return MixMIMOutput(losses[0], shown, pred, losses)

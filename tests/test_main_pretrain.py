@@ -71,6 +71,7 @@ def test_training_falls_and_leaves_the_documented_files(pretrain: Main) -> None:
     row = read_jsonl(out / "log.txt")[1]
     assert row["epoch"] == 1
     assert {"train_loss", "train_lr", "grad_norm", "images_per_s", "invalid_pixels", "unreadable_samples"} <= set(row)
+    assert {"plain_error", "dark_error", "bright_error"} <= set(row)
 
     raw = torch.load(out / "checkpoint.pth", weights_only=True)  # plain torch reads it, nothing but plain values
     expected = {"model", "optimizer", "epoch", "scaler", "args", "rng", "sampler", "data", "weighting", "model_config"}
@@ -88,6 +89,7 @@ def test_training_falls_and_leaves_the_documented_files(pretrain: Main) -> None:
     events = EventAccumulator(str(out / "tensorboard"))
     events.Reload()
     assert [e.step for e in events.Scalars("train_loss")] == [0, 1000, 2000]
+    assert [e.step for e in events.Scalars("dark_error")] == [0, 1000, 2000]
     assert events.Scalars("lr")[0].value > 0
 
 

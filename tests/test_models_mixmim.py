@@ -389,3 +389,31 @@ def test_wrong_shapes_and_names() -> None:
     with pytest.raises(TypeError):
         MixMIM(embed_dims=128)  # type: ignore[call-arg]
     assert list(MODELS) == ["mixmim_tiny", "mixmim_base", "mixmim_large", "mixmim_huge"]
+
+
+def test_errors_beside_the_loss_by_hand() -> None:
+    """The darkest and brightest tenth of 16 cells are two; weights do not enter, except that 0 leaves out."""
+    model = MixMIM(**model_config("mixmim_tiny"))
+    images = torch.zeros(1, 2, 128, 128)  # 16 cells of 32 x 32 px, 2 bands: a tenth is two of them
+    images[..., :32, :32], images[..., 96:, 96:] = -3.0, -2.0
+    images[..., :32, 32:64], images[..., 32:64, :32] = 4.0, 5.0
+    weights = torch.full_like(images, 0.5)
+    weights[..., :16, :32] = 0.0  # half of the darkest cell is invalid, and holds nonsense
+    images[..., :16, :32] = -999.0
+    rec = torch.zeros(1, 16, 2048)
+    loss, plain, dark, bright = model.losses(rec, images, weights).tolist()
+    assert plain == pytest.approx(2048 * (9 / 2 + 4 + 16 + 25) / (16 * 2048 - 1024), rel=1e-6)
+    assert loss == pytest.approx(plain / 2, rel=1e-6)
+    assert dark == pytest.approx((9 * 1024 + 4 * 2048) / (1024 + 2048), rel=1e-6)
+    assert bright == pytest.approx((16 + 25) / 2, rel=1e-6)
+    weights[..., 96:, 96:] = 0.0  # a cell without a valid pixel is not dark: the next one is, at 0
+    assert model.losses(rec, images, weights).tolist()[2] == pytest.approx(9 * 1024 / (1024 + 2048), rel=1e-6)
+
+
+def test_errors_carry_no_gradient() -> None:
+    model = MixMIM(**model_config("mixmim_tiny"))
+    out = model(torch.randn(2, 2, 128, 128), torch.rand(2, 2, 128, 128))
+    gradient = torch.autograd.grad(out.losses.sum(), model.decoder_pred.weight, retain_graph=True)[0]
+    assert torch.equal(gradient, torch.autograd.grad(out.loss, model.decoder_pred.weight)[0])
+    assert out.losses.shape == (4,)
+    assert torch.equal(out.losses[0], out.loss)

@@ -28,8 +28,8 @@ SMALLEST_SCALE = 1.0  # of float16 losses; it starts at 65,536 and is halved at 
 SYNC_EVERY = 20  # steps between looks at device values; each look waits for the device once
 
 # A step in two parts. From a batch and its number: what goes into the model, nested tuples of tensors on the device and
-# plain values, and counts to be summed over the epoch. From that: the loss; this part may run as a CUDA graph, so it
-# looks at no value and draws from the device's generator only.
+# plain values, and counts to be summed over the epoch. From that: the loss, alone or as the first of several numbers
+# that are logged; this may run as a CUDA graph, so it looks at no value and draws from the device's generator only.
 Prepare = Callable[[dict[str, Any], int], tuple[Any, Mapping[str, Tensor]]]
 LossOf = Callable[[Any], Tensor]
 
@@ -219,12 +219,12 @@ class _Sums:
         """Of the finite ones, before clipping; waits for the device."""
         return float(self.steps[2] / self.steps[3].clamp(min=1))
 
-    def add(self, loss: Tensor, counts: Mapping[str, Tensor]) -> None:
-        """A batch."""
+    def add(self, loss: Tensor, counts: Mapping[str, Tensor], beside: Sequence[tuple[str, Tensor]] = ()) -> None:
+        """A batch; ``beside`` are numbers that are averaged like the loss."""
         finite = torch.isfinite(loss)  # the log shows what was learned from; other steps are counted apart
         self.steps[0] += torch.where(finite, loss, 0.0)
         self.steps[1] += finite
-        for name, value in counts.items():
+        for name, value in [*counts.items(), *((name, torch.where(finite, x, 0.0)) for name, x in beside)]:
             if name not in self.counts:
                 self.counts[name] = self._scalar(0.0)
             self.counts[name] += value
@@ -236,12 +236,17 @@ class _Sums:
         self.steps[3] += finite
         self.steps[4] += ~finite
 
+    def plain_counts(self) -> dict[str, float]:
+        """Counts as numbers; waits for the device, once."""
+        values = torch.stack(list(self.counts.values())).tolist() if self.counts else []
+        return dict(zip(self.counts, values, strict=True))
+
     def as_dicts(self) -> dict[str, dict[str, float]]:
         """Plain values: sums, and counts that the caller named."""
         host = {name: float(getattr(self, name)) for name in self.HOST}
         return {
             "sums": dict(zip(self.DEVICE, self.steps.tolist(), strict=True)) | host,
-            "counts": {name: float(value) for name, value in self.counts.items()},
+            "counts": self.plain_counts(),
         }
 
 
@@ -352,6 +357,7 @@ class Trainer:
         start_step: int = 0,
         progress: Progress,
         on_step: Callable[[int], bool] = lambda steps_done: False,
+        beside: Sequence[str] = (),
     ) -> EpochResult:
         """Train for one epoch, or what is left of it.
 
@@ -361,6 +367,7 @@ class Trainer:
             loss_of: forward pass of such inputs, see :data:`LossOf`; called with autocast on.
             steps: batches of a whole epoch.
             on_step: called after each optimizer step with the batches done; True ends the epoch (signals, limits).
+            beside: names of the numbers after the loss where ``loss_of`` gives several; their means are logged.
 
         Raises:
             NonFiniteError: see :class:`FiniteGuard`.
@@ -370,6 +377,8 @@ class Trainer:
         if start_step == 0:
             self._sums = _Sums(self.device)
         sums, sync_every = self._sums, sync_interval(self.device)
+        if start_step and not set(beside) <= set(sums.counts):  # begun by a version that did not log them
+            beside = ()
         began, before = time.perf_counter(), sums.seconds
         seen, lr = 0, self._lr_at(epoch + 1) if start_step == steps else 0.0
         group: list[tuple[Tensor, list[str]]] = []  # loss and names of each batch of the optimizer step
@@ -389,15 +398,16 @@ class Trainer:
             inputs, counts = prepare(batch, step)
             if self._graphs is None:
                 with self._apart() if not last else contextlib.nullcontext():
-                    loss = self._forward_and_backward(loss_of, inputs, group_size)
+                    values = self._forward_and_backward(loss_of, inputs, group_size)
             else:
                 work = partial(self._graph_work, loss_of)
-                loss = self._graphs.run(work, (inputs, group_size), first=first, last=last)
+                values = self._graphs.run(work, (inputs, group_size), first=first, last=last)
                 if last:
                     average_gradients(self._parameters, self.processes)
 
+            loss = values[0] if values.ndim else values
             group.append((loss, batch["name"]))
-            sums.add(loss, counts)
+            sums.add(loss, counts, [(name, values[n]) for n, name in enumerate(beside, 1)])
             sums.samples += len(batch["name"])
             sums.seconds = before + time.perf_counter() - began
             seen += len(batch["name"]) * self.processes.world_size
@@ -416,15 +426,15 @@ class Trainer:
         self.check()
         sums.waited += self._waits.take()
         sums.seconds = before + time.perf_counter() - began
-        return EpochResult(self._stats(lr), finished=steps_done == steps, steps_done=steps_done)
+        return EpochResult(self._stats(lr, beside), finished=steps_done == steps, steps_done=steps_done)
 
     def _forward_and_backward(self, loss_of: LossOf, inputs: Any, group_size: int) -> Tensor:
-        """Add a batch's gradients to those of its accumulation group; returns its loss."""
+        """Add a batch's gradients to those of its accumulation group; returns what ``loss_of`` gave."""
         with self.autocast():
-            loss = loss_of(inputs)
-        scaled = loss / group_size
+            values = loss_of(inputs)
+        scaled = (values[0] if values.ndim else values) / group_size
         (scaled if self.scaler is None else self.scaler.scale(scaled)).backward()
-        return loss.detach()
+        return values.detach()
 
     def _graph_work(self, loss_of: LossOf, inputs: tuple[Any, int]) -> Tensor:
         return self._forward_and_backward(loss_of, *inputs)
@@ -487,20 +497,23 @@ class Trainer:
         alone = isinstance(self.model, nn.parallel.DistributedDataParallel)
         return self.model.no_sync() if alone else contextlib.nullcontext()  # type: ignore[operator]
 
-    def _stats(self, lr: float) -> dict[str, float]:
+    def _stats(self, lr: float, beside: Sequence[str]) -> dict[str, float]:
         sums, processes = self._sums, self.processes
         seconds = max(sums.seconds, 1e-9)
-        counts = {name: float(value) for name, value in sums.counts.items()}
+        counts = sums.plain_counts()
+        per_loss = {name: counts.pop(name) / max(float(sums.steps[1]), 1.0) for name in beside if name in counts}
         counts["unreadable_samples"] = float(len(self.bad_samples.found))
         if self.scaler is not None:  # the same on all processes, as gradients are
             counts["overflowed_steps"] = float(sums.steps[4]) / processes.world_size
-        mean = processes.all_reduce_mean({"train_loss": sums.mean_loss(), "data_wait": sums.waited / seconds})
+        per_loss |= {"train_loss": sums.mean_loss(), "data_wait": sums.waited / seconds}
+        mean = processes.all_reduce_mean(per_loss)
         return {
-            "train_loss": mean["train_loss"],
+            "train_loss": mean.pop("train_loss"),
             "train_lr": lr,
             "grad_norm": sums.mean_norm(),
             "images_per_s": sums.samples * processes.world_size / seconds,
-            "data_wait": mean["data_wait"],
+            "data_wait": mean.pop("data_wait"),
+            **mean,
             **processes.all_reduce_sum(counts),
             "skipped_steps": float(self.guard.skipped),
             "seconds": seconds,
