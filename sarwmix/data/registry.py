@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 from sarwmix.data.labels import CLASSES_19
 from sarwmix.data.spec import (
     BANDS,
+    PAIR_BANDS,
     REFLECTANCE,
     DatasetSpec,
     Statistics,
@@ -259,6 +260,14 @@ FLOODS_STATISTICS = Statistics.from_normal(
      1179.8815, 338.0113, 146.3465, 977.2074, 765.9938),
     origin="Sen1Floods11: Sentinel-1 from the training notebook, Sentinel-2 (TOA) from TerraTorch's data module",
 )  # fmt: skip
+OMBRIA_STATISTICS = Statistics(
+    (-14.5122, -12.1963),
+    (5.8634, 5.9157),
+    (-27.2938, -25.8900),
+    (-3.0560, -2.2370),
+    "computed over all pixels of the 694 pairs, with 0..255 taken as -30..0 dB",
+    (-14.3566, -11.2982),
+)
 SATLAS_BANDS = ("B02", "B03", "B04", "B05", "B06", "B07", "B08", "B11", "B12")
 SATLAS_STATISTICS = FLOODS_STATISTICS.take([FLOODS_BANDS.index(band) for band in SATLAS_BANDS])
 EUROSAT_CLASSES = (
@@ -429,5 +438,22 @@ register(
         options=("val_frac", "seed", "missing"),
         band_sets={"s2": SATLAS_BANDS, "rgb": ("B04", "B03", "B02")},
         preprocessing=Preprocessing(geometry="window"),
+    )
+)
+register(
+    DatasetSpec(
+        name="ombria",
+        task="segmentation",
+        bands=PAIR_BANDS,
+        statistics={"ombria": OMBRIA_STATISTICS},
+        default_statistics="ombria",
+        classes=("no flood", "flood"),
+        splits=SPLITS,
+        size=256,
+        builder="sarwmix.datasets.ombria:build",
+        description="OMBRIA: Sentinel-1 VV before and after a flood as two bands, flood masks",
+        options=("by", "masks"),
+        preprocessing=Preprocessing(geometry="window"),
+        cluster=("event", r"e\d+(?=_)"),
     )
 )

@@ -16,7 +16,9 @@ BANDS = ("VH", "VV")
 TASKS = ("multilabel", "multiclass", "pair", "segmentation", "unlabelled")
 DECIBEL, REFLECTANCE = "dB", "reflectance x 1e4"
 SAR_BANDS = ("VH", "VV", "HH", "HV")
-NOISE_DB = dict.fromkeys(SAR_BANDS, -25.0)
+PAIR_BANDS = ("BEFORE", "AFTER")
+"""The same polarisation on two dates, where a pair is one image of two bands."""
+NOISE_DB = dict.fromkeys((*SAR_BANDS, *PAIR_BANDS), -25.0)
 """Noise equivalent sigma0 of each band in dB: between the -22 dB that Sentinel-1 IW was specified for and about -30 dB
 in the middle of its sub-swaths; it is not known for a single image without its noise annotation."""
 NORMAL_1_PERCENT = 2.3263  # the 1 % quantile of a normal distribution lies this many deviations below its mean
@@ -113,7 +115,7 @@ class Statistics:
 
 def unit_of(band: str) -> str:
     """Unit of a band, by its name: backscatter in dB, or Sentinel-2 reflectance times 10,000."""
-    return DECIBEL if band in SAR_BANDS else REFLECTANCE
+    return DECIBEL if band in (*SAR_BANDS, *PAIR_BANDS) else REFLECTANCE
 
 
 def unit_of_bands(bands: Sequence[str]) -> str:
