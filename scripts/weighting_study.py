@@ -48,7 +48,7 @@ ARMS: dict[str, str] = {
     "8 x 8 looks, no weights": "--weight_mode none --target_looks 8",
     "dB, s = 3, permuted": "--weight_domain db --weight_norm dataset --weight_exp_scale 3 --weight_permute",
 }
-STEPS, BATCH, RATE, WARMUP = 400, 16, 2e-3, 40
+STEPS, BATCH, RATE, WARMUP = 250, 16, 2e-3, 40
 SIZE = 128
 """Part of the definition of the study; docs/weighting_study.md says how they were found."""
 
@@ -112,9 +112,8 @@ def report(folder: Path) -> None:
     arms = compare_arms(values, REFERENCE, untested=[RANDOM])
     hours = sum(record["cpu_s"] for record in found) / 3600
     text = as_markdown(arms, "AP", REFERENCE)
-    text += (
-        f"\n{len(found)} runs on record, {hours:.2f} core-hours; seeds in the table: {', '.join(map(str, complete))}.\n"
-    )
+    of = ", ".join(map(str, complete))
+    text += f"\n{len(found)} runs on record, {hours:.2f} core-hours; seeds in the table: {of}.\n"
     with atomic_write(folder / "table.md", "w") as stream:
         stream.write(text)
     draw(arms, folder / "differences.png", metric="average precision", reference=REFERENCE)
