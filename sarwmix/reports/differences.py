@@ -102,9 +102,8 @@ def as_markdown(arms: Sequence[Compared], metric: str, reference: str) -> str:
     tested = [arm.difference for arm in arms if arm.difference is not None and not math.isnan(arm.p)]
     notes = []
     if tested:
-        notes.append(
-            f"Intervals cover {tested[0].covers}, runs paired by seed: {'yes' if tested[0].paired_seeds else 'no'}."
-        )
+        pairing = "paired by seed" if tested[0].paired_seeds else "not paired by seed"
+        notes.append(f"Intervals cover {tested[0].covers}; runs are {pairing}.")
         widest = max(tested, key=lambda d: d.high - d.low)
         notes.append(f"Widest interval: {power_line(widest)}")
     return "\n".join([*lines, "", *notes, ""])
