@@ -54,7 +54,7 @@ def cluster_mean(values: np.ndarray) -> Evaluate:
 
 
 def compare_arms(
-    values: Mapping[str, Mapping[int, np.ndarray]], reference: str, *, untested: Sequence[str] = ()
+    values: Mapping[str, Mapping[int, np.ndarray]], reference: str, *, untested: Sequence[str] = (), draws: int = 2000
 ) -> list[Compared]:
     """Arms whose metric is the mean over clusters of one number each.
 
@@ -62,6 +62,7 @@ def compare_arms(
         values: arm -> seed -> (C,) numbers, the clusters in the same order everywhere.
         reference: the arm that the others are compared with.
         untested: arms without a p value.
+        draws: resamples of the clusters.
 
     Raises:
         UserError: the reference has no run.
@@ -80,7 +81,7 @@ def compare_arms(
                 np.arange(len(base[sorted(base)[0]])),
                 "mean",
                 seeds=(own, sorted(base)),
-                draws=2000,
+                draws=draws,
             )
         arms.append(Compared(name, float(np.mean([runs[seed].mean() for seed in own])), len(own), difference))
     return correct(arms, untested)
