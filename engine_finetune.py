@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sarwmix.data.base import SarDataset
 from sarwmix.mixup import Mixup, random_erase
 from sarwmix.tasks.base import Predictor, Prepared, Task
 from sarwmix.transforms import SarTransform
@@ -125,6 +126,7 @@ def evaluate(
     all_gather: Callable[[Any], list[Any]],
     all_gather_arrays: GatherArrays,
     amp_dtype: torch.dtype | None = None,
+    whole: SarDataset | None = None,
 ) -> Evaluation:
     """Run the model over a split, every sample exactly once, whatever the number of processes.
 
@@ -135,6 +137,7 @@ def evaluate(
         names: names of all samples of the split.
         all_gather: a small plain value of all processes, in rank order.
         all_gather_arrays: arrays of different lengths of all processes, in rank order.
+        whole: the split, where results are final, see `Task.predict`.
 
     Returns:
         The outputs of all samples, the same on every process.
@@ -145,7 +148,7 @@ def evaluate(
     predictor = Predictor(bare(model), device, amp_dtype)
     indices: list[Tensor] = []
     kept: list[dict[str, Tensor]] = []
-    for index, part in task.predict(predictor, loader, transform, device=device):
+    for index, part in task.predict(predictor, loader, transform, device=device, whole=whole):
         indices.append(index)
         kept.append(part)
     outputs = gather_in_order(
@@ -227,14 +230,11 @@ def extract_features(
     Raises:
         UserError: features that are not finite; names a sample.
     """
-    inner: Any = bare(model).eval()
+    predictor = Predictor(bare(model), device, amp_dtype)
     indices, kept = [], []
-    for batch in loader:
-        prepared = task.prepare(batch, transform, device=device)
-        with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
-            features = inner.forward_features(*prepared.inputs)
+    for batch, found in task.run(predictor, loader, transform, device=device, features=True):
         indices.append(batch["index"])
-        kept.append({"features": features.float()})
+        kept.append({"features": found})
     features = gather_in_order(
         indices, kept, count=len(names), split=split, all_gather=all_gather, all_gather_arrays=all_gather_arrays
     )["features"]

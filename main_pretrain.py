@@ -184,7 +184,7 @@ def open_data(args: argparse.Namespace) -> SarDataset:
     options |= registry.parse_options(args.data_option)
     without_val = spec.task != "pair" and "val_frac" in spec.options
     split = args.split or ("train" if spec.task == "unlabelled" or without_val else "train+val")
-    return registry.build_dataset(args.dataset, args.data_path, split, **options)
+    return registry.build_dataset(args.dataset, args.data_path, split, **options).single_images()
 
 
 def describe_data(dataset: SarDataset) -> str:

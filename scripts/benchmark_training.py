@@ -87,11 +87,13 @@ def pair_evaluation(name: str, data: PairDataset, *, batch: int, device: torch.d
     torch.nn.init.normal_(model.head.weight)  # zero at first: all scores would be equal
 
     def run(shared: bool) -> tuple[float, Any]:
-        loader = build_loader(data, batch_size=batch, shuffle=False, drop_last=False, device=device)
+        loader = build_loader(
+            data, batch_size=batch, shuffle=False, drop_last=False, device=device, each_image_once=shared
+        )
         began = time.perf_counter()
         found = evaluate(
             model,
-            loader if shared else iter(loader),  # without its data set every pair stands alone
+            loader,
             task=task,
             transform=transform,
             device=device,

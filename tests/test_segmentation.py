@@ -87,6 +87,7 @@ def run(
         names=data.names,
         all_gather=lambda value: [value],
         all_gather_arrays=lambda values: [values],
+        whole=data,
     )
     return result.outputs
 
@@ -280,7 +281,7 @@ def test_an_image_without_a_valid_pixel_counts_nothing_in_an_evaluation() -> Non
     loader = build_loader(data, batch_size=2, shuffle=False, drop_last=False, seed=0, num_workers=0)
     found = evaluate(
         model, loader, task=task, transform=make_transform(), device=CPU, split="test", names=data.names,
-        all_gather=lambda value: [value], all_gather_arrays=lambda values: [values],
+        all_gather=lambda value: [value], all_gather_arrays=lambda values: [values], whole=data,
     )  # fmt: skip
     assert found.skipped == ("chip_3",)
     assert set(found.outputs) == set(run(Maps(), model, task))

@@ -183,7 +183,9 @@ def test_task_options() -> None:
 def outputs(
     task: PairTask, model: MixMIMPair, data: PairDataset, *, batch: int = 4, rank: int = 0, world: int = 1
 ) -> tuple[list[torch.Tensor], list[dict[str, torch.Tensor]]]:
-    loader = build_loader(data, batch_size=batch, shuffle=False, drop_last=False, rank=rank, world_size=world)
+    loader = build_loader(
+        data, batch_size=batch, shuffle=False, drop_last=False, rank=rank, world_size=world, each_image_once=True
+    )
     transform = SarTransform(size=SIDE, **STATISTICS)
     with torch.no_grad():
         parts = list(task.predict(Predictor(model, CPU, None), loader, transform, device=CPU))

@@ -548,6 +548,55 @@ def _read_shared(shared: SharedImages, rows: np.ndarray, target: torch.Tensor) -
     return torch.cat(usable).cpu().numpy()
 
 
+class EachImageOnce(Loader):
+    """Evaluation batches in which an image that samples share comes once, when the first of them needs it.
+
+    A batch holds, beside ``label``, ``name``, ``index`` and ``replaced``: ``rows`` (B, k), the images of each sample;
+    ``new_rows`` (M,) and ``images`` (M, C, H, W), those that no batch has brought yet; ``done_rows``, those that no
+    later batch needs. A process takes consecutive samples, so that those that share images meet in one.
+    """
+
+    def __init__(self, dataset: SarDataset, plan: Plan, shared: SharedImages, *, device: torch.device | None) -> None:
+        super().__init__(dataset, plan, device=device)
+        self._shared = shared
+
+    def _batches(self, epoch: int, step: int) -> Iterator[Batch]:
+        plan, shared = self.plan, self._shared
+        mine = np.array_split(np.arange(len(self.dataset)), plan.world_size)[plan.rank]
+        batches = [mine[first : first + plan.batch_size] for first in range(0, len(mine), plan.batch_size)][step:]
+        seen: set[int] = set()
+        fresh = []
+        for indices in batches:
+            new = [row for row in np.unique(shared.rows[indices]).tolist() if row not in seen]
+            seen.update(new)
+            fresh.append(np.array(new, dtype=np.int64))
+        last = {row: number for number, indices in enumerate(batches) for row in shared.rows[indices].flat}
+        images = ahead(shared.read, [rows for rows in fresh if len(rows)])
+        for number, (indices, new_rows) in enumerate(zip(batches, fresh, strict=True)):
+            rows = shared.rows[indices]
+            batch: Batch = {"rows": rows, "new_rows": new_rows, "name": BatchNames(self.dataset.names, indices)}
+            batch["done_rows"] = np.array([row for row in np.unique(rows) if last[row] == number], dtype=np.int64)
+            batch |= {"index": torch.from_numpy(indices), "replaced": []}
+            labels = self.dataset.batch_labels(indices)
+            if labels is not None:
+                batch["label"] = labels
+            if len(new_rows):
+                batch["images"] = self._checked(next(images), new_rows, indices)
+            yield batch
+
+    def _checked(self, images: torch.Tensor, new_rows: np.ndarray, indices: np.ndarray) -> torch.Tensor:
+        """The images, page-locked for a GPU.
+
+        Raises:
+            UnreadableSample: one has a band without any finite pixel; names the first sample that it belongs to.
+        """
+        usable = torch.isfinite(images).flatten(2).any(dim=2).all(dim=1).numpy()
+        if not usable.all():
+            without = np.isin(self._shared.rows[indices], new_rows[~usable]).any(axis=1)
+            raise UnreadableSample(self.dataset.names[int(indices[without][0])], self.dataset.source, EMPTY_BAND)
+        return images.pin_memory() if self.device is not None and self.device.type == "cuda" else images
+
+
 class DeviceLoader(Loader):
     """Batches gathered from images that all lie in the memory of a device (of the host, with device "cpu").
 
@@ -699,6 +748,7 @@ def build_loader(
     timeout: float = 600.0,
     device: torch.device | str | None = None,
     cache: str = "none",
+    each_image_once: bool = False,
 ) -> Loader:
     """Make the loader that suits a data set.
 
@@ -717,6 +767,8 @@ def build_loader(
         cache: ``"host"``: read all images into this process's memory first; ``"device"``: into the memory of
             ``device``; ``"device16"``: the same, rounded to float16; ``"auto"``: on the device if they take at most
             45 % of a GPU's memory; ``"none"``.
+        each_image_once: Evaluation only: deliver images that samples share once, see :class:`EachImageOnce`. Without
+            effect where the data set shares none.
 
     Returns:
         A loader: ``set_epoch(epoch)``, ``len()`` in steps, iteration over batch dicts, ``iter_from(step)``.
@@ -750,6 +802,10 @@ def build_loader(
         bad = _read_all(dataset, torch.from_numpy(images), num_workers=num_workers, timeout=timeout)
         dataset = MemoryDataset(dataset, images, bad)
     gpu = place if place is not None and place.type == "cuda" else None
+    if each_image_once and dataset.shared_images is not None:
+        if shuffle or drop_last:
+            raise ValueError("each_image_once is for evaluation: every sample, in the data set's order")
+        return EachImageOnce(dataset, plan, dataset.shared_images, device=gpu)
     pin = pin_memory and torch.cuda.is_available()
     if dataset.gathers:
         return ThreadLoader(dataset, plan, pin_memory=pin, timeout=timeout, device=gpu)

@@ -84,11 +84,6 @@ class PairDataset(SarDataset):
         return len(self.spec.bands), self.size, self.size
 
     @property
-    def shares_images(self) -> bool:
-        """Whether equal rows mean the same image, so that an evaluation can encode each image once."""
-        return self.stored
-
-    @property
     def shared_images(self) -> SharedImages | None:
         return SharedImages(("image1", "image2"), self.rows, self.read_rows) if self.stored else None
 
@@ -357,7 +352,15 @@ class PairImages(SarDataset):
             folder, first, second, _ = parse_pair_name(pairs.names[index])
             for time, acquisition in enumerate((first, second)):
                 places.setdefault(f"{folder}/{acquisition}", (index, time))
-        super().__init__(pairs.spec, pairs.split, pairs.statistics, list(places), None, source=pairs.source)
+        super().__init__(
+            pairs.spec,
+            pairs.split,
+            pairs.statistics,
+            list(places),
+            None,
+            on_error=pairs.on_error,
+            source=pairs.source,
+        )
         self.pairs = pairs
         self.places = np.array(list(places.values()), dtype=np.int64)  # (N, 2): pair, first or second image
 
@@ -367,10 +370,14 @@ class PairImages(SarDataset):
 
     def read_into(self, index: int, out: np.ndarray) -> None:
         pair, time = (int(value) for value in self.places[index])
-        both = np.empty((2, *self.shape), dtype=np.float32)
-        try:
-            self.pairs.read_into(pair, both)
-        except UnreadableSample as error:
-            raise UnreadableSample(self.names[index], error.path, error.reason) from error
-        out[...] = power_to_db(torch.from_numpy(both[time])).numpy()
+        if self.pairs.stored:
+            power = self.pairs.read_rows(self.pairs.rows[pair, time, None])[0]
+        else:
+            both = np.empty((2, *self.shape), dtype=np.float32)
+            try:
+                self.pairs.read_into(pair, both)
+            except UnreadableSample as error:
+                raise UnreadableSample(self.names[index], error.path, error.reason) from error
+            power = torch.from_numpy(both[time])
+        out[...] = power_to_db(power).numpy()
         finish_image(out, self.names[index], self.source, self.spec.bands)

@@ -221,6 +221,7 @@ class Workbench:
             pin_memory=self.pin_memory,
             device=self.device,
             cache=self.cache if train and not cached else "none",
+            each_image_once=not train,
         )
 
     def count_flops(self, model: nn.Module) -> tuple[float, str]:
@@ -230,11 +231,16 @@ class Workbench:
         prepared = self.task.prepare(batch, self.transform, device=self.device)
         return count_flops(model, partial(model, *prepared.inputs))
 
-    def evaluate(self, model: nn.Module, split: str, loader: Iterable[Mapping[str, Any]] | None = None) -> Evaluation:
-        """All outputs of a split; pass batches of a loader to keep its workers between epochs."""
+    def evaluate(self, model: nn.Module, split: str, batches: Iterable[Mapping[str, Any]] | None = None) -> Evaluation:
+        """All outputs of a split.
+
+        Args:
+            batches: of this bench's loader, for a look after an epoch; None: final results, with what pictures need.
+        """
         evaluation = evaluate(
             model,
-            loader if loader is not None else self.loader(split, train=False),
+            batches if batches is not None else self.loader(split, train=False),
+            whole=self.splits[split] if batches is None else None,
             task=self.task,
             transform=self.transform,
             device=self.device,

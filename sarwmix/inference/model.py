@@ -103,12 +103,6 @@ class Pretrained:
             raise UserError(f"{self.source} was trained for the task {self.task.name}, expected {wanted}")
         return self.task
 
-    def _pair(self, *images: Tensor) -> dict[str, Any]:
-        """Two images in dB as the batch of power that the pair task reads; NaN stays NaN."""
-        if len(images) != 2:
-            raise UserError(f"{self.source} compares two images of one place; {len(images)} given")
-        return {f"image{i}": torch.pow(10.0, image / 10.0) for i, image in enumerate(images, start=1)}
-
     @property
     def tile(self) -> int:
         """Side of the ground that the model looks at, in pixels of the data.
@@ -128,11 +122,12 @@ class Pretrained:
                     f"images have shape {tuple(image.shape)}; expected (B, {len(self.bands)}, H, W) with the bands "
                     f"{', '.join(self.bands)} in {self.unit}"
                 )
-        if self.task is not None and self.task.name == "pair":
-            return self.task.inputs(self._pair(*images), self.transform, device=self.device)
-        if len(images) != 1:
-            raise UserError(f"{self.source} looks at one image; {len(images)} given")
-        return (self.transform.model_input(images[0].to(self.device)),)
+        wanted = 2 if self.task is not None and self.task.name == "pair" else 1
+        if len(images) != wanted:
+            what = "compares two images of one place" if wanted == 2 else "looks at one image"
+            raise UserError(f"{self.source} {what}; {len(images)} given")
+        # Pairs are stored as power and come to the task as such; here they are dB already, with zero at -60 as there.
+        return self.transform.model_input(torch.cat(images).to(self.device)).chunk(wanted)
 
     @torch.no_grad()
     def logits(self, *images: Tensor) -> Tensor:

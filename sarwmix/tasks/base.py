@@ -209,6 +209,31 @@ class Task(ABC):
         """What evaluation keeps of each sample: tensors with B first. NaN in any float one is an error."""
         return {"scores": self.scores(logits), "target": target, "loss": self.losses(logits, target).double()}
 
+    def run(
+        self,
+        model: Predictor,
+        batches: Iterable[Mapping[str, Any]],
+        transform: SarTransform | None,
+        *,
+        device: torch.device,
+        features: bool = False,
+    ) -> Iterator[tuple[Mapping[str, Any], Tensor]]:
+        """Run the model over batches, without gradients.
+
+        Args:
+            model: returns logits (B, K) from the inputs.
+            batches: of the loader.
+            transform: device transform; None for cached features.
+            device: where the model lives.
+            features: whether the encoder's pooled features are asked for, (B, D), instead of logits.
+
+        Yields:
+            (batch, float32 result) of each.
+        """
+        for batch in batches:
+            inputs = self.prepare(batch, transform, device=device).inputs
+            yield batch, (model.call("forward_features", *inputs) if features else model(*inputs)).float()
+
     def predict(
         self,
         model: Predictor,
@@ -216,24 +241,19 @@ class Task(ABC):
         transform: SarTransform | None,
         *,
         device: torch.device,
+        whole: SarDataset | None = None,
     ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-        """Run the model over this process's share of a split.
-
-        A task whose samples share images overrides this, to encode each image once.
+        """What is kept of each sample of this process's share of a split.
 
         Args:
-            model: returns logits (B, K) from the inputs; without gradients.
-            batches: of the loader.
-            transform: device transform; None for cached features.
-            device: where the model lives.
+            model, batches, transform, device: see `run`.
+            whole: the split, where results are final and what its pictures need is kept, too.
 
         Yields:
             (sample numbers (B,), outputs) of each batch.
         """
-        for batch in batches:
-            prepared = self.prepare(batch, transform, device=device)
-            logits = model(*prepared.inputs).float()
-            yield batch["index"], self.outputs(logits, prepared.target)
+        for batch, logits in self.run(model, batches, transform, device=device):
+            yield batch["index"], self.outputs(logits, self.target(batch, device))
 
     @abstractmethod
     def report(self, gathered: Mapping[str, np.ndarray]) -> Report:

@@ -13,7 +13,6 @@ from torch import Tensor
 from models_mixmim import MODELS, encoder_config
 from models_sen12_ft import PATCH_OPS, MixMIMPair
 from sarwmix.data.base import SarDataset
-from sarwmix.data.loader import Loader, ahead
 from sarwmix.datasets.sen12flood import PairDataset, power_to_db
 from sarwmix.models.backbones import is_mixmim
 from sarwmix.models.settings import ModelSettings
@@ -128,64 +127,30 @@ class PairTask(SingleLabelTask):
 
     # Evaluation --------------------------------------------------------------------------------------------------
 
-    def predict(
+    def run(
         self,
         model: Predictor,
         batches: Iterable[Mapping[str, Any]],
         transform: SarTransform | None,
         *,
         device: torch.device,
-    ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-        """With a store, each distinct image is read and encoded once, and pairs compare its features.
-
-        The split is then shared out in consecutive runs of pairs, so that the images of a sequence meet in one process.
-        """
-        data = batches.dataset if isinstance(batches, Loader) else None
-        shares = isinstance(data, PairDataset) and data.shares_images and model.has("encode_image")
-        if transform is None or not shares:
-            yield from super().predict(model, batches, transform, device=device)
-            return
-        assert isinstance(batches, Loader)
-        assert isinstance(data, PairDataset)
-        plan = batches.plan
-        mine = np.array_split(np.arange(len(data)), plan.world_size)[plan.rank]
-        yield from self._predict_shared(model, data, mine, PairTransform(transform), plan.batch_size, device)
-
-    def _predict_shared(
-        self,
-        model: Predictor,
-        data: PairDataset,
-        mine: np.ndarray,
-        transform: PairTransform,
-        batch_size: int,
-        device: torch.device,
-    ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-        last_use = {int(row): place for place, index in enumerate(mine) for row in data.rows[index]}
-        features: dict[int, Tensor] = {}
-        assert data.labels is not None
-        batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
-        fresh = _first_uses([data.rows[indices] for indices in batches], most=2 * batch_size)
-        on_gpu = device.type == "cuda"
-
-        def read(rows: np.ndarray) -> Tensor:
-            power = data.read_rows(rows)
-            return power.pin_memory() if on_gpu else power
-
-        images = ahead(read, [rows for pieces in fresh for rows in pieces])
-        done = 0
-        for indices, pieces in zip(batches, fresh, strict=True):
-            for some in pieces:
-                power = next(images).to(device, non_blocking=True)
-                encoded = model.call("encode_image", transform.images(power))  # (images, T, D)
-                features.update(zip(some.tolist(), encoded, strict=True))
-            rows = data.rows[indices]  # (B, 2)
-            first = torch.stack([features[int(row)] for row in rows[:, 0]])
-            second = torch.stack([features[int(row)] for row in rows[:, 1]])
-            logits = model.call("classify", first, second).float()
-            target = torch.from_numpy(data.labels[indices]).to(device)
-            yield torch.from_numpy(indices), self.outputs(logits, target)
-            done += len(indices)
-            features = {row: value for row, value in features.items() if last_use[row] >= done}
+        features: bool = False,
+    ) -> Iterator[tuple[Mapping[str, Any], Tensor]]:
+        """As :meth:`Task.run`; images that a batch brings apart from its pairs are encoded when they come, and pairs
+        compare what is kept of them (`sarwmix.data.loader.EachImageOnce`)."""
+        kept: dict[int, Tensor] = {}  # (T, D) of each image that a later pair needs
+        for batch in batches:
+            if transform is None or "rows" not in batch:
+                yield from super().run(model, [batch], transform, device=device, features=features)
+                continue
+            if len(batch["new_rows"]):
+                power = batch["images"].to(device, non_blocking=True)
+                encoded = model.call("encode_image", PairTransform(transform).images(power))  # (images, T, D)
+                kept.update(zip(batch["new_rows"].tolist(), encoded, strict=True))
+            first, second = (torch.stack([kept[int(row)] for row in side]) for side in batch["rows"].T)
+            yield batch, model.call("compare" if features else "classify", first, second).float()
+            for row in batch["done_rows"].tolist():
+                del kept[row]
 
     def metrics(self, truth: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
         """``acc`` in %, ``precision``, ``recall``, ``f1`` of flood as fractions."""
@@ -248,15 +213,3 @@ class PairTask(SingleLabelTask):
             wrong_pairs_figure(path, data, predicted != truth, scores[:, FLOOD], gathered["loss"])
             written.append(path)
         return written
-
-
-def _first_uses(batches: Sequence[np.ndarray], *, most: int) -> list[list[np.ndarray]]:
-    """For each batch of rows (B, 2) those not met before, in pieces of at most ``most``: as many images at once as a
-    training batch of pairs holds."""
-    seen: set[int] = set()
-    pieces = []
-    for rows in batches:
-        new = np.array([row for row in np.unique(rows) if int(row) not in seen], dtype=np.int64)
-        seen.update(int(row) for row in new)
-        pieces.append([new[begin : begin + most] for begin in range(0, len(new), most)])
-    return pieces

@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sarwmix.data.base import IGNORED, MaskDataset, SarDataset
-from sarwmix.data.loader import Loader
 from sarwmix.heads import SEGMENTATION_HEADS, TaskModel
 from sarwmix.models.backbones import build_segmenter
 from sarwmix.models.settings import ModelSettings
@@ -187,14 +186,15 @@ class SegmentationTask(Task):
         transform: SarTransform | None,
         *,
         device: torch.device,
+        whole: SarDataset | None = None,
     ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         """Label whole images in their own resolution, and compare with the label maps as read.
 
-        Where a whole split is evaluated from a `Loader` (final results, not the check after each epoch), the predicted
-        maps are kept as ``prediction`` (B, h, w) uint8, for pictures and for whoever wants to compute anything else.
+        Of final results the predicted maps are kept as ``prediction`` (B, h, w) uint8, for pictures and for whoever
+        wants to compute anything else.
         """
         assert transform is not None
-        step = map_step(batches.dataset) if isinstance(batches, Loader) else None
+        step = None if whole is None else map_step(whole)
         for batch in batches:
             images = batch["image"].to(device, non_blocking=True)
             logits = label_images(model, images, transform)
