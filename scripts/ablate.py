@@ -5,6 +5,11 @@
         --pretrain "--dataset demo --data_path data/demo --model mixmim_tiny --epochs 36" \\
         --finetune "--dataset demo --data_path data/demo --model mixmim_tiny --epochs 12"
 
+Named arms are lists of any flags; --reference compares all of them with one, paired over seeds and test clusters:
+
+    python scripts/ablate.py --out runs/arms --grid seed=0,1,2 --reference plain --arm "plain=--weight_mode none" \\
+        --arm "dB=--weight_domain db --weight_norm dataset" --arm "scratch=random" --pretrain "..." --finetune "..."
+
 Runs that are finished are not repeated, and one that was stopped continues: give the same command again. A flag that
 has no value, such as --norm_pix_loss, takes the values on and off. A flag of main_finetune.py alone is finetune.NAME.
 """
@@ -32,10 +37,14 @@ from sarwmix.reports.ablation import (
     as_latex,
     as_markdown,
     collect,
+    differences,
+    parse_arms,
     parse_axis,
     plan,
     split_words,
 )
+from sarwmix.reports.differences import as_markdown as differences_table
+from sarwmix.reports.differences import draw
 from util.cli import run_cli
 from util.errors import EXIT_OK, EXIT_PREEMPTED, UserError
 from util.files import atomic_write, make_directory, write_json
@@ -46,16 +55,23 @@ def get_parser() -> argparse.ArgumentParser:
     text = (__doc__ or "").split("\n\n")
     parser = argparse.ArgumentParser(
         description=text[0],
-        epilog=f"{text[1]}\n\n{text[2]}",
+        epilog="\n\n".join(text[1:]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument(
         "--grid",
         action="append",
-        required=True,
+        default=[],
         metavar="NAME=V,V",
         help="a flag of main_pretrain.py and its values; finetune.NAME: of main_finetune.py; seed: of both; repeated",
+    )
+    parser.add_argument(
+        "--arm",
+        action="append",
+        default=[],
+        metavar="NAME=FLAGS",
+        help="a named list of flags of main_pretrain.py; NAME=random: no pretraining; repeated, times the grid",
     )
     parser.add_argument(
         "--pretrain", default="", metavar="FLAGS", help="flags of every pretraining; none: no pretraining"
@@ -69,6 +85,12 @@ def get_parser() -> argparse.ArgumentParser:
         help='what starts each job, e.g. "mpirun -np 8 --bind-to none" (default: one process)',
     )
     parser.add_argument("--metric", default=None, metavar="NAME", help="test metric of the table (default: the task's)")
+    parser.add_argument(
+        "--reference",
+        default=None,
+        metavar="NAME",
+        help="an arm, or AXIS=VALUE: differences.md and .png show all others against it, with intervals",
+    )
     parser.add_argument("--dry_run", action="store_true", help="print the commands and leave")
     parser.add_argument("--table_only", action="store_true", help="make the table from the runs that are finished")
     return parser
@@ -78,7 +100,12 @@ def main() -> int:
     args = get_parser().parse_args()
     check_launcher(args.launcher)
     out = Path(args.out)
-    combinations = plan([parse_axis(text) for text in args.grid], args.pretrain, args.finetune, out)
+    axes, arms = [parse_axis(text) for text in args.grid], parse_arms(args.arm)
+    if not axes and not arms:
+        raise UserError("there is neither --grid nor --arm; name what the runs differ in")
+    if args.reference is not None and args.reference not in {*arms, *(f"{a.name}={v}" for a in axes for v in a.values)}:
+        raise UserError(f"--reference {args.reference!r} is no arm or AXIS=VALUE of this grid")
+    combinations = plan(axes, args.pretrain, args.finetune, out, arms)
     jobs = list({job.folder: job for job in _jobs(combinations)}.values())
     unfinished = [job for job in jobs if not job.finished]  # refuses folders with runs of other settings
     todo = [] if args.table_only else unfinished
@@ -102,6 +129,12 @@ def main() -> int:
     ):
         with atomic_write(out / name, "w") as stream:
             stream.write(text)
+    if args.reference is not None:
+        compared = differences(combinations, metric, args.reference)
+        table = differences_table(compared, metric, args.reference)
+        with atomic_write(out / "differences.md", "w") as stream:
+            stream.write(table)
+        draw(compared, out / "differences.png", metric=metric, reference=args.reference)
     print(table)
     print(f"table in {out / 'table.md'}, .tex and .csv")
     if failed:

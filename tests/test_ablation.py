@@ -9,9 +9,22 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from sarwmix.reports.ablation import Row, as_csv, as_latex, as_markdown, collect, folder_name, parse_axis, plan
+from sarwmix.reports.ablation import (
+    Row,
+    as_csv,
+    as_latex,
+    as_markdown,
+    collect,
+    differences,
+    folder_name,
+    parse_arms,
+    parse_axis,
+    plan,
+)
+from sarwmix.tasks.metrics import multilabel_report
 from scripts import ablate
 from util.errors import UserError
 from util.files import write_json
@@ -50,6 +63,83 @@ def test_a_grid_becomes_jobs_and_shares_pretraining(tmp_path: Path) -> None:
     assert first.finetune.settings["lr"] == 1e-3
     assert first.finetune.settings["finetune"] == str(first.pretrain.folder / "checkpoint.pth")
     assert cells[1].pretrain.settings["seed"] == cells[1].finetune.settings["seed"] == 1
+
+
+ARMS = ["plain=--weight_mode none", "dB=--weight_domain db --weight_norm dataset", "scratch=random"]
+
+
+def test_arms_are_lists_of_flags_times_the_grid(tmp_path: Path) -> None:
+    cells = plan(axes("finetune.protocol=knn,linear", "seed=0,1"), PRETRAIN, FINETUNE, tmp_path, parse_arms(ARMS))
+    assert len(cells) == 12
+    assert [cell.values["arm"] for cell in cells[::4]] == ["plain", "dB", "scratch"]
+    assert cells[4].pretrain.settings["weight_domain"] == "db"
+    assert cells[4].pretrain.folder == cells[6].pretrain.folder == tmp_path / "pretrain" / "arm-dB_seed-0"
+    assert cells[8].pretrain is None
+    assert "--finetune" not in cells[8].finetune.flags
+    for cell in cells:
+        finish(cell.finetune, 0.5)
+        if cell.pretrain is not None and not cell.pretrain.finished:
+            cell.pretrain.folder.mkdir(parents=True)
+            write_json(cell.pretrain.folder / "ablation_done.json", {})
+    # one more arm: nothing of the others is made again
+    more = plan(axes("finetune.protocol=knn,linear", "seed=0,1"), PRETRAIN, FINETUNE, tmp_path,
+                parse_arms([*ARMS, "noise=--weight_mode noise"]))  # fmt: skip
+    todo = {job.folder for cell in more for job in (cell.pretrain, cell.finetune) if job and not job.finished}
+    assert len(todo) == 6
+    assert all("arm-noise" in folder.name for folder in todo)
+
+
+@pytest.mark.parametrize(
+    ("arms", "message"),
+    [
+        (["--weight_mode none"], "is not NAME=FLAGS"),
+        (["a=", "a=--weight_renorm"], "given twice"),
+        (["a b=", "a-b=--weight_renorm"], "folder would be that of another"),
+        (["a=--output_dir x"], "which the grid sets itself"),
+        (["bad=--weight_mode noise --weight_domain db"], "no range and no exponent"),
+        (["bad=--weight_range p01-median"], "needs --weight_norm dataset"),
+        (["bad=--epoks 2"], "unrecognized"),
+    ],
+)
+def test_a_refused_arm_fails_in_a_dry_run(
+    arms: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["ablate.py", "--finetune", FINETUNE, "--pretrain", PRETRAIN, "--out", str(tmp_path), "--dry_run"]
+    monkeypatch.setattr(sys, "argv", [*arguments, *(word for arm in arms for word in ("--arm", arm))])
+    with pytest.raises(UserError, match=message):
+        ablate.main()
+
+
+def test_differences_are_paired_with_the_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cells = plan(axes("seed=0,1,2"), PRETRAIN, FINETUNE, tmp_path, parse_arms(ARMS))
+    rng = np.random.default_rng(0)
+    target = (rng.random((240, 2)) < 0.4).astype(np.uint8)
+    names, clusters = [f"s{i}" for i in range(240)], np.repeat(np.arange(12), 20)
+    for cell in cells:
+        gain = {"plain": 1.0, "dB": 1.3, "scratch": 0.2}[cell.values["arm"]]
+        scores = gain * target + rng.normal(size=target.shape)
+        finish(cell.finetune, multilabel_report(scores, target, ["a", "b"]).scalars["ap_macro"])
+        content = json.loads((cell.finetune.folder / "metrics.json").read_text())
+        write_json(cell.finetune.folder / "metrics.json", {**content, "task": "multilabel", "classes": ["a", "b"]})
+        np.savez(
+            cell.finetune.folder / "predictions_test.npz", names=names, clusters=clusters, scores=scores, target=target
+        )
+    found = {arm.name: arm for arm in differences(cells, "ap_macro", "plain")}
+    assert found["plain"].difference is None
+    scratch = found["scratch"].difference
+    assert scratch is not None
+    assert scratch.paired_seeds
+    assert scratch.high < 0 < found["dB"].difference.high  # type: ignore[union-attr]
+    assert scratch.estimate == pytest.approx(found["scratch"].mean - found["plain"].mean)
+    arguments = ["ablate.py", "--grid", "seed=0,1,2", "--finetune", FINETUNE, "--pretrain", PRETRAIN, "--table_only"]
+    arguments += ["--out", str(tmp_path), *(word for arm in ARMS for word in ("--arm", arm))]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--reference", "plain"])
+    assert ablate.main() == 0
+    assert "3 seeds and 12 test clusters" in (tmp_path / "differences.md").read_text()
+    assert (tmp_path / "differences.png").read_bytes()[:4] == b"\x89PNG"
+    monkeypatch.setattr(sys, "argv", [*arguments, "--reference", "best"])
+    with pytest.raises(UserError, match="no arm or AXIS=VALUE"):
+        ablate.main()
 
 
 def test_without_pretraining(tmp_path: Path) -> None:

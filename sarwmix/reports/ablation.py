@@ -2,7 +2,9 @@
 
 A grid names flags of the entry scripts and their values. Flags of main_pretrain.py come first in each combination; a
 pretraining whose settings several combinations share runs once. ``finetune.NAME`` is a flag of main_finetune.py alone,
-``seed`` is the seed of both.
+``seed`` is the seed of both. Arms are named lists of any flags of main_pretrain.py, for what is no product of values;
+the arm that is ``random`` starts fine-tuning from scratch. Runs lie in folders named by their arm and values, so that
+another arm, axis value or seed leaves what is finished as it is.
 """
 
 from __future__ import annotations
@@ -22,12 +24,16 @@ from pathlib import Path
 from typing import Any
 
 from sarwmix.reports.comparison import METRICS, Run, read_run
+from sarwmix.reports.differences import Compared, correct
+from sarwmix.tasks.intervals import difference_of_runs
 from util.args import args_to_dict
 from util.errors import UserError
 from util.files import read_json
 from util.text import tex
 
 FINETUNE = "finetune."
+ARM = "arm"
+RANDOM = "random"
 # Flags that the grid sets itself, and those that change how a run is carried out but not what comes out of it.
 RESERVED = ("output_dir", "finetune", "resume", "inference", "eval")
 INCIDENTAL = ("output_dir", "log_dir", "resume", "finetune", "device", "num_workers", "cache", "keep_checkpoints",
@@ -115,7 +121,29 @@ def parse_axis(text: str) -> Axis:
     return Axis(name, values)
 
 
-def plan(axes: Sequence[Axis], pretrain: str, finetune: str, out: Path) -> list[Combination]:
+def parse_arms(texts: Sequence[str]) -> dict[str, str]:
+    """``NAME=FLAGS`` texts -> flags by name; FLAGS may be empty, or ``random``.
+
+    Raises:
+        UserError: no name, a name twice, or flags that the grid sets itself.
+    """
+    arms: dict[str, str] = {}
+    for text in texts:
+        name, sign, flags = (part.strip() for part in text.partition("="))
+        if not sign or not name or name.startswith("-"):
+            raise UserError(f'--arm {text!r} is not NAME=FLAGS, for example "plain=--weight_mode none"')
+        if name in arms or folder_name({ARM: name}) in [folder_name({ARM: other}) for other in arms]:
+            raise UserError(f"--arm {name!r} is given twice, or its folder would be that of another arm")
+        for word in split_words(flags, "--arm"):
+            if word.split("=")[0].removeprefix("--") in RESERVED:
+                raise UserError(f"--arm {name!r} contains {word}, which the grid sets itself; leave it out")
+        arms[name] = flags
+    return arms
+
+
+def plan(
+    axes: Sequence[Axis], pretrain: str, finetune: str, out: Path, arms: Mapping[str, str] | None = None
+) -> list[Combination]:
     """All combinations with their jobs, each command line checked by the script's own parser.
 
     Args:
@@ -123,10 +151,13 @@ def plan(axes: Sequence[Axis], pretrain: str, finetune: str, out: Path) -> list[
         pretrain: flags that all pretraining runs share, as one text; empty: fine-tuning alone.
         finetune: flags that all fine-tuning runs share.
         out: folder for everything.
+        arms: of `parse_arms`; each is combined with the whole grid.
 
     Raises:
         UserError: a flag that the scripts do not know or refuse; names the combination.
     """
+    if arms:
+        axes = [Axis(ARM, tuple(arms)), *axes]
     names = [axis.name for axis in axes]
     if len(set(names)) != len(names):
         raise UserError(f"--grid names {next(n for n in names if names.count(n) > 1)!r} twice")
@@ -139,12 +170,17 @@ def plan(axes: Sequence[Axis], pretrain: str, finetune: str, out: Path) -> list[
         wrong = next(axis.name for axis in axes if not axis.name.startswith(FINETUNE) and axis.name != "seed")
         raise UserError(f"--grid {wrong} is a flag of pretraining, but there is no --pretrain; or did you mean "
                         f"{FINETUNE}{wrong}?")  # fmt: skip
+    extra = {name: [] if flags == RANDOM else split_words(flags, "--arm") for name, flags in (arms or {}).items()}
     combinations = []
     for values in itertools.product(*(axis.values for axis in axes)):
         cell = dict(zip(names, values, strict=True))
         before = {axis.flag: cell[axis.name] for axis in axes if not axis.name.startswith(FINETUNE)}
         after = {axis.flag: cell[axis.name] for axis in axes if axis.name.startswith(FINETUNE) or axis.name == "seed"}
-        job = _job("main_pretrain.py", common, before, out / "pretrain" / folder_name(before), cell) if common else None
+        folder = out / "pretrain" / folder_name(before)
+        arm = before.pop(ARM, "") if arms else ""
+        job = None
+        if common and not (arms and arms[arm] == RANDOM):
+            job = _job("main_pretrain.py", [*common, *extra.get(arm, ())], before, folder, cell)
         start = ["--finetune", str(job.folder / "checkpoint.pth")] if job else []
         last = _job("main_finetune.py", [*own, *start], after, out / "finetune" / folder_name(cell), cell)
         combinations.append(Combination(cell, job, last))
@@ -274,6 +310,43 @@ def collect(combinations: Sequence[Combination], metric: str | None) -> tuple[st
         selected = dict.fromkeys(runs[i].selected for i in members if i in runs)
         rows.append(Row(dict(key), tuple(scores), len(members) - len(scores), tuple(selected)))
     return metric, rows
+
+
+def differences(combinations: Sequence[Combination], metric: str, reference: str) -> list[Compared]:
+    """Every row of the table against the row that differs from it by the reference's value alone.
+
+    Args:
+        combinations: of `plan`; those that have finished count.
+        metric: a test metric.
+        reference: name of an arm, or ``AXIS=VALUE`` of the grid.
+
+    Raises:
+        UserError: no such arm or value, or nothing of it has finished.
+    """
+    axis, sign, value = reference.partition("=")
+    axis, value = (axis, value) if sign else (ARM, reference)
+    groups: dict[tuple[tuple[str, str], ...], list[Combination]] = {}
+    for combination in combinations:
+        key = tuple((name, given) for name, given in combination.values.items() if name != "seed")
+        groups.setdefault(key, []).extend([combination] if combination.finetune.finished else [])
+    if not any(dict(key).get(axis) == value for key in groups):
+        raise UserError(f"--reference {reference!r} is no arm or AXIS=VALUE of this grid")
+    arms: list[Compared] = []
+    for key, own in groups.items():
+        base = groups[tuple((name, value if name == axis else given) for name, given in key)]
+        if not own or not base:
+            continue
+        scores = [read_run(c.finetune.folder).scalars[metric] for c in own]
+        difference = None
+        if dict(key)[axis] != value:
+            folders = [[c.finetune.folder for c in side] for side in (own, base)]
+            own_seeds, base_seeds = ([int(c.values.get("seed", 0)) for c in side] for side in (own, base))
+            difference = difference_of_runs(folders[0], folders[1], metric, seeds=(own_seeds, base_seeds))
+        name = ", ".join(given for _, given in key)
+        arms.append(Compared(name, statistics.fmean(scores), len(scores), difference))
+    if not any(arm.difference for arm in arms):
+        raise UserError(f"nothing can be compared with --reference {reference!r} yet: too few runs have finished")
+    return correct(arms)
 
 
 def _cells(row: Row, plus_minus: str) -> tuple[str, str, str]:
