@@ -42,6 +42,7 @@ def get_parser() -> argparse.ArgumentParser:
     groups.add_run_args(parser, output_dir="runs/pretrain")
     groups.add_data_args(parser, datasets=registry.names(), default="benv2")
     groups.add_data_detail_args(parser, split="e.g. train or train+val (not given: all but test)")
+    groups.add_band_args(parser)
     groups.add_model_args(parser)
     groups.add_pretrain_args(parser)
     groups.add_weight_args(parser)
@@ -172,13 +173,13 @@ def weight_options(args: argparse.Namespace) -> WeightOptions:
 
 def open_data(args: argparse.Namespace) -> SarDataset:
     """The data set of the command line; pretraining uses train and validation patches together."""
-    spec = registry.get_spec(args.dataset)
+    spec = registry.get_spec(args.dataset, args.bands)
     if spec.unit != DECIBEL:
         raise UserError(
             f"pretraining weights pixels by backscatter in dB; the bands of {spec.name!r} are in {spec.unit}. Choose a "
             "Sentinel-1 data set, such as benv2 or s1_scenes"
         )
-    options: dict[str, Any] = {"statistics": args.statistics, "on_error": "replace"}
+    options: dict[str, Any] = {"statistics": args.statistics, "on_error": "replace", "bands": args.bands}
     if "labels" in spec.options:
         options["labels"] = "none"  # pretraining does without; reading them from a store per patch takes long
     options |= registry.parse_options(args.data_option)

@@ -461,12 +461,17 @@ def add_trained_model_args(parser: argparse.ArgumentParser, *, batch_size: int) 
     group.add_argument("--device", default="auto", help="auto (CUDA when there is a GPU), cpu, cuda or cuda:N")
 
 
+def add_band_args(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """Which bands of the data set."""
+    parser.add_argument("--bands", default=None, metavar="SET|NAMES",
+                        help="band set of the data set, such as s1, s2 or all, or band names joined with commas, in "
+                             "the wanted order; not given: VH,VV where there are such")  # fmt: skip
+
+
 def add_label_args(parser: argparse.ArgumentParser) -> None:
     """Bands, and options of data sets with label maps."""
     group = parser.add_argument_group("bands and label maps")
-    group.add_argument("--bands", default=None, metavar="SET|NAMES",
-                       help="band set of the data set, such as s1, s2 or all, or band names joined with commas, in the "
-                            "wanted order; not given: VH,VV where there are such")  # fmt: skip
+    add_band_args(group)
     group.add_argument("--class_weights", type=non_negative_float, nargs="+", default=None, metavar="W",
                        help="weight of each class in the loss of label maps, in the order of the classes")  # fmt: skip
     group.add_argument("--label_set", choices=("dfc", "igbp"), default=None,

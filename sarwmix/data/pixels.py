@@ -92,7 +92,8 @@ def recognise(pixels: NDArray[np.float32], bands: Sequence[str] = ("VH", "VV")) 
     if (medians > 15).all():
         return "digital numbers"
     # What is left is not negative, but for what noise removal leaves: power, amplitude or something in 0 .. 1.
-    faint = float(medians[list(bands).index("VH")] if "VH" in bands else medians.min())
+    cross = [number for number, band in enumerate(bands) if band in ("VH", "HV")]
+    faint = float(medians[cross[0]] if cross else medians.min())
     if high <= 1.0 + 1e-6 and faint > 0.3:
         return "normalised"
     spread = np.quantile(pixels, 0.99, axis=1) / np.maximum(medians, 1e-12)
@@ -157,8 +158,9 @@ def check_unit(
             f"{where}: {shown} is outside -45 to +5 dB; calibrated backscatter (sigma nought or gamma nought) is "
             "expected, digital numbers are not"
         )
-    if {"VH", "VV"} <= set(of) and of["VH"] > of["VV"] + 1:
-        return f"{where}: VH is brighter than VV ({shown}); the bands may be swapped"
+    for cross, like in (("VH", "VV"), ("HV", "HH")):
+        if {cross, like} <= set(of) and of[cross] > of[like] + 1:
+            return f"{where}: {cross} is brighter than {like} ({shown}); the bands may be swapped"
     return None
 
 

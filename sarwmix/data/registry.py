@@ -22,6 +22,7 @@ import importlib
 import inspect
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ from sarwmix.data.spec import (
     BANDS,
     PAIR_BANDS,
     REFLECTANCE,
+    SAR_BANDS,
     DatasetSpec,
     Statistics,
     parse_split,
@@ -260,6 +262,10 @@ FLOODS_STATISTICS = Statistics.from_normal(
      1179.8815, 338.0113, 146.3465, 977.2074, 765.9938),
     origin="Sen1Floods11: Sentinel-1 from the training notebook, Sentinel-2 (TOA) from TerraTorch's data module",
 )  # fmt: skip
+_TWICE = BENV2_STATISTICS.take([0, 1, 1, 0])
+ANY_POLARISATION = replace(
+    _TWICE, origin=f"{_TWICE.origin}; HH and HV as VV and VH: compute your own (scripts/compute_statistics.py)"
+)
 OMBRIA_STATISTICS = Statistics(
     (-14.5122, -12.1963),
     (5.8634, 5.9157),
@@ -348,6 +354,8 @@ register(
         size=120,
         builder="sarwmix.datasets.scenes:build",
         description="any folder of Sentinel-1 GeoTIFFs, cut into tiles on the fly",
+        all_bands=SAR_BANDS,
+        band_statistics={"benv2": ANY_POLARISATION},
         options=("unit", "tile", "stride", "band_order", "min_valid", "holdout", "seed"),
     )
 )

@@ -1,6 +1,7 @@
 """Any folder of Sentinel-1 GeoTIFFs as a data set without labels, cut into tiles while it is read.
 
-A scene is one file with the bands VV and VH, or two files of one band each that differ only by VV / VH in their name.
+A scene is one file with the bands VV and VH, or two files of one band each that differ only by VV / VH in their name;
+other polarisations, and one alone, where ``bands`` says so.
 Bands are found by name: in the file name, in the band descriptions, or by a declared order. The unit is declared (dB or
 linear power) and the values are checked against it. See docs/data_s1_scenes.md.
 """
@@ -246,7 +247,12 @@ def _whole_bands(header: _Header, order: tuple[str, ...] | None, bands: Sequence
 
 
 def find_scenes(
-    root: Path | Sequence[Path], bands: Sequence[str], order: tuple[str, ...] | None, *, broken: list[str] | None = None
+    root: Path | Sequence[Path],
+    bands: Sequence[str],
+    order: tuple[str, ...] | None,
+    *,
+    broken: list[str] | None = None,
+    hint: str = "",
 ) -> tuple[list[Scene], list[str]]:
     """Find the scenes of a folder.
 
@@ -254,6 +260,7 @@ def find_scenes(
         root: Folder, searched with all folders below it, one file, or several of them.
         bands: Wanted bands.
         order: Declared names of the bands of multi-band files.
+        hint: What else helps where a band is missing, for messages.
         broken: Takes the files that could not be opened, "path: reason". If given, scenes that lack one of them are
             left out; otherwise they are refused as scenes without a band.
 
@@ -326,7 +333,7 @@ def find_scenes(
         raise UserError(
             f"{len(lone)} of the files in {root} have no partner of the other polarisation: "
             f"{_listing(lone)}. The model reads {' and '.join(bands)} together; add the missing files, "
-            f"whose names differ only in the band, or move these away.{unread}"
+            f"whose names differ only in the band, or move these away.{hint}{unread}"
         )
     scenes: list[tuple[Path, Scene]] = []
     for (folder, stem), found in single.items():
@@ -374,7 +381,7 @@ def find_scenes(
         raise UserError(
             f"{root} holds {len(paths)} GeoTIFF(s), but no scene with {' and '.join(bands)}: "
             f"{_listing(ignored)}. Name the bands in the file names (..._VH.tif, ..._VV.tif) or in the "
-            "band descriptions, or declare their order, for example band_order=VV,VH."
+            f"band descriptions, or declare their order, for example band_order=VV,VH.{hint}"
         )
     names = [scene.name for _, scene in scenes]
     if len(set(names)) < len(names):  # the same names in several folders: put the folders before them
@@ -655,7 +662,8 @@ def build(
             "that, or give for example holdout=0.2 to keep 10 % of the scenes each for val and test"
         )
 
-    scenes, ignored = find_scenes(data_path, spec.bands, parse_band_order(band_order, spec.bands))
+    hint = " Other polarisations, or one alone: --data_option bands=VH (VV, HH,HV, ...); --bands in main_pretrain.py."
+    scenes, ignored = find_scenes(data_path, spec.bands, parse_band_order(band_order, spec.bands), hint=hint)
     skipped = Skipped(files=ignored)
     reader = SceneReader(unit)
 
@@ -676,7 +684,7 @@ def build(
         if isinstance(found, str):
             skipped.scenes.append(f"{scene.name}: {found}")
             continue
-        warning = check_unit(found.pixels, unit, scene.bands[0].path)
+        warning = check_unit(found.pixels, unit, scene.bands[0].path, spec.bands)
         if warning is not None:
             remarks.append(warning)
         if found.fills:
