@@ -87,7 +87,7 @@ def main() -> int | None:
 
     weighting = weight_options(args)
     dataset = open_data(args)
-    transform = make_transform(dataset, args.input_size, weighting, args.target_looks)
+    transform = make_transform(dataset, args.input_size, weighting, args.target, args.target_looks)
     model = make_model(args, bands=len(dataset.spec.bands)).to(processes.device)
     log.info("%s, %s", processes.describe(), describe_data(dataset))
     if args.inference:
@@ -118,7 +118,12 @@ def main() -> int | None:
             "unit": dataset.spec.unit,
             "statistics": dataset.statistics.as_dict(),
         },
-        "weighting": {**asdict(weighting), "mask_ratio": args.mask_ratio, "target_looks": args.target_looks},
+        "weighting": {
+            **asdict(weighting),
+            "mask_ratio": args.mask_ratio,
+            "target": args.target,
+            "target_looks": args.target_looks,
+        },
         # The peak rate follows from --lr or --blr and the effective batch, which may change when a run is resumed.
         "schedule": {
             "epochs": args.epochs,
@@ -151,6 +156,12 @@ def check_args(args: argparse.Namespace) -> None:
     for path in [args.finetune, *args.inference]:
         if path and not Path(path).is_file():
             raise UserError(f"checkpoint {path} does not exist; give the path of a .pth file")
+    if args.target != "image" and args.target_looks != 1:
+        raise UserError(
+            f"--target_looks averages the image and has no effect on --target {args.target}; drop one of them"
+        )
+    if args.target != "image" and args.inference:
+        raise UserError(f"--inference draws images; a model of --target {args.target} predicts none")
     weight_options(args)
 
 
@@ -193,7 +204,9 @@ def describe_data(dataset: SarDataset) -> str:
     return f"{len(dataset):,} samples of {spec.name} ({dataset.split}), bands {', '.join(spec.bands)} in {spec.unit}"
 
 
-def make_transform(dataset: SarDataset, size: int, weighting: WeightOptions, target_looks: int = 1) -> SarTransform:
+def make_transform(
+    dataset: SarDataset, size: int, weighting: WeightOptions, target: str = "image", target_looks: int = 1
+) -> SarTransform:
     from sarwmix.transforms import SarTransform
 
     statistics = dataset.statistics
@@ -205,6 +218,7 @@ def make_transform(dataset: SarDataset, size: int, weighting: WeightOptions, tar
         weighting=weighting,
         range_db=(statistics.p01, statistics.median if median else statistics.p99),
         noise_db=[NOISE_DB[band] for band in dataset.spec.bands] if weighting.mode == "noise" else None,
+        target=target,
         target_looks=target_looks,
         all_finite=dataset.all_finite,
     )

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sarwmix.preprocessing import Preprocessing
-from sarwmix.targets import multilook
+from sarwmix.targets import multilook, oriented_gradients, ratio_gradient
 from sarwmix.weighting import CELL, WeightOptions, compute_weights, is_all_finite, permute_cells, spread_to_pixels
 
 
@@ -31,7 +31,7 @@ class SarBatch(NamedTuple):
         db: (B, bands, S, S) float32 dB after resize and flips, invalid pixels at the band mean.
         valid: (B, bands, S, S) bool; None when every pixel is known to be valid.
         num_invalid: int64 scalar on the device, invalid pixels as read.
-        target: (B, bands, S, S) what is to be reconstructed, z-score; None: the images themselves.
+        target: (B, bands, S, S) what is to be reconstructed, see `SarTransform.target_of`; None: the images themselves.
     """
 
     images: Tensor
@@ -153,7 +153,8 @@ class SarTransform:
         weighting: None leaves ``weights`` out (fine-tuning, evaluation).
         range_db: registered low and high percentiles per band in dB; needed for ``--weight_norm dataset``.
         noise_db: noise equivalent sigma0 per band in dB; needed for ``--weight_mode noise``.
-        target_looks: side of the blocks over which the target's power is averaged; 1: the image itself.
+        target: what is reconstructed: ``image`` | ``gradient`` | ``hog``.
+        target_looks: with ``image``: side of the blocks over which its power is averaged; 1: single pixels.
         preprocessing: normalisation and geometry; None: z-score and resize.
         all_finite: every pixel is valid, see `SarDataset.all_finite`; a GPU then saves the passes over masks.
     """
@@ -167,6 +168,7 @@ class SarTransform:
         weighting: WeightOptions | None = None,
         range_db: tuple[Sequence[float], Sequence[float]] | None = None,
         noise_db: Sequence[float] | None = None,
+        target: str = "image",
         target_looks: int = 1,
         preprocessing: Preprocessing | None = None,
         all_finite: bool = False,
@@ -182,6 +184,7 @@ class SarTransform:
         self._quantiles = torch.tensor(QUANTILES)
         self._noise: Tensor | None = None
         self._range: tuple[Tensor, Tensor] | None = None
+        self.target = target
         self.target_looks = target_looks
         if weighting is not None and weighting.mode == "noise":
             if noise_db is None:
@@ -294,8 +297,19 @@ class SarTransform:
             scaled = None if scaled is None else apply_flips(scaled, flips)
             valid = None if valid is None else apply_flips(valid, flips)
         images = self.standardise(db) if scaled is None else scaled
-        target = None if self.target_looks == 1 else self.standardise(multilook(db, valid, self.target_looks))
+        target = self.target_of(db, valid)
         return SarBatch(images, self._weights(db, images, valid, order), db, valid, num_invalid, target)
+
+    def target_of(self, db: Tensor, valid: Tensor | None) -> Tensor | None:
+        """What is to be reconstructed of (B, bands, S, S) dB: the same shape, or None: the images.
+
+        Multilooked images are z-scores; gradients are dB in units of the band's deviation; histograms are as they are.
+        """
+        if self.target == "gradient":
+            return ratio_gradient(db) / self._std
+        if self.target == "hog":
+            return oriented_gradients(db)
+        return None if self.target_looks == 1 else self.standardise(multilook(db, valid, self.target_looks))
 
     def _resize(self, images: Tensor) -> Tensor:
         """Resize as evaluation does, and cut out the centre where the geometry says so."""

@@ -186,7 +186,7 @@ class Study:
 
         args = main_pretrain.get_parser().parse_args(["--dataset", "ombria", "--data_path", ".", *shlex.split(flags)])
         options = main_pretrain.weight_options(args)
-        transform = main_pretrain.make_transform(self.data, SIZE, options, args.target_looks)
+        transform = main_pretrain.make_transform(self.data, SIZE, options, args.target, args.target_looks)
         optimizer = build_adamw(parameter_groups(model, weight_decay=0.05), lr=RATE, betas=(0.9, 0.95))
         losses: list[float] = []
         model.train()

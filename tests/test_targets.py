@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from models_mixmim import MixMIM, model_config
-from sarwmix.targets import multilook
+from sarwmix.targets import multilook, oriented_gradients, ratio_gradient
 from sarwmix.transforms import SarTransform
 from sarwmix.weighting import WeightOptions
 
@@ -51,3 +51,29 @@ def test_the_loss_compares_with_the_target_and_the_input_stays() -> None:
     same = model(batch.images, None, mask=mask, return_pred=True)
     assert torch.equal(same.pred, out.pred)
     assert same.loss > out.loss
+
+
+def test_ratio_gradient_against_loops_in_float64() -> None:
+    db = np.random.default_rng(3).normal(-15, 5, (1, 2, 20, 24))
+    padded = np.pad(10 ** (db / 10), ((0, 0), (0, 0), (4, 4), (4, 4)), mode="edge")
+    expected = np.empty_like(db)
+    for b, r, c in np.ndindex(2, 20, 24):
+        plane, y, x = padded[0, b], r + 4, c + 4
+        left, right = plane[y - 4 : y + 5, x - 4 : x].mean(), plane[y - 4 : y + 5, x + 1 : x + 5].mean()
+        up, below = plane[y - 4 : y, x - 4 : x + 5].mean(), plane[y + 1 : y + 5, x - 4 : x + 5].mean()
+        expected[0, b, r, c] = 10 * np.hypot(np.log10(right / left), np.log10(below / up))
+    np.testing.assert_allclose(ratio_gradient(torch.from_numpy(db)).numpy(), expected, atol=2e-4)
+    # the level does not matter: twenty dB darker, the same edges
+    torch.testing.assert_close(ratio_gradient(torch.from_numpy(db - 20)), ratio_gradient(torch.from_numpy(db)))
+
+
+def test_oriented_gradients_by_hand() -> None:
+    ramp = torch.arange(16.0).expand(1, 1, 16, 16)  # rises to the right: orientation 0, bin 0
+    got = oriented_gradients(ramp)
+    assert got.shape == ramp.shape
+    assert torch.equal(got[0, 0, :8, :8], torch.eye(8)[0].expand(8, 8))
+    down = oriented_gradients(ramp.mT)  # rises downwards: 90 degrees, bin 4
+    assert torch.equal(down[0, 0, 8:, 8:], torch.eye(8)[4].expand(8, 8))
+    torch.testing.assert_close(oriented_gradients(-ramp), got)  # orientation has no sign
+    noise = oriented_gradients(torch.randn(2, 2, 32, 32))
+    torch.testing.assert_close(noise[:, :, ::8].unflatten(-1, (4, 8)).square().sum(-1), torch.ones(2, 2, 4, 4))

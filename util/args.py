@@ -280,6 +280,12 @@ def add_pretrain_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--norm_pix_loss", action="store_true",
                        help="standardise each target cell over its own values")  # fmt: skip
     group.add_argument(
+        "--target",
+        choices=("image", "gradient", "hog"),
+        default="image",
+        help="what is reconstructed: the image, its edges as ratios of mean power, or histograms of oriented gradients",
+    )
+    group.add_argument(
         "--target_looks",
         type=int,
         choices=TARGET_LOOKS,

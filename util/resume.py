@@ -19,7 +19,7 @@ from util.seeding import set_rng_state
 
 _ABSENT = "(not stored)"
 # Settings of pretraining that came later: what checkpoints without them were trained with.
-_BEFORE = {"range": "p01-p99", "permute": False, "target_looks": 1}
+_BEFORE = {"range": "p01-p99", "permute": False, "target": "image", "target_looks": 1}
 
 
 @dataclass(frozen=True)
