@@ -160,7 +160,9 @@ def test_an_evaluation_needs_no_settings_and_overwrites_nothing(
     """Model, data set and protocol come from the checkpoint; the result goes beside it, and says where."""
     script("--protocol", "linear", "--batch_size", 16, "--epochs", 2, "--select", "f1_macro")
     run = tmp_path / "run"
-    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and "run.log" not in path.name}
+    before = {
+        path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name not in (".lock", "run.log")
+    }
     command = ["main_finetune.py", "--data_path", demo_root, "--eval", "--resume", run / "checkpoint_best.pth"]
     monkeypatch.setattr(sys, "argv", [str(word) for word in (*command, "--device", "cpu", "--num_workers", 0)])
     for name in ("eval_checkpoint_best", "eval_checkpoint_best_2"):
