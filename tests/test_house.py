@@ -16,6 +16,7 @@ from tests.conftest import ROOT
 # The longest name that fits a module decides. Rooms of one floor may use one another.
 FLOORS = {
     "util": 1,
+    "hubconf": 8,
     "models_mixmim": 2,
     "sarwmix": 2,  # weighting, transforms, heads, mixup, window_attention
     "sarwmix.data": 3,

@@ -1,4 +1,4 @@
-"""Layers are called, never taken apart: adapters learn, hooks fire, gradients have gradients, as have single samples."""
+"""Layers are called, never taken apart: adapters learn, hooks fire, gradients have gradients."""
 
 from __future__ import annotations
 

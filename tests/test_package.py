@@ -81,3 +81,26 @@ def test_names_of_the_package_are_lazy() -> None:
         "no attribute 'nothing'"
         in subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True).stderr
     )
+
+
+def test_torch_hub_opens_encoders_and_trained_models(tmp_path: Path) -> None:
+    import torch
+
+    from models_mixmim import MixMIM, model_config
+    from util.checkpoint import save_checkpoint
+
+    encoder = torch.hub.load(str(ROOT), "encoder", source="local", size="mixmim_tiny")
+    assert encoder(torch.randn(2, 2, 128, 128)).shape == (2, 256)
+    torch.manual_seed(3)
+    pretrained = MixMIM(**model_config("mixmim_tiny"))
+    statistics = {"mean": [-19.2, -12.5], "std": [5.4, 5.0], "p01": [-40.0, -30.0], "p99": [0.0, 0.0], "origin": "test"}
+    data = {"dataset": "demo", "bands": ["VH", "VV"], "unit": "dB", "statistics": statistics}
+    config = {"name": "mixmim_tiny", "img_size": 128, "norm_pix_loss": False}
+    path = tmp_path / "checkpoint.pth"
+    state = {"kind": "pretrain", "model_config": config, "data": data, "epoch": 0, "model": pretrained.state_dict()}
+    save_checkpoint(path, state)
+    loaded = torch.hub.load(str(ROOT), "encoder", source="local", checkpoint=str(path))
+    weights = pretrained.state_dict()
+    assert all(torch.equal(value, weights[key]) for key, value in loaded.state_dict().items())
+    opened = torch.hub.load(str(ROOT), "trained", str(path), source="local")
+    assert opened.bands == ("VH", "VV")
