@@ -108,6 +108,7 @@ def main() -> int | None:
         port=args.port,
         world_size=args.world_size,
         dist_on_itp=args.dist_on_itp,
+        hang_timeout=args.hang_timeout,
     )
     if args.eval:
         folder = evaluation_folder(args.output_dir, args.resume) if processes.is_main else None

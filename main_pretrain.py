@@ -80,6 +80,7 @@ def main() -> int | None:
         port=args.port,
         world_size=args.world_size,
         dist_on_itp=args.dist_on_itp,
+        hang_timeout=args.hang_timeout,
     )
     setup_logging(args.output_dir, rank=processes.rank)
     log = get_logger()
@@ -428,7 +429,7 @@ def draw_reconstructions(
     from util.log import get_logger
     from util.seeding import step_generator
 
-    count = min(args.batch_size, len(dataset) - len(dataset) % 2)
+    count = min(args.batch_size, 8, len(dataset) - len(dataset) % 2)  # a page
     chosen = torch.randperm(len(dataset), generator=step_generator(args.seed, 0, 0, 0, "inference"))[:count]
     batch = dataset.get_batch(chosen.numpy())
     mask = model.draw_mask(args.mask_ratio, step_generator(args.seed, 0, 0, 0, "mask"))

@@ -45,6 +45,7 @@ from sarwmix.reports.ablation import (
 )
 from sarwmix.reports.differences import as_markdown as differences_table
 from sarwmix.reports.differences import draw
+from util.args import Parser
 from util.cli import run_cli
 from util.errors import EXIT_OK, EXIT_PREEMPTED, UserError
 from util.files import atomic_write, make_directory, write_json
@@ -53,11 +54,10 @@ from util.locks import FolderLock
 
 def get_parser() -> argparse.ArgumentParser:
     text = (__doc__ or "").split("\n\n")
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=text[0],
         epilog="\n\n".join(text[1:]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--grid",

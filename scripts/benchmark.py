@@ -34,7 +34,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from util.args import MIXMIM_NAMES, positive_int
+from util.args import MIXMIM_NAMES, Parser, positive_int
 from util.cli import run_cli
 from util.errors import UserError
 from util.files import write_json
@@ -564,7 +564,7 @@ def main() -> int | None:
         else:
             print(json.dumps(child_memory(*arguments) if sys.argv[2] == "memory" else child_startup(*arguments)))
         return None
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False)
+    parser = Parser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--part", choices=PARTS, nargs="+", default=list(PARTS), help="what to measure")
     parser.add_argument("--model", choices=MIXMIM_NAMES, default="mixmim_base")
     parser.add_argument("--batch", type=positive_int, nargs="+", help="batch sizes (not given: 8 and 2; GPU: 256)")

@@ -24,6 +24,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from util.args import Parser
 from util.cli import run_cli
 from util.errors import UserError
 
@@ -87,7 +88,7 @@ def compare(reference: Path, npy: Path, store: Path) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="for scratch files (a RAM disk measures the processor alone)")
     parser.add_argument("--sequences", type=int, default=4)
     parser.add_argument("--frames", type=int, default=14, help="per sequence; default: 14, the mean of the real data")

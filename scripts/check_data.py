@@ -29,7 +29,7 @@ SHEET = 24
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    result = argparse.ArgumentParser(
+    result = groups.Parser(
         description=(__doc__ or "").split("\n", maxsplit=1)[0],
         epilog="Exit code: 0 nothing wrong (warnings allowed), 10 errors found (with "
         "--strict warnings too), 2 wrong usage.",

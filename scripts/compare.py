@@ -29,12 +29,13 @@ from sarwmix.reports.comparison import (
     read_published,
     read_run,
 )
+from util.args import Parser
 from util.cli import run_cli
 from util.files import atomic_write, make_directory
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = Parser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "runs", nargs="+", metavar="RUN", help="output folders of main_finetune.py, or metrics.json files"
     )

@@ -10,14 +10,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sarwmix.data import registry
+from util.args import Parser
 from util.cli import run_cli
 from util.errors import UserError
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    result = argparse.ArgumentParser(
-        description="Mean, standard deviation, 1 %% and 99 %% percentile of each band over all valid pixels, in dB. "
+    result = Parser(
+        description="Mean, standard deviation, 1 % and 99 % percentile of each band over all valid pixels, in dB. "
         "One pass, constant memory; invalid pixels are left out and counted."
     )
     result.add_argument("--dataset", required=True, choices=registry.names(), help="registered data set")

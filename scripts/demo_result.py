@@ -22,7 +22,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from util.args import positive_int
+from util.args import Parser, positive_int
 from util.cli import run_cli
 from util.errors import UserError
 from util.files import make_directory, read_json, write_json
@@ -40,7 +40,7 @@ METRICS = ("ap_macro", "ap_micro", "f1_macro")
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = Parser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data_path", required=True, metavar="DIR", help="demo data (scripts/make_demo_data.py)")
     parser.add_argument("--pretrained", required=True, metavar="CKPT", help="checkpoint of main_pretrain.py")
     parser.add_argument("--output_dir", default="runs/demo_result", metavar="DIR")

@@ -8,18 +8,18 @@ It made docs/figures/method.png:
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from util.args import Parser
 from util.cli import run_cli
 from util.errors import UserError
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
+    parser = Parser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--dataset", default="demo", help="registered data set (default: %(default)s)")
     parser.add_argument("--data_path", required=True, metavar="DIR", help="its data")
     parser.add_argument("--names", nargs=2, metavar="NAME", help="two patches (not given: two with much contrast)")

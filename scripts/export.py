@@ -9,13 +9,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from util.args import Parser
 from util.cli import run_cli
 from util.errors import UserError
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    result = argparse.ArgumentParser(
+    result = Parser(
         description=__doc__, epilog="Results are taken from metrics.json beside the checkpoint, where there is one."
     )
     result.add_argument("--checkpoint", required=True, metavar="CKPT", help="ours, or a released one")

@@ -31,9 +31,7 @@ SUFFIXES = (".npy", ".parquet")
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    result = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    result = groups.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     groups.add_trained_model_args(result, batch_size=64)
     what = result.add_argument_group("what is embedded")
     what.add_argument("--dataset", choices=registry.names(), default=None, help="registered data set")

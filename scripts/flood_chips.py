@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from util.args import positive_int
+from util.args import Parser, positive_int
 from util.cli import run_cli
 from util.errors import UserError
 
@@ -33,7 +33,7 @@ RECIPE = (
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    result = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
+    result = Parser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
     result.add_argument("--data_path", required=True, metavar="DIR", help="folder with S1Hand and LabelHand")
     result.add_argument("--out", required=True, metavar="DIR", help="lists, runs and result.json; folds done are kept")
     result.add_argument("--model", default="resnet10t", help="any --model of main_finetune.py (default %(default)s)")

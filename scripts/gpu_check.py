@@ -31,7 +31,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from util.args import positive_int
+from util.args import Parser, positive_int
 from util.cli import run_cli
 from util.errors import UserError
 from util.files import read_json, write_json
@@ -830,7 +830,7 @@ def shorten(value: Any) -> Any:
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = Parser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", default="gpu_check.json", help="results, written after every section")
     parser.add_argument("--budget", type=positive_int, default=540, metavar="SECONDS", help="sections shrink to fit")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, metavar="NAME", help=f"of {', '.join(SECTIONS)}")

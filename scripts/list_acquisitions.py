@@ -14,6 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from util.args import Parser
 from util.cli import run_cli
 from util.errors import UserError
 from util.files import atomic_write
@@ -25,7 +26,7 @@ COLUMNS = ("s1_name", "scene", "acquisition_time", "s2_name")
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    result = argparse.ArgumentParser(description=(__doc__ or "").strip())
+    result = Parser(description=(__doc__ or "").strip())
     result.add_argument("--data_path", required=True, metavar="DIR", help="BigEarthNet-S1 folder, of v1 or v2")
     result.add_argument("--out", required=True, metavar="FILE", help="CSV to write: " + ", ".join(COLUMNS))
     result.add_argument(

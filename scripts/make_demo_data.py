@@ -10,12 +10,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from util.args import Parser
 from util.cli import run_cli
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    result = argparse.ArgumentParser(
+    result = Parser(
         description="Write generated Sentinel-1 patches (GeoTIFF tree and metadata.parquet, 19-class labels). "
         "The same patches and seed give the same bytes. Complete data of the same settings are used again."
     )

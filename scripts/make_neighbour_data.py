@@ -9,6 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from util.args import Parser
 from util.cli import run_cli
 
 DATASETS = ("eurosat_sar", "dfc2020", "sen1floods11", "satlas", "benv2")
@@ -16,7 +17,7 @@ DATASETS = ("eurosat_sar", "dfc2020", "sen1floods11", "satlas", "benv2")
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    result = argparse.ArgumentParser(
+    result = Parser(
         description="Write generated data in the layout of a data set: file names, units, band names and label values "
         "are the real ones, the pictures are random terrain. The same settings give the same files."
     )

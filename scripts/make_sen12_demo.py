@@ -3,17 +3,17 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from util.args import Parser
 from util.cli import run_cli
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="absent or empty folder")
     parser.add_argument("--train", type=int, default=8, help="training sequences; default: 8")
     parser.add_argument("--test", type=int, default=4, help="test sequences; default: 4")

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sarwmix.data import registry
 from sarwmix.data.spec import EmptySplit
-from util.args import non_negative_int
+from util.args import Parser, non_negative_int
 from util.cli import run_cli
 from util.errors import UserError
 
@@ -28,10 +28,9 @@ FORMATS = ("packed", "lmdb", "zarr2", "zarr3")
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    result = argparse.ArgumentParser(
+    result = Parser(
         description="Pack a data set so that it can be read fast. Run the same command again after an interruption: it "
         "goes on where it stopped. The store is then given as --data_path to every other command.",
-        allow_abbrev=False,
     )
     result.add_argument("--dataset", choices=registry.names(), help="registered data set")
     result.add_argument("--data_path", metavar="DIR", help="source: GeoTIFF tree, Zarr, LMDB, or another packed store")

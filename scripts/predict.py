@@ -24,9 +24,7 @@ from util.errors import UserError
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    result = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    result = groups.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     groups.add_trained_model_args(result, batch_size=32)
     what = result.add_argument_group("what is predicted")
     what.add_argument(

@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 from sarwmix.data.labels import CLASSES_19, CLASSES_43, GROUPING_43
 from sarwmix.data.registry import OFFICIAL_COUNTS
+from util.args import Parser
 from util.cli import run_cli
 from util.errors import UserError
 from util.files import atomic_write
@@ -30,10 +31,9 @@ GROUPING_TABLE = "bigearthnet_43_to_19.csv"
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    result = argparse.ArgumentParser(
+    result = Parser(
         description="Write the label tables and, from the official metadata, the split lists that --dataset benv1 "
         "needs (benv2 reads metadata.parquet itself). Counts are checked. Files may be plain, .gz or .bz2.",
-        allow_abbrev=False,
     )
     result.add_argument("--v1_lists", metavar="DIR", help="folder with the official v1 lists train, val and test .csv")
     result.add_argument("--v1_mapping", metavar="FILE", help="table s1_name,s2_name of all v1 patches")

@@ -9,7 +9,6 @@ metrics of the run's main result (checkpoint_best.pth where epochs were selected
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sarwmix.tasks.selection import selected_text
+from util.args import Parser
 from util.cli import run_cli
 from util.errors import UserError
 from util.files import read_json
@@ -64,7 +64,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = Parser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("runs", nargs="+", type=Path, metavar="DIR", help="output folders of main_finetune.py")
     print(table([read_run(folder) for folder in parser.parse_args().runs]))
 

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from util.args import Parser
 from util.cli import run_cli
 from util.errors import EXIT_OK, UserError
 from util.files import atomic_write, make_directory, read_json, write_json
@@ -55,11 +56,10 @@ SIZE = 128
 
 def get_parser() -> argparse.ArgumentParser:
     text = (__doc__ or "").split("\n\n")
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=text[0],
         epilog=f"{text[1]}\n\n{text[2]}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("--data_path", default="", metavar="DIR", help="a clone of OMBRIA")
     parser.add_argument("--records", default=str(RECORDS), metavar="DIR", help="folder of the records")

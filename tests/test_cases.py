@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import rasterio
 
 from sarwmix.data.io.lmdb import LmdbPatches, check_size
 from sarwmix.data.pixels import recognise
 from sarwmix.data.registry import build_dataset
+from sarwmix.datasets.bigearthnet import read_metadata
 from util.errors import UserError
 
 SIZE = 128
@@ -287,3 +289,60 @@ def test_a_cut_lmdb_is_refused_by_its_size(tmp_path: Path) -> None:
     (place / "data.mdb").write_bytes(b"not an LMDB at all" * 1000)
     with pytest.raises(UserError, match="is no LMDB"):
         LmdbPatches(place, ("VH", "VV"), 120)
+
+
+# Lists -------------------------------------------------------------------------------------------------------------
+
+PATCHES = [f"S1A_IW_GRDH_1SDV_20170613T165043_33UUP_{row}_1" for row in range(2)]
+
+
+def as_lists(folder: Path, kind: str) -> Path:
+    """The same two patches, one a split, in what people write."""
+    from sarwmix.data.labels import CLASSES_19
+
+    labels = ["['Arable land', 'Pastures']", "['Marine waters']"]
+    rows = list(zip(PATCHES, ["train", "test"], labels, strict=True))
+    table = pd.DataFrame(rows, columns=["s1_name", "split", "labels"])
+    hot = table[["s1_name", "split"]].assign(**{name: [int(name in cell) for cell in labels] for name in CLASSES_19})
+    path = folder / ("list.pq" if "parquet" in kind else "list.csv")
+    if "one-hot" in kind:
+        table = hot
+    if "header" in kind:
+        table.columns = [name.upper() for name in table.columns]
+    if "parquet" in kind:
+        table.to_parquet(path, index=False)
+    elif kind == "UTF-16":
+        path.write_bytes(table.to_csv(index=False).encode("utf-16"))
+    else:
+        table.to_csv(path, index=False, sep={"semicolon": ";", "tab": "\t"}.get(kind, ","))
+    return path
+
+
+@pytest.mark.parametrize(
+    "kind", ["csv", "semicolon", "tab", "UTF-16", "header", "one-hot", "parquet", "parquet header", "parquet one-hot"]
+)
+def test_lists_as_people_write_them(tmp_path: Path, kind: str) -> None:
+    from sarwmix.data.labels import CLASSES_19
+
+    table = read_metadata([as_lists(tmp_path, kind)], ("train", "test"))
+    assert [table.names[row] for row in range(2)] == PATCHES
+    assert table.labels is not None
+    found = [[CLASSES_19[number] for number in np.flatnonzero(row)] for row in table.labels]
+    assert found == [["Arable land", "Pastures"], ["Marine waters"]]
+
+
+def test_lists_that_say_too_little_are_named(tmp_path: Path) -> None:
+    path = as_lists(tmp_path, "parquet")
+    whole = pd.read_parquet(path)
+    whole.assign(split=["train", None]).to_parquet(path)
+    with pytest.raises(UserError, match="column 'split' has 1 empty cells"):
+        read_metadata([path], ("train", "test"))
+    whole.assign(labels=[None, "['Pastures']"]).to_parquet(path)
+    with pytest.raises(UserError, match="row 1: the cell of its labels is empty"):
+        read_metadata([path], ("train", "test"))
+    pd.read_parquet(as_lists(tmp_path, "parquet one-hot")).drop(columns=["Pastures"]).to_parquet(path)
+    with pytest.raises(UserError, match="columns for 18 of the 19 classes, without pastures"):
+        read_metadata([path], ("train", "test"))
+    (tmp_path / "latin.csv").write_bytes("s1_name,split\nM\u00fcnchen,train".encode("latin-1"))
+    with pytest.raises(UserError, match="is not UTF-8 text"):
+        read_metadata([tmp_path / "latin.csv"], ("train", "test"))

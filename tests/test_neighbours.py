@@ -487,3 +487,27 @@ def test_statistics_of_reflectances(made: Any) -> None:
         values = pixels[:, band].astype(np.float64)
         assert found.mean[band] == pytest.approx(values.mean(), rel=1e-5)
         assert found.p99[band] == pytest.approx(np.percentile(values, 99), rel=0.01)
+
+
+def test_eurosat_published_lists(tmp_path: Path) -> None:
+    from sklearn.model_selection import train_test_split
+
+    root, lists = tmp_path / "eurosat", tmp_path / "lists"
+    make_neighbour_data("eurosat_sar", root, samples=100)
+    files = sorted(path for path in root.rglob("*.tif"))
+    numbers = list(range(len(files)))
+    _, tested = train_test_split(
+        numbers, train_size=0.8, stratify=[path.parent.name for path in files], random_state=42
+    )
+    test = build_dataset("eurosat_sar", root, "test", lists="fgmae")
+    assert set(test.names) == {f"{files[number].parent.name}/{files[number].stem}" for number in tested}
+    assert not set(test.names) & set(build_dataset("eurosat_sar", root, "train", lists="fgmae").names)
+    lists.mkdir()
+    for part, some in (("train", files[:6]), ("val", files[6:8]), ("test", files[8:])):
+        text = "\n".join(path.stem + ".jpg" for path in some)
+        (lists / f"eurosat-{part}.txt").write_bytes(text.encode("utf-16"))
+    val = build_dataset("eurosat_sar", root, "val", lists=str(lists))
+    assert list(val.names) == [f"{path.parent.name}/{path.stem}" for path in files[6:8]]
+    (lists / "eurosat-val.txt").write_text(files[0].stem)
+    with pytest.raises(UserError, match="is in train and again in val"):
+        build_dataset("eurosat_sar", root, "test", lists=str(lists))

@@ -105,7 +105,7 @@ def test_more_samples_go_to_more_pages(tmp_path: Path) -> None:
     written = pictures.reconstruction_panel(
         tmp_path / "r.png", names=[str(i) for i in range(10)], bands=("VH", "VV"), title="pages", **data
     )
-    assert [path.name for path in written] == ["r.png", "r_2.png"]
+    assert [path.name for path in written] == ["r.png", "r_page02.png"]
     assert all(path.is_file() for path in written)
 
 
@@ -292,3 +292,14 @@ def test_scale_bar_holds_its_text(tmp_path: Path, figures: list[Figure], shape: 
     assert inside.x1 <= box.x1
     assert inside.y1 <= box.y1 + 1
     assert any(axes.get_title().endswith("(mean 0.30)") and "..." in axes.get_title() for axes in figure.axes)
+
+
+def test_blue_is_water_whatever_the_order() -> None:
+    from sarwmix.figures.base import BLUE, LIGHT, class_colours
+
+    assert class_colours(("no water", "water")) == (LIGHT, BLUE)
+    assert class_colours(("flood", "no flood")) == (BLUE, LIGHT)
+    three = class_colours(("no water", "water", "forest"))
+    assert three[1] == BLUE
+    assert three[0] != BLUE
+    assert BLUE not in class_colours(("arable land", "pastures"), part=True)[1:]

@@ -312,3 +312,28 @@ def test_real_scenes_of_ssl4eo(realdata: Path) -> None:
 def test_real_vv_only_folder_is_refused(realdata: Path) -> None:
     with pytest.raises(UserError, match="without VH"):
         build(realdata / "spatialist_s1_vv")
+
+
+def test_copies_of_an_acquisition_stay_together() -> None:
+    from sarwmix.datasets.scenes import Scene, _assign, acquisitions
+
+    def scene(name: str, left: float = 0.0) -> Scene:
+        return Scene(name, (), 10, 10, "", (10.0, 0.0, left, 0.0, -10.0, 0.0))
+
+    names = [
+        "a",
+        "a_filtered",
+        "b",
+        "S1A_20200108T044150_x",
+        "S1A_20200108T044150_y",
+        "S1A_20200109T044150_x",
+        "c1",
+        "c10",
+    ]
+    group = acquisitions([scene(name) for name in names])
+    assert group.tolist() == [0, 0, 1, 2, 2, 3, 4, 5]
+    assert acquisitions([scene("a"), scene("a_2", left=50.0)]).tolist() == [0, 1]  # a neighbour, no copy
+    for seed in range(20):
+        parts = [set(_assign(group, 0.5, seed, (part,)).tolist()) for part in ("train", "val", "test")]
+        assert sorted(number for part in parts for number in part) == list(range(8))
+        assert all(({0, 1} <= part or not {0, 1} & part) and ({3, 4} <= part or not {3, 4} & part) for part in parts)

@@ -81,3 +81,36 @@ def test_refusals_name_the_flag(flags, capsys):
 def test_args_to_dict_is_plain():
     namespace = argparse.Namespace(b=Path("x"), a=(1, 2), c=None)
     assert groups.args_to_dict(namespace) == {"a": [1, 2], "b": "x", "c": None}
+
+
+@pytest.mark.parametrize(
+    ("words", "first", "meant"),
+    [
+        (["--batch_siz", "8"], "unrecognized arguments: --batch_siz 8", "--batch_siz: did you mean --batch_size?"),
+        (["--mode", "a"], "unrecognized arguments: --mode a", "--mode: did you mean --model?"),
+        (["--model", "tinny"], "invalid choice: 'tinny'", "tinny: did you mean tiny?"),
+        (["--batch_size", "x"], "invalid int value: 'x'", None),
+    ],
+)
+def test_usage_errors_say_the_error_first(
+    words: list[str], first: str, meant: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser = groups.make_parser("test")
+    parser.add_argument("--batch_size", type=int)
+    parser.add_argument("--model", choices=("tiny", "base"))
+    with pytest.raises(SystemExit) as left:
+        parser.parse_args(words)
+    assert left.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("error: ")
+    assert first in lines[0]
+    assert lines[1:-1] == ([meant] if meant else [])
+    assert lines[-1].endswith("--help")
+
+
+def test_a_mistyped_required_flag_is_suggested(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = groups.make_parser("test")
+    parser.add_argument("--data_path", required=True)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--data_pth", "d"])
+    assert "--data_pth: did you mean --data_path?" in capsys.readouterr().err

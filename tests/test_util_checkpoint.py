@@ -520,3 +520,17 @@ def test_model_state_must_fit(tmp_path):
     ]:
         with pytest.raises(ck.CheckpointError, match=text):
             ck.load_model_state(model, wrong, path="a.pth")
+
+
+def test_weights_that_are_not_finite_are_named_as_such(tmp_path: Path) -> None:
+    path = tmp_path / "c.pth"
+    torch.save({"model": {"a.weight": torch.ones(2), "b.weight": torch.tensor([1.0, float("nan")])}}, path)
+    with pytest.raises(ck.CheckpointError, match=r"1 of its 2 weights hold NaN .*first b\.weight: the run .* diverged"):
+        ck.load_checkpoint(path)
+
+
+def test_names_of_compiled_and_parallel_models_are_those_of_the_bare_model(tmp_path: Path) -> None:
+    path = tmp_path / "c.pth"
+    state = {"module._orig_mod.a.weight": torch.ones(2), "layers._orig_mod.0.b": torch.zeros(1)}
+    torch.save({"model": state}, path)
+    assert list(ck.load_checkpoint(path)["model"]) == ["a.weight", "layers.0.b"]

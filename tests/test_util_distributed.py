@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +22,8 @@ from conftest import ROOT, clean_environment, mpirun_command
 
 from util import cli, distributed, errors
 from util.distributed import FlagExchange, Processes, first_host, setup_processes
-from util.errors import UserError
+from util.errors import StoppedEarly, UserError
+from util.signals import StopRequest
 
 # A program that exercises every collective, and then misbehaves as asked on rank 1.
 PROGRAM = """
@@ -137,6 +144,10 @@ def test_cuda_without_cuda_is_refused(monkeypatch):
         (1, 2, 2, (), 1),
         (1, 2, 8, ("0,1", "0,1"), 1),
         (1, 2, 1, ("GPU-a", "GPU-b"), 0),  # the queue shows each process its own GPU
+        (1, 4, 2, ("0,1", "0,1", "2,3", "2,3"), 1),  # srun --gpu-bind shows two processes two GPUs each
+        (2, 4, 2, ("0,1", "0,1", "2,3", "2,3"), 0),
+        (1, 2, 2, ("0,1", "2,3"), 0),
+        (0, 3, 2, ("0,1", "0,1", "0,1"), None),
         (0, 3, 2, (), None),
         (2, 3, 2, (), None),
     ],
@@ -300,3 +311,57 @@ def test_one_failing_rank_ends_all(program, mode, code, text):
     assert time.monotonic() - began < 45
     if mode == "all refuse":  # said once, by rank 0
         assert done.stderr.count(text) == 1
+
+
+def lone_store(monkeypatch: pytest.MonkeyPatch, limit: float) -> tuple[Any, Any]:
+    """A store for two processes at which only the first has come."""
+    monkeypatch.setattr(distributed, "_CONNECT_TIMEOUT", limit)
+    return distributed._open_store("127.0.0.1", 0, 2), distributed._Start("slurm", 0, 2, 0, 2)
+
+
+def test_a_process_that_does_not_come_is_named(monkeypatch, capfd):
+    store, start = lone_store(monkeypatch, 0.6)
+    with pytest.raises(UserError, match=r"process 1 of 2 \(numbered from 0\) has not come in"):
+        distributed._await_all(store, start, hang_timeout=0.2)
+    assert "warning: process 1 of 2" in capfd.readouterr().err
+    store.set("here/1", "elsewhere")
+    distributed._await_all(store, start, hang_timeout=0.2)
+
+
+@pytest.mark.parametrize("what", ["others", "rank 0"])
+def test_a_signal_ends_the_wait_for_others_at_once(monkeypatch, what):
+    store, start = lone_store(monkeypatch, 60.0)
+    wait = partial(distributed._await_listener, "127.0.0.1", 1)
+    if what == "others":
+        wait = partial(distributed._await_all, store, start)
+    request = StopRequest(leave=True).install()
+    timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM))
+    began = time.monotonic()
+    timer.start()
+    try:
+        with pytest.raises(StoppedEarly):
+            wait(hang_timeout=30)
+    finally:
+        timer.join()
+        request.restore()
+    assert time.monotonic() - began < 5
+
+
+def test_gpus_of_a_node_are_gathered(monkeypatch):
+    store, start = lone_store(monkeypatch, 5.0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: SimpleNamespace(uuid=f"u{number}"))
+    store.set("gpus/1", f"{socket.gethostname()} u2,u3")
+    assert distributed._gather_visible(store, start) == ("u0,u1", "u2,u3")
+
+
+def test_a_foreign_size_that_contradicts_is_refused(monkeypatch):
+    world = SimpleNamespace(Get_size=lambda: 2)
+    monkeypatch.setitem(sys.modules, "mpi4py", SimpleNamespace(MPI=SimpleNamespace(COMM_WORLD=world)))
+    for name in ("OMPI_COMM_WORLD_SIZE", "PMIX_RANK", "MV2_COMM_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PMI_SIZE", "2")
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")
+    with pytest.raises(UserError, match="mpi4py sees 2 processes, but the environment says OMPI_COMM_WORLD_SIZE=4"):
+        distributed._start_from_mpi()

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import argparse
 import copy
+import difflib
 import os
+import re
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from util.errors import UserError
 
@@ -20,11 +23,38 @@ WEIGHT_MODES = ("none", "per_channel", "shared_avg", "shared_intensity", "noise"
 TARGET_LOOKS = (1, 2, 4, 8, 16, 32)
 
 
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong with a command line first, then what was probably meant and how to get help.
+
+    Abbreviated flags are not accepted: a new flag must not change old commands.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, **options})
+        self._words: list[str] = []
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's; remembers the words for `error`."""
+        self._words = list(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """Leave with exit code 2 and without the usage of all flags."""
+        flags = list(self._option_string_actions)
+        unknown = [word.split("=")[0] for word in self._words if word.startswith("--")]
+        unknown = [word for word in unknown if len(word) > 2 and word not in flags]
+        hints = [(word, difflib.get_close_matches(word, flags, n=2)) for word in dict.fromkeys(unknown)]
+        choice = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
+        if choice is not None:
+            offered = [word.strip(" '") for word in choice[2].split(",")]
+            hints.append((choice[1], difflib.get_close_matches(choice[1], offered, n=2)))
+        meant = [f"{word}: did you mean {' or '.join(close)}?" for word, close in hints if close]
+        self.exit(2, "\n".join([f"error: {message}", *meant, f"All flags: python {self.prog} --help"]) + "\n")
+
+
 def make_parser(description: str) -> argparse.ArgumentParser:
-    """Parser that shows defaults and does not accept abbreviated flags (a new flag must not change old commands)."""
-    return argparse.ArgumentParser(
-        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
-    )
+    """Parser that shows defaults in its help."""
+    return Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
 
 def given_flags(parser: argparse.ArgumentParser, words: Sequence[str] | None = None) -> set[str]:

@@ -18,7 +18,7 @@ import threading
 import time
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -252,7 +252,43 @@ def load_checkpoint(
         raise _refuse(path, f"{error}; {_NAMESPACE_NOTE}") from error
     if verify and info is None and plain.get("format") == FORMAT:
         raise _refuse(path, "this program wrote it, but its checksum is missing: the end of the file is damaged")
+    for name in ("model", "state_dict", "model_state_dict"):
+        if isinstance(plain.get(name), dict):
+            plain[name] = checked_weights(plain[name], path)
     return plain
+
+
+def checked_weights(state: Mapping[str, Any], path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Weights under the names that the bare model has, all of them finite.
+
+    Args:
+        state: name -> tensor; names may begin with what compiled and parallel models put before them.
+        path: for the message.
+
+    Raises:
+        CheckpointError: weights that are NaN or infinite, named: samples are not to blame for what follows from them.
+    """
+    found: dict[str, Any] = {}
+    for key, value in state.items():
+        name = str(key)
+        while name.startswith(("_orig_mod.", "module.")):
+            name = name.split(".", 1)[1]
+        found[name.replace("._orig_mod.", ".")] = value
+    bad = [
+        name
+        for name, value in found.items()
+        if isinstance(value, torch.Tensor)
+        and value.is_floating_point()
+        and not bool(torch.isfinite(value.sum()))
+        and not bool(torch.isfinite(value).all())
+    ]
+    if bad:
+        raise _refuse(
+            Path(path),
+            f"{len(bad)} of its {len(found)} weights hold NaN or infinite values, first {bad[0]}: the run that wrote "
+            "it had diverged. Take an earlier checkpoint",
+        )
+    return found
 
 
 def load_model_state(model: torch.nn.Module, checkpoint: dict[str, Any], *, path: str | os.PathLike[str]) -> None:

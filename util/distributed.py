@@ -8,6 +8,7 @@ Collectives run on NCCL for CUDA tensors and gloo for CPU tensors, in one group.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import inspect
@@ -306,7 +307,15 @@ def _start_from_mpi() -> _Start | None:
         ) from error
     world = MPI.COMM_WORLD
     size = world.Get_size()
-    announced = int(os.environ.get("OMPI_COMM_WORLD_SIZE") or os.environ.get("PMI_SIZE") or size)
+    sizes = {name: _integer(name) for name in (names[0], names[1], names[3]) if os.environ.get(name)}
+    foreign = {name: value for name, value in sizes.items() if value > 1 and value != size}
+    if size > 1 and foreign:
+        said = " and ".join(f"{name}={value}" for name, value in foreign.items())
+        raise UserError(
+            f"mpi4py sees {size} processes, but the environment says {said}: "
+            "left over from another MPI, or mpirun inside mpirun; unset it, or start afresh"
+        )
+    announced = max(sizes.values(), default=size)
     if size == 1 and announced > 1:
         if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
             return None  # srun speaks another dialect than this MPI; its own variables say the same
@@ -423,7 +432,7 @@ def _parse_url(dist_url: str, port: int) -> tuple[str, int] | None:
     return url.hostname, url_port or port
 
 
-def _rendezvous(start: _Start, dist_url: str, port: int) -> dist.Store | None:
+def _rendezvous(start: _Start, dist_url: str, port: int, hang_timeout: float) -> dist.Store | None:
     """Store through which the group forms; `None`: torch's own `env://`."""
     target = _parse_url(dist_url, port)
     if target is None and dist_url != "env://" and start.communicator is not None:
@@ -443,7 +452,23 @@ def _rendezvous(start: _Start, dist_url: str, port: int) -> dist.Store | None:
         target = host, port or _integer("MASTER_PORT")
     if target is None:
         return None
-    return _open_store(*target, start.world_size) if start.rank == 0 else _join_store(*target, start.world_size)
+    if start.rank == 0:
+        return _open_store(*target, start.world_size)
+    _await_listener(*target, hang_timeout)
+    return _join_store(*target, start.world_size)
+
+
+def _await_listener(host: str, port: int, hang_timeout: float) -> None:
+    """Wait until rank 0 listens, in short attempts: a signal ends the wait at once. Who joins then says what fails."""
+    began, warned = time.monotonic(), False
+    while (waited := time.monotonic() - began) < _CONNECT_TIMEOUT:
+        with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=1.0):
+            return
+        if hang_timeout and waited > hang_timeout and not warned:
+            warned = True
+            sys.stderr.write(f"warning: process 0 does not answer at {host}:{port} after {waited:.0f} s; waiting on\n")
+            sys.stderr.flush()
+        time.sleep(0.2)
 
 
 def _rendezvous_by_mpi(start: _Start, port: int) -> dist.TCPStore:
@@ -463,6 +488,39 @@ def _rendezvous_by_mpi(start: _Start, port: int) -> dist.TCPStore:
     if failure:
         raise UserError(failure)
     return store if store is not None else _join_store(address, chosen, start.world_size)
+
+
+def _gather_visible(store: dist.Store, start: _Start) -> tuple[str, ...]:
+    """Which GPUs each process of this node sees, by their own numbers; srun --gpu-bind shows some to each."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    seen = ",".join(str(torch.cuda.get_device_properties(number).uuid) for number in range(count))
+    host = socket.gethostname()
+    store.set(f"gpus/{start.rank}", f"{host} {seen}")
+    found = [store.get(f"gpus/{rank}").decode().split(" ", 1) for rank in range(start.world_size)]
+    return tuple(gpus for name, gpus in found if name == host)
+
+
+def _await_all(store: dist.Store, start: _Start, hang_timeout: float) -> None:
+    """Wait until every process has come, in short looks: a signal ends the wait at once.
+
+    Raises:
+        UserError: some have not come in time; names them.
+    """
+    store.set(f"here/{start.rank}", socket.gethostname())
+    began, warned = time.monotonic(), False
+    while True:
+        missing = [rank for rank in range(start.world_size) if not store.check([f"here/{rank}"])]
+        waited = time.monotonic() - began
+        if not missing:
+            return
+        named = f"process {', '.join(map(str, missing[:8]))} of {start.world_size} (numbered from 0) has not come"
+        if waited > _CONNECT_TIMEOUT:
+            raise UserError(f"{named} in {waited:.0f} s; look at its own messages, or whether its node was started")
+        if hang_timeout and waited > hang_timeout and not warned:
+            warned = True
+            sys.stderr.write(f"warning: {named} after {waited:.0f} s; waiting {_CONNECT_TIMEOUT:g} s in all\n")
+            sys.stderr.flush()
+        time.sleep(0.1)
 
 
 def _choose_device(name: str, start: _Start) -> torch.device:
@@ -488,8 +546,10 @@ def _choose_device(name: str, start: _Start) -> torch.device:
         if wanted.index >= count:
             raise UserError(f"--device {name}: there are {count} GPUs, numbered from 0")
         return wanted
-    if len(start.visible) > 1 and len(set(start.visible)) == len(start.visible):
-        return torch.device("cuda", 0)  # the queue system shows every process a GPU of its own
+    if len(set(start.visible)) > 1:  # the queue system shows processes GPUs of their own, one or several
+        same = [place for place, gpus in enumerate(start.visible) if gpus == start.visible[start.local_rank]]
+        if len(same) <= count:
+            return torch.device("cuda", same.index(start.local_rank))
     if start.launcher == "slurm" and count == 1:
         return torch.device("cuda", 0)  # --gpus-per-task=1 does the same under srun
     if start.local_rank >= count or start.local_world_size > count:
@@ -515,6 +575,7 @@ def setup_processes(
     world_size: int | None = None,
     dist_on_itp: bool = False,
     timeout: float = DEFAULT_TIMEOUT,
+    hang_timeout: float = 0.0,
 ) -> Processes:
     """Find the other processes and the device of this one.
 
@@ -527,6 +588,7 @@ def setup_processes(
         dist_on_itp: take rank and size from Open MPI's environment variables and the address from MASTER_ADDR and
             MASTER_PORT, without mpi4py.
         timeout: seconds that one collective may take.
+        hang_timeout: seconds after which processes that have not come are named; 0: not before they are given up.
 
     Returns:
         The processes; the failure hook of `util.errors` is set so that one failing process ends all.
@@ -552,6 +614,11 @@ def setup_processes(
             f"start {world_size} (mpirun -np {world_size}) or leave --world_size away"
         )
     limit_threads(start.local_world_size)
+    store = _rendezvous(start, dist_url, port, hang_timeout) if start.world_size > 1 else None
+    if store is not None:
+        _await_all(store, start, hang_timeout)
+        if start.launcher == "slurm" and device != "cpu":
+            start.visible = _gather_visible(store, start)
     processes.device = _choose_device(device, start)
     if processes.device.type == "cpu":
         keep_freed_memory()
@@ -559,7 +626,6 @@ def setup_processes(
         torch.cuda.set_device(processes.device)
     if start.world_size > 1:
         processes.backend = "cpu:gloo,cuda:nccl" if processes.device.type == "cuda" else "gloo"
-        store = _rendezvous(start, dist_url, port)
         limit = datetime.timedelta(seconds=timeout)
         if store is None:
             dist.init_process_group(processes.backend, init_method="env://", timeout=limit)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
+from pathlib import Path
+
+from util.errors import UserError
+
 
 def first_line(error: BaseException) -> str:
     """What an error says, in one line of at most 200 characters; its type where it says nothing."""
@@ -13,3 +18,24 @@ def tex(text: str) -> str:
     names = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$"}
     names |= {character: f"\\{character}" for character in "&%$#_{}"}
     return "".join(names.get(character, character) for character in text)
+
+
+def read_text(path: Path) -> str:
+    """A list that people or other programs have written: UTF-8 with or without a byte order mark, or UTF-16 with one.
+
+    Raises:
+        UserError: another encoding.
+        OSError: the file cannot be read.
+    """
+    content = path.read_bytes()
+    marks = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    encoding = "utf-16" if content.startswith(marks) else "utf-8-sig"
+    try:
+        return content.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
+
+
+def separator_of(line: str) -> str:
+    """What separates the cells of a table's first line: tab, semicolon, bar, else comma."""
+    return next((mark for mark in "\t;|" if mark in line), ",")

@@ -387,7 +387,7 @@ register(
         size=64,
         builder="sarwmix.datasets.eurosat:build",
         description="EuroSAT-SAR: 64 px GeoTIFFs with VV and VH in dB, one folder a class",
-        options=("seed", "val_frac", "band_order"),
+        options=("seed", "val_frac", "band_order", "lists"),
         band_sets={"s1": BANDS},
         preprocessing=Preprocessing("quantiles", geometry="resized_crop"),
     )

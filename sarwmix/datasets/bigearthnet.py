@@ -8,6 +8,7 @@ patch's ``patch_id`` and brought to 120 px by nearest neighbour, as reBEN does; 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -27,6 +28,7 @@ from sarwmix.data.io.zarr import ZarrPatches, is_zarr
 from sarwmix.data.labels import CLASSES_19, class_codes, parse_label_list
 from sarwmix.data.spec import SAR_BANDS, DatasetSpec, EmptySplit, Statistics, parse_split, parse_switch
 from util.errors import UserError
+from util.text import read_text, separator_of
 
 DATASETS_DIR = Path(__file__).resolve().parents[2] / "datasets"
 SCENE_PARTS = 5  # S1A_IW_GRDH_1SDV_20170613T165043_33UUP_61_39: the first five parts name the scene
@@ -105,7 +107,7 @@ def read_metadata(
         if not path.is_file():
             raise UserError(f"metadata file {path} does not exist")
         try:
-            if path.suffix == ".parquet":
+            if path.suffix in (".parquet", ".pq", ".parq"):
                 tables.append(_read_parquet(path, id_col, nomenclature))
             else:
                 tables.append(_read_csv(path, id_col, nomenclature))
@@ -191,11 +193,16 @@ def _read_parquet(path: Path, id_col: int | str | None, nomenclature: str) -> Me
     import pyarrow.parquet as pq
 
     file = pq.ParquetFile(path)  # pq.read_table would import pyarrow.dataset and with it pandas: 0.3 s
-    columns = file.schema_arrow.names
+    own = file.schema_arrow.names
+    columns = [name.strip().lower() for name in own]
+    if len(set(columns)) != len(columns):
+        raise UserError(f"{path}: a column name appears twice in {own}")
     id_name = _column_name(path, columns, id_col, "s1_name")
     flags = [name for name in ("contains_seasonal_snow", "contains_cloud_or_shadow") if name in columns]
     wanted = [id_name, *(name for name in ("split", "labels", "patch_id") if name in columns), *flags]
-    table = file.read(columns=list(dict.fromkeys(wanted)))
+    hot = _one_hot(columns, path)
+    table = file.read(columns=[own[columns.index(name)] for name in dict.fromkeys([*wanted, *hot])])
+    table = table.rename_columns([name.strip().lower() for name in table.column_names])
     count = table.num_rows
 
     ids = table.column(id_name).combine_chunks()
@@ -208,6 +215,8 @@ def _read_parquet(path: Path, id_col: int | str | None, nomenclature: str) -> Me
     _check_names(names, path, first_row=1)
 
     if "split" in columns:
+        if table.column("split").null_count:
+            raise UserError(f"metadata file {path}: column 'split' has {table.column('split').null_count} empty cells")
         encoded = table.column("split").combine_chunks().cast(pa.string()).dictionary_encode()
         split, splits = _split_codes(encoded.dictionary.to_pylist(), _numbers(encoded.indices), path)
     else:
@@ -220,6 +229,8 @@ def _read_parquet(path: Path, id_col: int | str | None, nomenclature: str) -> Me
             labels = _labels_of_lists(column, count, path, nomenclature)
         else:
             labels = _labels_of_texts(column.to_pylist(), path, nomenclature, first_row=1)
+    elif hot:
+        labels = _labels_of_columns([[str(cell) for cell in table.column(name).to_pylist()] for name in hot], hot, path)
     flagged = np.zeros(count, dtype=bool)
     for flag in flags:
         flagged |= _numbers(table.column(flag).combine_chunks().cast(pa.uint8())) > 0  # a missing value is no flag
@@ -272,6 +283,8 @@ def _labels_of_texts(texts: Sequence[str], path: Path, nomenclature: str, *, fir
         codes = known.get(text)
         if codes is None:
             where = f"metadata file {path} row {row + first_row}"
+            if not text:
+                raise UserError(f"{where}: the cell of its labels is empty")
             try:
                 found = parse_label_list(text)
             except UserError as error:
@@ -285,7 +298,7 @@ def _column_name(path: Path, columns: Sequence[str], id_col: int | str | None, d
     if id_col is None:
         choice: int | str = default
     else:
-        choice = int(id_col) if str(id_col).lstrip("-").isdigit() else str(id_col)
+        choice = int(id_col) if str(id_col).lstrip("-").isdigit() else str(id_col).lower()
     if isinstance(choice, int):
         if not 0 <= choice < len(columns):
             raise UserError(f"{path} has columns 0 to {len(columns) - 1}, id_col {choice} is not there")
@@ -295,12 +308,50 @@ def _column_name(path: Path, columns: Sequence[str], id_col: int | str | None, d
     return choice
 
 
+def _one_hot(columns: Sequence[str], path: Path) -> list[str]:
+    """Columns in lower case that are named by the 19 classes, in the project's order; none where there are labels.
+
+    Raises:
+        UserError: Only some of the classes have a column.
+    """
+    names = [name.lower() for name in CLASSES_19]
+    absent = [name for name in names if name not in columns]
+    if "labels" in columns or len(absent) == len(names):
+        return []
+    if absent:
+        raise UserError(
+            f"metadata file {path} has columns for {len(names) - len(absent)} of the 19 classes, without "
+            f"{', '.join(absent[:3])}{', ...' if len(absent) > 3 else ''}; add them, or give a column 'labels'"
+        )
+    return names
+
+
+def _labels_of_columns(cells: Sequence[Sequence[str]], names: Sequence[str], path: Path) -> np.ndarray:
+    """Multi-hot labels from a column of each class."""
+    known = {"1": 1, "0": 0, "1.0": 1, "0.0": 0, "true": 1, "false": 0}
+    labels = np.zeros((len(cells[0]), len(names)), dtype=np.uint8)
+    for number, column in enumerate(cells):
+        for row, cell in enumerate(column):
+            value = known.get(cell.strip().lower())
+            if value is None:
+                raise UserError(f"metadata file {path}: column {names[number]!r} holds {cell!r}; expected 0 or 1")
+            labels[row, number] = value
+    return labels
+
+
 def _read_csv(path: Path, id_col: int | str | None, nomenclature: str) -> Metadata:
     import pandas as pd
 
     try:
+        text = read_text(path)
         frame = pd.read_csv(
-            path, header=None, dtype=str, skipinitialspace=True, keep_default_na=False, skip_blank_lines=True
+            io.StringIO(text),
+            sep=separator_of(text.split("\n", 1)[0]),
+            header=None,
+            dtype=str,
+            skipinitialspace=True,
+            keep_default_na=False,
+            skip_blank_lines=True,
         )
     except pd.errors.EmptyDataError:
         raise UserError(f"metadata file {path} is empty") from None
@@ -325,6 +376,8 @@ def _read_csv(path: Path, id_col: int | str | None, nomenclature: str) -> Metada
     label_name = "labels" if "labels" in columns else _guess_label_column(columns, frame)
     if label_name is not None:
         labels = _labels_of_texts(frame[label_name].tolist(), path, nomenclature, first_row=first_row)
+    elif hot := _one_hot(columns, path):
+        labels = _labels_of_columns([frame[name].tolist() for name in hot], hot, path)
     if "split" in columns:
         codes, values = pd.factorize(frame["split"])
         split, splits = _split_codes([str(value) for value in values], codes, path)

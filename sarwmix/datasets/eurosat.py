@@ -2,12 +2,14 @@
 
 Layout: ``<data_path>/<Class>/<name>.tif`` for the ten classes, each file with VV and VH in dB. Bands are found by their
 descriptions, else by their order (VV, VH). There is no official split: 80 % train and 20 % test, stratified by class
-with a seed, as FG-MAE does; ``val_frac`` holds out a part of train to select the best epoch.
+with a seed; ``val_frac`` holds out a part of train to select the best epoch. ``lists=fgmae`` is the split of FG-MAE
+(scikit-learn's ``train_test_split`` of all patches in alphabetical order, seed 42), ``lists=FOLDER`` reads lists like
+those of Copernicus-Bench (``eurosat-train.txt``, ``-val``, ``-test``: a patch's name in each line).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +19,11 @@ from sarwmix.data.io.geotiff import GeoTiffError
 from sarwmix.data.io.rasters import band_numbers, fraction, held_out, list_files, read_raster, whole_number
 from sarwmix.data.spec import DatasetSpec, EmptySplit, Statistics, parse_split
 from util.errors import UserError
+from util.text import read_text
 
 FILE_ORDER = ("VV", "VH")
 TEST_SHARE = 0.2
+FGMAE = "fgmae"
 
 
 class EuroSatSar(SarDataset):
@@ -55,6 +59,46 @@ class EuroSatSar(SarDataset):
         finish_image(out, name, path, self.spec.bands)
 
 
+def _fgmae_test(files_of: Sequence[Sequence[str]]) -> set[str]:
+    """Test patches of FG-MAE's split."""
+    from sklearn.model_selection import train_test_split
+
+    ordered = sorted((name, label) for label, files in enumerate(files_of) for name in files)
+    _, tested = train_test_split(
+        [name for name, _ in ordered], train_size=1 - TEST_SHARE, stratify=[label for _, label in ordered],
+        random_state=42,
+    )  # fmt: skip
+    return set(tested)
+
+
+def _read_lists(folder: Path, wanted: Sequence[str], known: Mapping[str, int]) -> dict[str, list[str]]:
+    """Names of the patches of each wanted split, from lists with a file name in each line.
+
+    Raises:
+        UserError: A list is missing, names an unknown patch, or shares one with another list.
+    """
+    by_stem = {name.split("/")[1]: name for name in known}
+    found: dict[str, list[str]] = {}
+    for part in ("train", "val", "test"):
+        path = folder / f"eurosat-{part}.txt"
+        if not path.is_file():
+            if part in wanted:
+                raise UserError(f"lists={folder}: there is no {path.name}; expected eurosat-train.txt, -val and -test")
+            continue
+        stems = [Path(line.strip()).stem for line in read_text(path).splitlines() if line.strip()]
+        unknown = [stem for stem in stems if stem not in by_stem]
+        if unknown:
+            raise UserError(f"{path}: {len(unknown)} of {len(stems)} patches are not in the data, first {unknown[0]}")
+        found[part] = [by_stem[stem] for stem in stems]
+    seen: dict[str, str] = {}
+    for part, names in found.items():
+        for name in names:
+            if name in seen:
+                raise UserError(f"lists={folder}: {name} is in {seen[name]} and again in {part}")
+            seen[name] = part
+    return {part: found[part] for part in wanted}
+
+
 def build(
     spec: DatasetSpec,
     data_path: Path,
@@ -65,6 +109,7 @@ def build(
     seed: int | str = 0,
     val_frac: float | str | None = None,
     band_order: str | None = None,
+    lists: str | None = None,
 ) -> SarDataset:
     """Open EuroSAT-SAR.
 
@@ -77,6 +122,7 @@ def build(
         seed: Decides the split.
         val_frac: Share of train that becomes val.
         band_order: Bands of files whose bands have no description, joined with commas; VV,VH by default.
+        lists: ``fgmae``, or a folder with lists of patches; None: stratified by class with ``seed``.
 
     Raises:
         UserError: Class folders are missing or unknown, or a split is empty.
@@ -86,7 +132,7 @@ def build(
     if set(spec.bands) - set(order):
         raise UserError(f"band_order {band_order!r} lacks {', '.join(sorted(set(spec.bands) - set(order)))}")
     wanted = parse_split(spec, split)
-    if "val" in wanted and share is None:
+    if "val" in wanted and share is None and lists in (None, FGMAE):
         raise EmptySplit("eurosat_sar has the splits train and test; --val_frac 0.1 holds out a tenth of train as val")
     found = sorted(path.name for path in data_path.iterdir() if path.is_dir() and not path.name.startswith("."))
     missing = [name for name in spec.classes if name not in found]
@@ -98,13 +144,22 @@ def build(
             f"{data_path} does not hold EuroSAT-SAR: it is {' and '.join(parts)}; expected one folder for each of "
             f"{', '.join(spec.classes)}"
         )
-    names: dict[str, list[str]] = {part: [] for part in wanted}
-    labels: dict[str, list[int]] = {part: [] for part in wanted}
-    for label, class_name in enumerate(spec.classes):
-        files = [f"{class_name}/{path.stem}" for path in list_files(data_path / class_name)]
+    files_of = [[f"{name}/{path.stem}" for path in list_files(data_path / name)] for name in spec.classes]
+    for class_name, files in zip(spec.classes, files_of, strict=True):
         if len(files) < 2:
             raise UserError(f"{data_path / class_name} holds {len(files)} .tif file(s); a split needs two or more")
+    tested = _fgmae_test(files_of) if lists == FGMAE else None
+    names: dict[str, list[str]] = {part: [] for part in wanted}
+    labels: dict[str, list[int]] = {part: [] for part in wanted}
+    if lists not in (None, FGMAE):
+        class_of = {name: label for label, files in enumerate(files_of) for name in files}
+        names = _read_lists(Path(str(lists)).expanduser(), wanted, class_of)
+        labels = {part: [class_of[name] for name in found] for part, found in names.items()}
+        files_of = []
+    for label, files in enumerate(files_of):
         of_test = held_out(len(files), TEST_SHARE, seed=number + 1000 * label)
+        if tested is not None:
+            of_test = np.array([name in tested for name in files])
         parts_of = np.where(of_test, "test", "train").astype(object)
         if share is not None:
             rest = np.flatnonzero(~of_test)

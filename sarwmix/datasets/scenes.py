@@ -8,6 +8,7 @@ linear power) and the values are checked against it. See docs/data_s1_scenes.md.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import threading
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from sarwmix.data.spec import DatasetSpec, Statistics
 
 SUFFIXES = (".tif", ".tiff")
+SPACING_M = 10.0
+"""Width of a pixel of the published training data."""
 OPEN_FILES = 16
 """Files that a reading thread keeps open."""
 BLOCK_CACHE = 128 << 20
@@ -598,14 +601,62 @@ def _number(name: str, value: Any, *, kind: type, low: float, high: float, expec
     return number
 
 
-def _assign(count: int, holdout: float, seed: int, wanted: Iterable[str]) -> NDArray[np.int64]:
-    """Numbers of the scenes that belong to the wanted splits: one half of the held-out scenes each for val and test."""
+def acquisitions(scenes: Sequence[Scene]) -> NDArray[np.int64]:
+    """The acquisition of each scene: a filtered or reprocessed copy is no scene of its own.
+
+    Copies have the same time in their name (``20200108T044150``), or the same pixels and a name that goes on where the
+    other ends (``scene`` and ``scene_filtered``). Numbers follow the first scene of each.
+    """
+    found: list[int] = []
+    at: dict[str, int] = {}  # time in a name -> acquisition
+    on: dict[Any, list[tuple[list[str], int]]] = {}  # pixels -> names in words, and their acquisition
+    for scene in scenes:
+        words = re.split(r"[^A-Za-z0-9]+", scene.name)
+        time = re.search(r"\d{8}[Tt_]?\d{6}", scene.name)
+        there = on.setdefault((scene.height, scene.width, scene.crs, scene.transform), [])
+        copies = [number for other, number in there if all(a == b for a, b in zip(words, other, strict=False))]
+        number = at.get(time[0] if time else "", copies[0] if copies else max(found, default=-1) + 1)
+        found.append(number)
+        there.append((words, number))
+        if time:
+            at.setdefault(time[0], number)
+    return np.array(found, np.int64)
+
+
+def _assign(group: NDArray[np.int64], holdout: float, seed: int, wanted: Iterable[str]) -> NDArray[np.int64]:
+    """Numbers of the scenes that belong to the wanted splits: one half of what is held out each for val and test.
+
+    Args:
+        group: The acquisition of each scene; none of them is divided.
+    """
     if holdout == 0:
-        return np.arange(count)
+        return np.arange(len(group))
+    count = len(np.unique(group))
     held = max(2, round(count * holdout))
     order = np.random.default_rng(seed).permutation(count)
     parts = {"val": order[: held // 2], "test": order[held // 2 : held], "train": order[held:]}
-    return np.sort(np.concatenate([parts[name] for name in wanted]))
+    return np.flatnonzero(np.isin(group, np.concatenate([parts[name] for name in wanted])))
+
+
+def pixel_size_m(scene: Scene) -> float | None:
+    """Width of a pixel in metres; None without a coordinate system."""
+    if not scene.crs:
+        return None
+    from rasterio.crs import CRS
+
+    crs = CRS.from_wkt(scene.crs)
+    a, b, _, d, e, y = scene.transform
+    width = math.hypot(a, d)
+    if crs.is_projected:
+        return width * float(crs.linear_units_factor[1])
+    middle = y + d * scene.width / 2 + e * scene.height / 2
+    return width * 111_320.0 * math.cos(math.radians(min(abs(middle), 89.0)))
+
+
+def has_other_pixels(scene: Scene) -> float | None:
+    """Width of its pixels in metres, where that is far from the 10 m of all published training data."""
+    spacing = pixel_size_m(scene)
+    return None if spacing is None or 0.75 <= spacing / SPACING_M <= 1.35 else spacing
 
 
 def build(
@@ -707,12 +758,21 @@ def build(
         log.warning("%s", warning)
     if not usable:
         raise UserError(f"{data_path} holds {len(scenes)} scene(s), none of them usable: {_listing(skipped.scenes)}")
-    if held > 0 and len(usable) < 3:
+    coarse = [(scene.name, spacing) for scene in usable if (spacing := has_other_pixels(scene)) is not None]
+    if coarse:
+        log.warning(
+            "%s: %d of %d scenes have pixels far from %g m, the first %s of %.3g m: published weights and statistics "
+            "are of %g m. Resample with gdalwarp -tr, unless all your data are so",
+            data_path, len(coarse), len(usable), SPACING_M, coarse[0][0], coarse[0][1], SPACING_M,
+        )  # fmt: skip
+    group = acquisitions(usable) if held > 0 else np.arange(len(usable))
+    apart = len(np.unique(group))
+    if held > 0 and apart < 3:
         raise UserError(
-            f"holdout={held:g}: {data_path} has {len(usable)} usable scene(s); at least 3 are needed to "
-            "hold scenes out for val and test"
+            f"holdout={held:g}: {data_path} has {len(usable)} usable scene(s) of {apart} acquisition(s); at least 3 "
+            "are needed to hold scenes out for val and test"
         )
-    chosen = _assign(len(usable), held, draw, wanted)
+    chosen = _assign(group, held, draw, wanted)
     parts = [tiles[number] for number in chosen]
     for position, part in enumerate(parts):
         part[:, 0] = position

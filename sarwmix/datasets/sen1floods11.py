@@ -19,6 +19,7 @@ from sarwmix.data.io.rasters import Grid, band_numbers, check_same_grid, list_fi
 from sarwmix.data.spec import SAR_BANDS, DatasetSpec, EmptySplit, Statistics, parse_split
 from util.errors import UserError
 from util.log import get_logger
+from util.text import read_text, separator_of
 
 S1_ORDER = ("VV", "VH")
 S2_ORDER = ("B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B09", "B10", "B11", "B12")
@@ -126,14 +127,14 @@ def read_list(path: Path) -> list[str]:
     """
     names = []
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            for row in csv.reader(file):
-                if row and row[0].strip():
-                    name = Path(row[0].strip()).name.removesuffix(".tif")
-                    for folder in FOLDERS:
-                        name = name.removesuffix(f"_{folder}")
-                    names.append(name)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        lines = read_text(path).splitlines()
+        for row in csv.reader(lines, delimiter=separator_of(lines[0] if lines else "")):
+            if row and row[0].strip():
+                name = Path(row[0].strip()).name.removesuffix(".tif")
+                for folder in FOLDERS:
+                    name = name.removesuffix(f"_{folder}")
+                names.append(name)
+    except (OSError, csv.Error) as error:
         raise UserError(f"split list {path} cannot be read: {error}") from error
     if not names:
         raise EmptySplit(f"split list {path} is empty")

@@ -212,7 +212,7 @@ def reconstruction_panel(
     """Draw what the model saw, what it rebuilt and how far off it is, for each sample and band.
 
     Columns: original, mixed input, mask, reconstruction of the hidden cells, absolute error there, loss weight.
-    More than 8 samples go to further files, `name_2.png` and so on.
+    More than 8 samples go to further files, `name_page02.png` and so on.
 
     Args:
         path: PNG to write.
@@ -250,7 +250,7 @@ def reconstruction_panel(
     written = []
     for page, start in enumerate(range(0, shape[0], SAMPLES_PER_PAGE), start=1):
         part = slice(start, start + SAMPLES_PER_PAGE)
-        place = Path(path) if page == 1 else Path(path).with_name(f"{Path(path).stem}_{page}{Path(path).suffix}")
+        place = Path(path) if page == 1 else Path(path).with_name(f"{Path(path).stem}_page{page:02d}.png")
         figure = _reconstruction_page(
             names[part],
             bands,
@@ -672,9 +672,10 @@ def _curve_figure(
     truth, score = _multi_hot(y_true, len(class_names)), np.asarray(y_score, dtype=np.float64)
     if score.shape != truth.shape:
         raise ValueError(f"scores of shape {score.shape} for labels of shape {truth.shape}")
-    figure, axes = _small_multiples(len(class_names) + 1, title)
     panels = [(name, truth[:, k], score[:, k]) for k, name in enumerate(class_names)]
-    panels.append(("all classes pooled (micro)", truth.ravel(), score.ravel()))
+    if len(class_names) != 2:  # two classes are one question asked twice: pooled, they say nothing
+        panels.append(("all classes pooled (micro)", truth.ravel(), score.ravel()))
+    figure, axes = _small_multiples(len(panels), title)
     for one, (name, labels, scores) in zip(axes, panels, strict=True):
         label = "\n".join(textwrap.wrap(name, 34))
         positives = int(labels.sum())
@@ -684,7 +685,8 @@ def _curve_figure(
             value = "undefined"
         elif kind == "pr":
             precision, recall, _ = precision_recall_curve(labels, scores)
-            one.step(recall, precision, where="post", color=BLUE, linewidth=1.4)
+            met = recall > 0  # at recall 0 precision is that of the first few samples, or made up
+            one.step(recall[met], precision[met], where="post", color=BLUE, linewidth=1.4)
             one.axhline(labels.mean(), color=VERMILION, linestyle="--", linewidth=1.0)
             value = f"AP {average_precision_score(labels, scores):.3f}"
         else:
@@ -968,16 +970,21 @@ def label_map_figure(
     return save_figure(figure, path)
 
 
-def class_colours(classes: Sequence[str]) -> tuple[str, ...]:
+def class_colours(classes: Sequence[str], *, part: bool = False) -> tuple[str, ...]:
     """A colour for each class of a map: by its name where that is known.
 
-    The second of two classes stands out. Classes beyond the number of colours share a grey.
+    Blue is water in every figure. The second of two classes stands out, unless the first is the one that is there
+    ("flood", "no flood"). Classes beyond the number of colours share a grey.
+
+    Args:
+        part: These are some of more classes.
     """
-    if len(classes) == 2:
-        return LIGHT, BLUE
+    if len(classes) == 2 and not part:
+        return (BLUE, LIGHT) if _is_absence(classes[1]) and not _is_absence(classes[0]) else (LIGHT, BLUE)
     chosen: dict[int, str] = {}
     for number, name in enumerate(classes):  # first these, so that no other class takes the blue of water
-        named = [shade for word, shade in CLASS_COLOURS.items() if re.search(rf"\b{word}", name.lower())]
+        known = {} if _is_absence(name) else CLASS_COLOURS
+        named = [shade for word, shade in known.items() if re.search(rf"\b{word}", name.lower())]
         free = [shade for shade in named if shade not in chosen.values()]
         if free:
             chosen[number] = free[0]
@@ -985,6 +992,11 @@ def class_colours(classes: Sequence[str]) -> tuple[str, ...]:
     # Colours that mean something by a name come last.
     rest.sort(key=lambda shade: shade in CLASS_COLOURS.values())
     return tuple(chosen.get(number) or (rest.pop(0) if rest else OTHER) for number in range(len(classes)))
+
+
+def _is_absence(name: str) -> bool:
+    """Whether a class is named by what it is not."""
+    return re.match(r"(no|not|non|without|dry)\b", name.lower()) is not None
 
 
 def _rgb(colour: str) -> FloatArray:

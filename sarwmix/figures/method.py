@@ -35,7 +35,7 @@ def method_figure(path: PathLike, pair: np.ndarray, mask: np.ndarray, *, band: s
     upper = [
         (pair[0, 0], "sample i", "gray", grey, f"{band}, dB"),
         (pair[1, 0], "partner B - 1 - i", "gray", grey, f"{band}, dB"),
-        (mask.reshape(cells, cells), "mask m: one for the batch", "cividis", (0, 1), "0 own, 1 partner"),
+        (mask.reshape(cells, cells), "mask m: one for the batch", "gray_r", (0, 1), "0 own, 1 partner (hidden)"),
         (mixed, "mixed input", "gray", grey, f"{band}, dB"),
     ]
     lower = [

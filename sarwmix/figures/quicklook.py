@@ -201,18 +201,27 @@ def classification_figure(
     mean = probability[:, known].mean(axis=1)
     order = np.argsort(-mean, kind="stable")[: min(MAPS, len(names))]
     best = np.where(known, np.nan_to_num(probability).argmax(axis=0), -1)
-    found, areas = np.unique(best[known], return_counts=True)
+    # Of classes that may be absent together the likeliest is none where it is unlikely, too.
+    none = known & (np.nan_to_num(probability).max(axis=0) < 0.5) & (not exclusive)
+    best[none] = -1
+    found, areas = np.unique(best[best >= 0], return_counts=True)
     shown = found[np.argsort(-areas, kind="stable")][:7]
     numbers = np.full(best.shape, np.nan)
     for place, number in enumerate(shown):
         numbers[best == number] = place
-    rest = known & ~np.isfinite(numbers)
+    rest = known & ~none & ~np.isfinite(numbers)
     numbers[rest] = len(shown)
     labels = [_short(f"{names[n]} ({100 * (best == n).sum() / known.sum():.0f} %)") for n in shown]
-    colours = list(class_colours([names[n] for n in shown]))
+    few = len(names) <= len(pictures.MAP_COLOURS)  # then a class has the same colour on every map
+    palette = class_colours(names) if few else class_colours([names[n] for n in shown], part=True)
+    colours = [palette[n] for n in shown] if few else list(palette)
     if rest.any():
         labels.append(f"other classes ({100 * rest.sum() / known.sum():.0f} %)")
         colours.append(OTHER)
+    if none.any():
+        numbers[none] = len(labels)
+        labels.append(f"no class reaches 0.5 ({100 * none.sum() / known.sum():.0f} %)")
+        colours.append(pictures.NOT_SHOWN)
     # Crop the picture to the scene: cells at the lower and right edge may reach beyond it.
     shape = (thumbnail.height, thumbnail.width)
     page = _Page(shape, 3 + len(order), title, below=max(0.62, 0.12 + 0.155 * -(-len(labels) // 2)))

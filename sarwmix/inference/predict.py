@@ -32,7 +32,16 @@ from torch.nn import functional as F
 from sarwmix.data.io.rasters import same_crs
 from sarwmix.data.pixels import UNITS, blank_fills, check_unit, recognise, to_decibel
 from sarwmix.data.spec import DECIBEL, REFLECTANCE, unit_of
-from sarwmix.datasets.scenes import BLOCK_CACHE, Scene, SceneReader, find_scenes, parse_band_order
+from sarwmix.datasets.scenes import (
+    BLOCK_CACHE,
+    SPACING_M,
+    Scene,
+    SceneReader,
+    find_scenes,
+    has_other_pixels,
+    parse_band_order,
+    pixel_size_m,
+)
 from sarwmix.datasets.sen12flood import ZERO_POWER
 from sarwmix.figures.base import class_colours
 from sarwmix.figures.quicklook import Thumbnail, classification_figure, flood_figure, segmentation_figure
@@ -47,7 +56,6 @@ NO_CLASS = 255
 MIN_VALID = 0.5  # share of valid pixels of a tile, unless another one is asked for
 FLOOD = 1
 PAIR_TILE = 128  # px of the model's input that the encoder of pairs sees at once
-SPACING_M = 10.0  # of all Sentinel-1 data sets in the registry
 FloatArray = NDArray[np.float32]
 
 
@@ -279,21 +287,6 @@ def _grid(scene: Scene) -> str:
     return f"{scene.height} x {scene.width} pixels of {a:.6g} x {e:.6g} from {x:.9g}, {y:.9g} in {name}"
 
 
-def pixel_size_m(scene: Scene) -> float | None:
-    """Width of a pixel in metres; None without a coordinate system."""
-    if not scene.crs:
-        return None
-    from rasterio.crs import CRS
-
-    crs = CRS.from_wkt(scene.crs)
-    a, b, _, d, e, y = scene.transform
-    width = math.hypot(a, d)
-    if crs.is_projected:
-        return width * float(crs.linear_units_factor[1])
-    middle = y + d * scene.width / 2 + e * scene.height / 2
-    return width * 111_320.0 * math.cos(math.radians(min(abs(middle), 89.0)))
-
-
 def say_about_place(scene: Scene) -> None:
     """Warn of a scene without georeference, and of one whose pixels are larger or smaller than the models know."""
     spacing = pixel_size_m(scene)
@@ -303,7 +296,7 @@ def say_about_place(scene: Scene) -> None:
             "SNAP or gdalwarp, to get a map)",
             scene.name,
         )
-    elif not 0.75 <= spacing / SPACING_M <= 1.35:
+    elif has_other_pixels(scene) is not None:
         get_logger().warning(
             "scene %s has pixels of %.3g m; the models were trained on %.0f m: objects look larger or smaller "
             "than they know them. Resample with gdalwarp -tr",
