@@ -18,7 +18,7 @@ import threading
 import time
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -258,7 +258,7 @@ def load_checkpoint(
     return plain
 
 
-def checked_weights(state: Mapping[str, Any], path: str | os.PathLike[str]) -> dict[str, Any]:
+def checked_weights(state: dict[str, Any], path: str | os.PathLike[str]) -> dict[str, Any]:
     """Weights under the names that the bare model has, all of them finite.
 
     Args:
@@ -268,7 +268,7 @@ def checked_weights(state: Mapping[str, Any], path: str | os.PathLike[str]) -> d
     Raises:
         CheckpointError: weights that are NaN or infinite, named: samples are not to blame for what follows from them.
     """
-    found: dict[str, Any] = {}
+    found = type(state)()
     for key, value in state.items():
         name = str(key)
         while name.startswith(("_orig_mod.", "module.")):
