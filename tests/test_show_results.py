@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from sarwmix.tasks.intervals import Difference
 from scripts import demo_result, show_results
 from util.errors import UserError
 
@@ -69,8 +70,18 @@ def test_finished_runs_of_the_demo_are_not_repeated(
     (tmp_path / "x.pth").touch()
     words = ["--data_path", "d", "--pretrained", str(tmp_path / "x.pth"), "--output_dir", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["demo_result.py", *words, "--seeds", "0", "1", "--protocols", "knn"])
+    compared: list[object] = []
+
+    def difference(*arms: object, **options: object) -> Difference:
+        compared.extend([*arms, options])
+        return Difference(0.1, 0.05, 0.15, 0.01, 0.02, 0.03, 2, 7, True)
+
+    monkeypatch.setattr(demo_result, "difference_of_runs", difference)
     demo_result.main()
-    random, pretrained = (line for line in capsys.readouterr().out.splitlines() if line.startswith("knn"))
+    random, pretrained, apart = (line for line in capsys.readouterr().out.splitlines() if line.startswith("knn"))
     assert "0.4000 +- 0.1414" in random
     assert "0.5000 +- 0.1414" in pretrained
+    assert apart.endswith("+0.1000 [0.0500, 0.1500], 95 % over 2 seeds and 7 test clusters")
+    assert compared[0] == [tmp_path / "knn_pretrained_0", tmp_path / "knn_pretrained_1"]
+    assert compared[2:] == ["ap_macro", {"seeds": ([0, 1], [0, 1])}]
     assert set(json.loads((tmp_path / "demo_result.json").read_text())["test"]) == {"knn random", "knn pretrained"}
