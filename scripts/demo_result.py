@@ -117,8 +117,10 @@ def main() -> None:
         print(f"{protocol:10} {start:11} {len(rows):5}  " + "  ".join(f"{cell:>16}" for cell in cells))
     differences = {}
     for protocol in args.protocols:
-        arms = [[run_folder(args, start, protocol, seed) for seed in args.seeds] for start in ("pretrained", "random")]
-        one = differences[protocol] = difference_of_runs(*arms, METRICS[0], seeds=(args.seeds, args.seeds))
+        first, second = (
+            [run_folder(args, start, protocol, seed) for seed in args.seeds] for start in ("pretrained", "random")
+        )
+        one = differences[protocol] = difference_of_runs(first, second, METRICS[0], seeds=(args.seeds, args.seeds))
         print(f"{protocol:10} pretrained - random, macro AP: {one.estimate:+.4f} [{one.low:.4f}, {one.high:.4f}], "
               f"95 % over {one.covers}")  # fmt: skip
     seeds_of = "one pretraining, not varied" if args.pretrained else "pretraining varies with the seed"
