@@ -255,3 +255,47 @@ def test_weights_of_timm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sarwmix.models.backbones, "create_encoder", lambda settings, pretrained=False: downloaded)
     load_timm_weights(model, VIT)
     assert all(torch.equal(value, model.encoder.state_dict()[name]) for name, value in downloaded.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("prefix", "others"),
+    [
+        ("module.encoder_q.", ("module.encoder_k.norm.weight", "module.queue", "module.queue_ptr")),
+        ("module.base_encoder.", ("module.momentum_encoder.norm.weight", "module.predictor.0.weight")),
+        ("model.", ("criterion.weight",)),
+        ("model.encoder.", ("model.decoder.weight", "model.head.weight", "criterion.weight")),
+        ("backbone.", ("backbone_momentum.norm.weight", "projection_head.layers.0.weight")),
+        ("_orig_mod.", ()),
+        ("module._orig_mod.", ()),
+        ("model._orig_mod.", ("criterion.weight",)),
+    ],
+)
+def test_wrappers_of_other_projects_load_to_equal_values(tmp_path: Path, prefix: str, others: tuple[str, ...]) -> None:
+    state = encoder_state(seed=3)
+    wrapped = {prefix + name: value for name, value in state.items()}
+    wrapped[prefix + "head.0.weight"] = torch.ones(4, 192)  # MoCo's projector stands where timm's classifier is
+    wrapped |= dict.fromkeys(others, torch.full((3,), 7.0))
+    path = tmp_path / "wrapped.ckpt"
+    torch.save({"state_dict": wrapped, "epoch": 3}, path)
+
+    model: Any = build_classifier(VIT, 3)
+    start(model, path)
+
+    loaded = model.encoder.state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in state.items())
+    assert len(read_weights(str(path))["left_out"]) == len(others)
+
+
+def test_buffers_of_fgmae_are_left_out_by_name(tmp_path: Path) -> None:
+    buffers = {
+        "hog.weight_x": torch.zeros(2, 1, 3, 3),
+        "hog.weight_y": torch.zeros(2, 1, 3, 3),
+        "hog.gkern": torch.zeros(1, 1, 16, 16),
+    }
+    path = tmp_path / "fgmae.pth"
+    torch.save({"model": mae_state(**buffers)}, path)
+    model = build_classifier(VIT, 3)
+
+    done = load_pretrained(model, read_weights(str(path))["model"], source="x.pth")
+
+    assert set(buffers) <= set(done.dropped)

@@ -1,7 +1,8 @@
 """Weights of other runs and other projects into a model: pretrained encoders, fine-tuned checkpoints, local files.
 
 What can be read: checkpoints of this repository; released MixMIM checkpoints; MAE and FG-MAE ViTs (a dict with
-`model`); state dicts of DINOv2 and timm, as .pth or .safetensors. Nothing in a file is executed.
+`model`); MoCo v2 and v3, Lightning and compiled models, by their prefixes; state dicts of DINOv2 and timm, as .pth or
+.safetensors. Nothing in a file is executed.
 
 What is left out is left out by name and said; everything else must fit exactly.
 """
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from sarwmix.models.settings import ModelSettings
 
 _WRAPPERS = ("model", "state_dict", "teacher", "model_state_dict")  # under which files keep their weights
+# DistributedDataParallel; MoCo v2 and v3 (the trained encoder, not its momentum twin); DINO and TorchGeo; Lightning
+_PREFIXES = ("module.", "encoder_q.", "base_encoder.", "backbone.", "model.")
 FGMAE_BANDS = ("VV", "VH")  # in the order that FG-MAE's radar encoders were trained on
 _CONSTANT = ("relative_position_index", "attn_mask")  # buffers that follow from sizes, nothing learned
 
@@ -109,11 +112,12 @@ def load_start(
         bands=bands,
         trained_on=trained_on,
     )
+    dropped = (*checkpoint["left_out"], *done.dropped)
     log.info(
-        "weights of %s: %d entries left out (decoder, mask token): %s; resized: %s; fresh: %s",
+        "weights of %s: %d entries left out (decoder, mask token, other parts): %s; resized: %s; fresh: %s",
         path,
-        len(done.dropped),
-        _shorten(done.dropped),
+        len(dropped),
+        _shorten(dropped),
         _shorten(done.resized),
         _shorten(done.fresh),
     )
@@ -141,11 +145,30 @@ def read_weights(path: str) -> dict[str, Any]:
                 f"has {_shorten(list(map(str, content)))}"
             )
         content = {"model": content}
-    state = content["model"]
-    for prefix in ("module.", "backbone."):  # of DistributedDataParallel; of DINO's training checkpoints
-        if any(name.startswith(prefix) for name in state):
-            state = {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
-    return {**content, "model": state}
+    state, left_out = _unwrap(content["model"])
+    return {**content, "model": state, "left_out": left_out}
+
+
+def _unwrap(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Names without the wrappers around a model, one after the other, and the names that stood outside of them.
+
+    A compiled model's `_orig_mod.` may stand anywhere. Lightning's `model.` often holds an `encoder.` beside the parts
+    of a task; our own files have no `model.`, so that their `encoder.` stays.
+    """
+    state = {name.replace("_orig_mod.", ""): value for name, value in state.items()}
+    left_out: list[str] = []
+    lightning = False
+    while prefix := next((p for p in _PREFIXES if any(name.startswith(p) for name in state)), ""):
+        lightning = lightning or prefix == "model."
+        state = _inside(state, prefix, left_out)
+    if lightning and any(name.startswith("encoder.") for name in state):
+        state = _inside(state, "encoder.", left_out)
+    return state, left_out
+
+
+def _inside(state: Mapping[str, Tensor], prefix: str, left_out: list[str]) -> dict[str, Tensor]:
+    left_out += [name for name in state if not name.startswith(prefix)]
+    return {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
 
 
 def is_fgmae(state: Mapping[str, Tensor]) -> bool:
@@ -333,7 +356,7 @@ def split_foreign(
     dropped: list[str] = []
     for name, value in state.items():
         inner = name.removeprefix(prefix) if ours else name
-        if inner == "mask_token" or inner.startswith(("decoder_", *last_layers)) or inner.endswith("attn_mask"):
+        if inner == "mask_token" or inner.startswith(("decoder_", "hog.", *last_layers)) or inner.endswith("attn_mask"):
             dropped.append(name)
         elif ours and name.startswith("head."):
             head[name] = value
