@@ -171,8 +171,8 @@ def _sdpa(qkv: Tensor, bias: Tensor | None, num_heads: int, *, window: int) -> T
     if bias is not None:
         # Expanded: the kernel reads it once, and its gradient is summed over the batch.
         bias = bias.to(q.dtype).contiguous().flatten(0, 1)[None].expand(q.shape[0], -1, -1, -1)
-    if torch.backends.cuda.cudnn_sdp_enabled():  # made for long rows; the decoder's 16 tokens would go there on Hopper
-        torch.backends.cuda.enable_cudnn_sdp(False)
+    if not torch.compiler.is_compiling() and torch.backends.cuda.cudnn_sdp_enabled():
+        torch.backends.cuda.enable_cudnn_sdp(False)  # made for long rows; the decoder's 16 tokens would go there
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
     out = out.unflatten(1, (rows, num_heads)) if rows > 1 else out[:, None]
     return out.transpose(2, 3).reshape(qkv.shape[0], qkv.shape[1], -1)
