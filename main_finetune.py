@@ -206,6 +206,7 @@ def main() -> int | None:
                 statistics=statistics.as_dict(),
                 new_head=args.new_head,
                 adapt_bands=args.adapt_bands,
+                weight_bands=args.weight_bands,
             )
         run_protocol(args, bench, model, results, settings)
     if args.export and processes.is_main:
@@ -306,7 +307,11 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError("--resume continues a run, --finetune starts one from pretrained weights; give one of them")
     if args.pretrained and (args.finetune or args.eval):
         raise UserError("--pretrained takes timm's own weights; it does not go with --finetune CKPT or --eval")
-    for flag, what in (("new_head", "leaves out the head"), ("adapt_bands", "spreads the first layer")):
+    for flag, what in (
+        ("new_head", "leaves out the head"),
+        ("adapt_bands", "spreads the first layer"),
+        ("weight_bands", "names the bands"),
+    ):
         if getattr(args, flag) and not args.finetune:
             raise UserError(f"--{flag} {what} of a --finetune checkpoint; there is none")
     for path in (args.finetune, args.resume if args.resume != "auto" else ""):

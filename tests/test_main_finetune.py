@@ -522,6 +522,7 @@ def test_a_frozen_encoder_may_run_on_augmented_images(script: Script, tmp_path: 
         (("--model", "resnet5"), "did you mean .*resnet50"),
         (("--head", "upernet"), "--head upernet does not fit the multilabel task; choose one of linear, bn_linear"),
         (("--adapt_bands",), "--adapt_bands spreads the first layer of a --finetune checkpoint"),
+        (("--weight_bands", "VV,VH"), "--weight_bands names the bands of a --finetune checkpoint"),
         (("--protocol", "knn", "--feature_cache", "none"), "--feature_cache none"),
         (("--protocol", "linear", "--drop_rate", "0.1"), "--drop_rate has no place in --protocol linear"),
     ],

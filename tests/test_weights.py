@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from sarwmix.models.backbones import build_classifier, build_segmenter
 from sarwmix.models.loading import load_pretrained, load_start, load_timm_weights, read_weights
 from sarwmix.models.settings import ModelSettings
 from util.errors import UserError
-from util.log import get_logger
 from util.pos_embed import resize_position_table
 
 VIT = ModelSettings("vit_tiny_patch16_224", 32, 2)
@@ -73,27 +71,28 @@ def test_fgmae_file_into_a_vit(fgmae: Path) -> None:
     assert torch.equal(model.head.weight, head)
 
 
-def test_fgmae_for_bands_in_another_order_is_warned_about(
-    fgmae: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(get_logger(), "propagate", True)
-    caplog.set_level("INFO", logger=get_logger().name)
+def test_fgmae_for_bands_in_another_order_is_refused_or_put_into_order(fgmae: Path, tmp_path: Path) -> None:
+    weight = mae_state()["patch_embed.proj.weight"]
 
-    def said(path: Path, bands: list[str]) -> list[tuple[str, str]]:
-        caplog.clear()
-        model = build_classifier(replace(VIT, in_chans=len(bands)), 5)
-        load_start(model, str(path), bands=bands, statistics=STATISTICS)
-        found = [(r.levelname, r.getMessage()) for r in caplog.records if "names no bands" in r.getMessage()]
-        return list(dict.fromkeys(found))  # a handler left at the logger itself would see each once more
+    def first_layer(path: Path, bands: str, declared: str | None = None) -> Tensor:
+        model: Any = build_classifier(VIT, 5)
+        load_start(model, str(path), bands=bands.split(","), statistics=STATISTICS, weight_bands=declared)
+        return model.encoder.state_dict()["patch_embed.proj.weight"]
 
-    ((level, text),) = said(fgmae, ["VH", "VV"])
-    assert level == "WARNING"
-    assert "FG-MAE's are, which saw VV, VH, in this order; the data set delivers VH, VV. Give --bands VV,VH" in text
-    assert [level for level, _ in said(fgmae, ["VV", "VH"])] == ["INFO"]
+    with pytest.raises(UserError, match=r"saw VV, VH, in this order; the data set delivers VH, VV.*--weight_bands VV"):
+        first_layer(fgmae, "VH,VV")
+    assert torch.equal(first_layer(fgmae, "VH,VV", "VV,VH"), weight[:, [1, 0]])
+    assert torch.equal(first_layer(fgmae, "VH,VV", "VH,VV"), weight)
+    assert torch.equal(first_layer(fgmae, "VV,VH"), weight)
+    with pytest.raises(UserError, match="was trained on bands HH, HV, the data set delivers VH, VV"):
+        first_layer(fgmae, "VH,VV", "HH,HV")
+
     torch.save({"model": encoder_state()}, tmp_path / "timm.pth")  # no decoder: not one of FG-MAE's
-    assert [level for level, _ in said(tmp_path / "timm.pth", ["VH", "VV"])] == ["INFO"]
+    assert torch.equal(first_layer(tmp_path / "timm.pth", "VH,VV"), weight)
     torch.save({"model": mae_state(), "data": {"bands": ["VH", "VV"]}}, tmp_path / "ours.pth")
-    assert said(tmp_path / "ours.pth", ["VH", "VV"]) == []
+    assert torch.equal(first_layer(tmp_path / "ours.pth", "VH,VV"), weight)
+    with pytest.raises(UserError, match=r"VH, VV, as it says itself; --weight_bands says VV, VH"):
+        first_layer(tmp_path / "ours.pth", "VH,VV", "VV,VH")
 
 
 def test_position_table_of_another_input_size_is_resized(fgmae: Path) -> None:
@@ -115,7 +114,7 @@ def test_global_pooling_has_a_norm_of_its_own(fgmae: Path) -> None:
 
 def test_segmenters_take_the_same_file(fgmae: Path) -> None:
     model: Any = build_segmenter(VIT, 5)
-    start(model, fgmae)
+    load_start(model, str(fgmae), bands=("VV", "VH"), statistics=STATISTICS)
     assert torch.equal(model.encoder.norm.weight, encoder_state()["norm.weight"])
 
 

@@ -560,6 +560,12 @@ def add_protocol_args(parser: argparse.ArgumentParser) -> None:
         "of its first layer is spread",
     )
     group.add_argument(
+        "--weight_bands",
+        metavar="BANDS",
+        help="bands of a --finetune file that names none, in its order, such as VV,VH; the data set's bands in another "
+        "order are put into order",
+    )
+    group.add_argument(
         "--new_head",
         action="store_true",
         help="leave the head of the --finetune checkpoint out, e.g. for other classes",

@@ -61,6 +61,7 @@ def load_start(
     statistics: Mapping[str, Any],
     new_head: bool = False,
     adapt_bands: bool = False,
+    weight_bands: str | None = None,
 ) -> None:
     """Start from a pretrained checkpoint, or say that training is from random weights.
 
@@ -70,9 +71,12 @@ def load_start(
         bands: names of the data set's bands, in order.
         statistics: mean and std in use; other ones than in pretraining are warned about.
         new_head, adapt_bands: see `load_pretrained`.
+        weight_bands: bands of a file that names none, joined with commas; those of the data set in another order are
+            put into order.
 
     Raises:
-        UserError: the checkpoint is of other bands, or does not fit.
+        UserError: the checkpoint is of other bands, contradicts `weight_bands`, does not fit, or is one of FG-MAE's
+            (VV, VH) by its entries while the data have the other order.
     """
     log = get_logger()
     if not path:
@@ -80,18 +84,26 @@ def load_start(
         return
     checkpoint = read_weights(path)
     trained_on = [str(band) for band in (checkpoint.get("data") or {}).get("bands") or ()]
+    if weight_bands:
+        declared = [band.strip() for band in weight_bands.split(",")]
+        if trained_on and trained_on != declared:
+            raise UserError(
+                f"{path} was trained on bands {', '.join(trained_on)}, as it says itself; --weight_bands says "
+                f"{', '.join(declared)}; leave --weight_bands out"
+            )
+        # A declared order is exact: the same bands are put into the data set's order without being asked for twice.
+        adapt_bands = adapt_bands or (not trained_on and sorted(declared) == sorted(bands))
+        trained_on = declared
     if not adapt_bands:
-        check_bands(checkpoint, bands, source=path)
-    if not trained_on and is_fgmae(checkpoint["model"]) and tuple(bands) != FGMAE_BANDS:
-        log.warning(
-            "%s names no bands. By its entries it is a two-band MAE, as FG-MAE's are, which saw %s, in this order; the "
-            "data set delivers %s. Give --bands %s unless this file was trained in another order",
-            path,
-            ", ".join(FGMAE_BANDS),
-            ", ".join(bands),
-            ",".join(FGMAE_BANDS),
+        check_bands({"data": {"bands": trained_on}}, bands, source=path)
+    if not trained_on and is_fgmae(checkpoint["model"]) and tuple(bands) == FGMAE_BANDS[::-1]:
+        raise UserError(
+            f"{path} names no bands. By its entries it is a two-band MAE, as FG-MAE's are, which saw "
+            f"{', '.join(FGMAE_BANDS)}, in this order; the data set delivers {', '.join(bands)}. Give --weight_bands "
+            f"{','.join(FGMAE_BANDS)} to put its first layer into order, or --weight_bands {','.join(bands)} if this "
+            "file was trained in the data set's order"
         )
-    elif not trained_on:
+    if not trained_on:
         log.info("%s names no bands; they are taken to be %s, in this order", path, ", ".join(bands))
     before = (checkpoint.get("data") or {}).get("statistics") or {}
     if any(list(before.get(key, statistics[key])) != list(statistics[key]) for key in ("mean", "std")):
