@@ -264,6 +264,30 @@ def test_absent_patch_is_found_before_training(own_tree: Path) -> None:
     assert batch["replaced"][0][0] == patch_name(2)
 
 
+def test_absent_patches_are_left_out_on_request(own_tree: Path) -> None:
+    whole = build_dataset("benv2", own_tree, "train")
+    assert whole.labels is not None
+    labels = dict(zip(whole.names, whole.labels.tolist(), strict=True))
+    first = whole.names[0]
+    for index in range(2, 5, 2):
+        band_path(own_tree, index).unlink()
+    lost = {patch_name(2), patch_name(4)}
+
+    part = build_dataset("benv2", own_tree, "train", missing="skip")
+
+    assert list(part.names) == [name for name in whole.names if name not in lost]
+    assert len(part) == len(whole) - 2
+    assert part.labels is not None
+    assert dict(zip(part.names, part.labels.tolist(), strict=True)).items() <= labels.items()
+    assert bool(np.isfinite(np.asarray(part[1]["image"])).all())
+    shutil.rmtree(own_tree / "_".join(first.split("_")[:5]) / first)
+    assert (
+        first not in build_dataset("benv2", own_tree, "train", missing="skip").names
+    )  # the example of the layout, too
+    with pytest.raises(UserError, match="missing must be error or skip"):
+        build_dataset("benv2", own_tree, "train", missing="some")
+
+
 def test_check_looks_at_all_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bigearthnet, "CHECK_SAMPLE", 2)
     write_benv2(tmp_path, 5)

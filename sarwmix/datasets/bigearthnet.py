@@ -28,6 +28,7 @@ from sarwmix.data.io.zarr import ZarrPatches, is_zarr
 from sarwmix.data.labels import CLASSES_19, class_codes, parse_label_list
 from sarwmix.data.spec import SAR_BANDS, DatasetSpec, EmptySplit, Statistics, parse_split, parse_switch
 from util.errors import UserError
+from util.log import get_logger
 from util.text import read_text, separator_of
 
 DATASETS_DIR = Path(__file__).resolve().parents[2] / "datasets"
@@ -816,8 +817,8 @@ class BigEarthNet(SarDataset):
         if lost:
             raise UserError(
                 f"{len(lost)} of {count} patches looked for are listed but absent in {self.source}; the first is "
-                f"{lost[0]}. Complete the data or shorten the metadata (--data_option check=none does not look; "
-                "absent patches then count as unreadable ones)"
+                f"{lost[0]}. Complete the data, or leave such patches out with --data_option missing=skip (check=none "
+                "does not look; absent patches then count as unreadable ones)"
             )
 
     def _read_labels(self) -> np.ndarray:
@@ -839,6 +840,29 @@ class BigEarthNet(SarDataset):
             for row, codes in enumerate(pool.map(codes_of, range(len(self)))):
                 labels[row, codes] = 1
         return labels
+
+
+def leave_out_absent(table: Metadata, source: PatchSource, what: str) -> Metadata:
+    """The listed patches that are there, for a part of the data; how many are not is logged, with the first of them.
+
+    Raises:
+        EmptySplit: A split has no patch left.
+    """
+    with ThreadPoolExecutor(8) as pool:  # one look at a file or key each, half a million in the whole data set
+        absent = [path is not None for path in pool.map(source.missing, table.names)]
+    kept = np.flatnonzero(~np.array(absent, dtype=bool))
+    for code, name in enumerate(table.splits):
+        if not (table.split[kept] == code).any():
+            raise EmptySplit(f"split {name!r} has none of its {(table.split == code).sum()} listed patches ({what})")
+    if len(kept) < len(absent):
+        get_logger().warning(
+            "%s: %d of %d listed patches are absent and left out; the first is %s",
+            what,
+            len(absent) - len(kept),
+            len(absent),
+            table.names[absent.index(True)],
+        )
+    return table.select(kept)
 
 
 def open_bands(data_path: Path, bands: Sequence[str], size: int, table: Metadata) -> PatchSource:
@@ -878,6 +902,7 @@ def build_benv2(
     exclude_snow_cloud: bool | str = True,
     check: str = "sample",
     labels: str = "needed",
+    missing: str = "error",
 ) -> SarDataset:
     """Open BigEarthNet v2 (also the demo data, which have its layout).
 
@@ -894,6 +919,8 @@ def build_benv2(
             metadata.parquet holds none of them; they are in a second file that may be named beside it.
         check: Whether the listed patches exist is looked up for a ``"sample"`` of them, for ``"all"``, or ``"none"``.
         labels: ``"needed"``, or ``"none"`` for pretraining: labels are neither read nor delivered.
+        missing: ``"error"``, or ``"skip"`` for a part of the data: every listed patch is looked for, and those that are
+            absent are counted and left out.
     """
     return _build(
         "benv2",
@@ -907,6 +934,7 @@ def build_benv2(
         parse_switch("exclude_snow_cloud", exclude_snow_cloud),
         check,
         labels,
+        missing,
     )
 
 
@@ -921,10 +949,13 @@ def build_benv1(
     id_col: int | str | None = None,
     check: str = "sample",
     labels: str = "needed",
+    missing: str = "error",
 ) -> SarDataset:
     """Open BigEarthNet v1; arguments as in :func:`build_benv2`. Labels come from the split lists when these have a
     labels column, else from the store (43 names, grouped into 19; a patch outside the 19 has an empty label row)."""
-    return _build("benv1", spec, data_path, split, statistics, on_error, metadata, id_col, False, check, labels)
+    return _build(
+        "benv1", spec, data_path, split, statistics, on_error, metadata, id_col, False, check, labels, missing
+    )
 
 
 def _build(
@@ -939,7 +970,10 @@ def _build(
     exclude: bool,
     check: str,
     labels: str,
+    missing: str,
 ) -> SarDataset:
+    if missing not in ("error", "skip"):
+        raise UserError(f"option missing must be error or skip, not {missing!r}")
     if labels not in ("needed", "none"):
         raise UserError(f"option labels must be needed or none, not {labels!r}")
     splits = parse_split(spec, split)
@@ -953,6 +987,8 @@ def _build(
         if len(table.names) == 0:
             raise UserError(f"all patches of {split!r} are flagged with snow or cloud; use exclude_snow_cloud=False")
     source = open_bands(data_path, spec.bands, spec.size, table)
+    if missing == "skip":
+        table, check = leave_out_absent(table, source, f"{family} {split} in {data_path}"), "none"
     return BigEarthNet(
         spec,
         split,
