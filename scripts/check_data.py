@@ -203,6 +203,8 @@ def main() -> int:
                 )
     for finding in found.findings:
         print(finding.text())
+    for text in found.unseen:
+        print(f"not looked at: {text}")
     errors = found.errors()
     write_json(folder / "report.json", {
         "dataset": args.dataset,
@@ -216,6 +218,7 @@ def main() -> int:
             "invalid_pixels": found.moments.invalid.tolist(),
         },
         "classes": found.classes,
+        "not_looked_at": found.unseen,
         "findings": [{"kind": one.kind, "topic": one.topic, "message": one.message, "names": list(one.names)}
                      for one in found.findings],
     })  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -51,3 +52,38 @@ def test_statistics_and_check(prepared: Path) -> None:
     assert set(found.counts) == {"train", "test"}
     assert set(found.classes["train"]) == {"no flood", "flood"}
     assert found.errors() == []
+
+
+def _damage(path: Path, kind: str) -> None:
+    data = path.read_bytes()
+    if kind == "missing":
+        path.unlink()
+    elif kind == "cut":
+        path.write_bytes(data[: len(data) // 2])
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "flipped":  # one bit in the last pixel: no statistic shows it
+        path.write_bytes(data[:-4] + bytes([data[-4] ^ 1]) + data[-3:])
+    else:
+        image = np.load(path)
+        image[1] = np.nan
+        np.save(path, image)
+
+
+@pytest.mark.parametrize("kind", ["missing", "cut", "empty", "flipped", "nan"])
+def test_check_opens_every_pair_file(prepared: Path, tmp_path: Path, kind: str) -> None:
+    folder = Path(shutil.copytree(prepared, tmp_path / "pairs"))
+    files = sorted(folder.glob("*/*.npy"))
+    for path in files[1:]:  # the first is left whole, so that there is something to read
+        _damage(path, kind)
+    found = examine("sen12flood", folder)
+    named = {name.split(" ")[0] for one in found.errors() if one.topic == "damaged" for name in one.names}
+    assert named == {path.stem for path in files[1:]}
+
+
+def test_sample_says_what_it_did_not_look_at(prepared: Path) -> None:
+    assert examine("sen12flood", prepared).unseen == []
+    found = examine("sen12flood", prepared, sample=2)
+    count = found.counts["train"]
+    assert any(f"{count - 2} of {count} files of split train were not opened" in text for text in found.unseen)
+    assert any("samples were not opened (--sample 2)" in text for text in found.unseen)

