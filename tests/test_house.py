@@ -6,6 +6,7 @@ All imports count: at the top, under TYPE_CHECKING and inside functions.
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -117,3 +118,9 @@ def test_the_test_can_fail(tmp_path: Path, inside: str) -> None:
     graph = imports(tmp_path)
     assert upward(graph, FLOORS) == {("util.a", "sarwmix.data.b")}
     assert circles(graph) == {frozenset({"util.a", "sarwmix.data.b"})}
+
+
+def test_index_names_every_page() -> None:
+    index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"}
+    assert set(re.findall(r"\]\(([^)]+)\)", index)) == pages
