@@ -77,7 +77,8 @@ def step_cost(kind: str) -> Cost:
     return cost
 
 
-# Operators and MB an image: where they stand (38 operators of pretraining are the three errors without weights). Lower them when a change lowers them; never raise them without a reason.
+# Operators and MB an image: where they stand (38 operators of pretraining are the three errors without weights). Lower
+# them when a change lowers them; never raise them without a reason.
 @pytest.mark.parametrize(
     ("kind", "operators", "megabytes"), [("pretraining", 2290, 455.0), ("fine-tuning", 1750, 420.0)]
 )
