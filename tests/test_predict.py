@@ -31,7 +31,6 @@ from sarwmix.inference.predict import (
     EmptyScene,
     Mosaic,
     Options,
-    Raster,
     Source,
     open_scenes,
     overlaps,
@@ -147,42 +146,6 @@ def test_strips_read_each_row_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 # Classification --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", ["uint8", "float32"])
-def test_maps_are_cloud_optimised(tmp_path: Path, kind: str) -> None:
-    """The finished file has GDAL's layout and overviews of hand-computed pixels; values and tags stay."""
-    write_scene(tmp_path / "scene.tif", np.full((2, 64, 64), -10.0, np.float32))
-    (scene,) = open_scenes([tmp_path / "scene.tif"], ("VH", "VV"))
-    count, nothing = (1, NO_CLASS) if kind == "uint8" else (2, np.nan)
-    values = np.zeros((count, 1100, 1030), np.dtype(kind))
-    # Blocks of 2 x 2 px become one pixel of the first overview.
-    values[0, :2, :2] = [[3, 3], [3, 1]]
-    values[0, 2:4, 2:4] = [[1, 2], [2, 2]]
-    values[:, 600:700] = nothing
-    colours = {3: (10, 20, 30, 255)} if kind == "uint8" else None
-    raster = Raster(
-        tmp_path / "map.tif", scene, cell=1, shape=values.shape, dtype=kind, names=["a", "b"][:count],
-        tags={"MODEL": "tested"}, colours=colours,
-    )  # fmt: skip
-    for row in range(0, 1100, 300):
-        raster.write(row, values[:, row : row + 300])
-    raster.close()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["map.tif", "scene.tif"]
-    with rasterio.open(tmp_path / "map.tif") as found:
-        assert found.tags(ns="IMAGE_STRUCTURE")["LAYOUT"] == "COG"
-        assert found.overviews(1)[0] == 2
-        np.testing.assert_array_equal(found.read(), values)
-        np.testing.assert_equal(found.nodata, nothing)
-        assert (found.descriptions, found.tags()["MODEL"]) == (("a", "b")[:count], "tested")
-        assert found.transform == Affine(*scene.transform)
-        if colours:
-            assert found.colormap(1)[3] == colours[3]
-    with rasterio.open(tmp_path / "map.tif", overview_level=0) as half:
-        first = half.read(1)
-    assert first[0, 0] == (3 if kind == "uint8" else 2.5)
-    assert first[1, 1] == (2 if kind == "uint8" else 1.75)
-    np.testing.assert_equal(first[320, 5], nothing)
 
 
 def test_classification_grid(tmp_path: Path, checkpoints: dict[str, Path]) -> None:

@@ -141,13 +141,13 @@ class PairDataset(SarDataset):
                 self._read_file(index, both, every_band=True)
             except UnreadableSample as error:
                 return f"{error.path}: {error.reason}"
-            found = [compare(image, f"{folder}/{name}") for image, name in zip(both, (first, second), strict=True)]
+            reasons = [compare(image, f"{folder}/{name}") for image, name in zip(both, (first, second), strict=True)]
             if not np.isfinite(both).any(axis=(2, 3)).all():
-                found.append(f"{self.root}: {EMPTY_BAND}")
-            return next((text for text in found if text is not None), None)
+                reasons.append(f"{self.root}: {EMPTY_BAND}")
+            return next((text for text in reasons if text is not None), None)
 
         def compare(image: np.ndarray, name: str) -> str | None:
-            if name in known and zlib.crc32(np.ascontiguousarray(image)) != known[name]:
+            if name in known and zlib.crc32(image.tobytes()) != known[name]:
                 return f"image {name} differs from its checksum; {PREPARE} again with --overwrite"
             return None
 
@@ -309,8 +309,17 @@ def build(
         if stored:
             _check_store(root, manifest, pairs)
     chosen = [pair for name in parse_split(spec, split) for pair in _of_split(pairs, name, val_frac)]
-    options = {"stored": stored, "on_error": on_error, "manifested": manifest is not None}
-    return PairDataset(spec, split, statistics, root, chosen, size=size, **options)
+    return PairDataset(
+        spec,
+        split,
+        statistics,
+        root,
+        chosen,
+        size=size,
+        stored=stored,
+        on_error=on_error,
+        manifested=manifest is not None,
+    )
 
 
 def _of_split(pairs: Sequence[PairRow], name: str, val_frac: float | str | None) -> list[PairRow]:

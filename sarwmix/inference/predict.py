@@ -362,7 +362,7 @@ def overlaps(start: float, length: float, cell: int, count: int) -> tuple[int, F
 
 
 class Raster:
-    """A GeoTIFF written from top to bottom, which becomes a cloud-optimised one (tiles, overviews) when it is closed.
+    """A GeoTIFF written from top to bottom.
 
     Args:
         path: the file.
@@ -425,21 +425,10 @@ class Raster:
     def close(self) -> None:
         """Finish the file and read it again: GDAL does not report every failed write when it closes."""
         import rasterio
-        import rasterio.shutil
         from rasterio.windows import Window
 
-        # A cloud-optimised file cannot be written strip by strip: GDAL's driver copies the finished one. Class numbers
-        # have no mean: their overviews take the most frequent class; those of probabilities the mean.
-        strips = self.path.with_name(f"{self.path.stem}{TEMP_SUFFIX}.tif")
-        classes = self._file.dtypes[0] == "uint8"
         with _writing(self.path):
             self._file.close()
-            self.path.replace(strips)
-            rasterio.shutil.copy(
-                strips, self.path, driver="COG", compress="deflate", bigtiff="if_safer", blocksize=512,
-                overview_resampling="mode" if classes else "average",
-            )  # fmt: skip
-            strips.unlink()
             with rasterio.open(self.path) as check:
                 for row in range(0, self._shape[1], 512):
                     height = min(512, self._shape[1] - row)
