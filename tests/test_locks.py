@@ -44,7 +44,7 @@ def test_second_is_told_and_a_kill_releases(tmp_path: Path) -> None:
             FolderLock(tmp_path, "training")
         process.kill()
         process.wait()
-        FolderLock(tmp_path, "training").release()
+        FolderLock(tmp_path, "training", wait=20).release()  # the worker may not have run at all yet
         assert not (tmp_path / LOCK_NAME).exists()
     finally:
         os.killpg(process.pid, signal.SIGKILL)

@@ -141,7 +141,7 @@ def test_eval_repeats_the_result_and_changes_nothing(
     script: Script, tmp_path: Path, pretrained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     script(*TRAIN, "--epochs", 1, "--warmup_epochs", 0, "--finetune", pretrained)
-    assert "entries left out (decoder, mask token)" in capsys.readouterr().out
+    assert "entries left out (decoder, mask token, other parts)" in capsys.readouterr().out
     best = tmp_path / "run" / "checkpoint_best.pth"
     before = best.read_bytes()
     script("--eval", "--resume", best, "--batch_size", 7, out="eval")
