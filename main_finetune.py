@@ -97,6 +97,7 @@ def main() -> int | None:
     from sarwmix.models.settings import ModelSettings
     from sarwmix.tasks.base import build_task
     from sarwmix.transforms import SarTransform
+    from util.compilation import limit_memory
     from util.distributed import setup_processes
     from util.log import get_logger, setup_logging
     from util.precision import precision
@@ -189,6 +190,7 @@ def main() -> int | None:
     if args.activation_checkpointing:
         model.recompute_blocks()  # type: ignore[operator]
     if args.compile:
+        limit_memory(args.memory_budget)
         model.compile_blocks()  # type: ignore[operator]
     if args.eval:
         results.evaluate_checkpoint(bench, model, Path(args.resume), protocol=args.protocol)
@@ -340,7 +342,7 @@ def check_args(args: argparse.Namespace) -> None:
     if args.protocol == "knn" and args.select:
         raise UserError("--select chooses an epoch; --protocol knn has none")
     choose_validation(args)
-    groups.check_epochs(args)
+    groups.check_training(args)
 
 
 def export_result(args: argparse.Namespace, results: Results) -> None:

@@ -153,7 +153,7 @@ def check_args(args: argparse.Namespace) -> None:
         )
     if args.finetune and args.resume not in ("", "auto"):  # a job that is submitted again may name both
         raise UserError("--resume continues a run and --finetune starts a new one from its weights; give one of them")
-    groups.check_epochs(args)
+    groups.check_training(args)
     for path in [args.finetune, *args.inference]:
         if path and not Path(path).is_file():
             raise UserError(f"checkpoint {path} does not exist; give the path of a .pth file")
@@ -272,6 +272,7 @@ def train(
     from models_mixmim import ERRORS
     from sarwmix.data.loader import build_loader
     from util.checkpoint import load_model_state
+    from util.compilation import limit_memory
     from util.log import EpochLog, Progress, ScalarWriter, format_duration, get_logger, memory_mib
     from util.optim import build_adamw, parameter_groups
     from util.precision import precision
@@ -325,6 +326,7 @@ def train(
         write_json(output_dir / "args.json", groups.args_to_dict(args))
 
     if args.compile:
+        limit_memory(args.memory_budget)
         model.compile_blocks()
     trained, graphs = arrange(model, processes, cuda_graph=args.cuda_graph)
     trainer = Trainer(

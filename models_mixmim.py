@@ -24,7 +24,6 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from sarwmix.sizes import CELL_STRIDE, tile_of
@@ -34,6 +33,7 @@ from sarwmix.sizes import model_config as model_config
 from sarwmix.window_attention import gather_rows, window_attention
 from util.compilation import compile_methods, compile_modules
 from util.errors import UserError
+from util.gelu import gelu
 from util.linear import Linear, linear
 from util.pos_embed import sincos_table
 from util.token_order import morton_order, relative_position_index, token_order
@@ -96,7 +96,7 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., C)."""
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.fc2(gelu(self.fc1(x)))
 
 
 class MixMIMBlock(nn.Module):

@@ -253,6 +253,11 @@ def test_flags_that_must_not_change_the_result(pretrain: Main, flags: list[str],
     assert losses(pretrain("--test_run", "--epochs", 2, *flags)) == reference
 
 
+def test_memory_budget_without_the_compiler(pretrain: Main) -> None:
+    with pytest.raises(UserError, match="--memory_budget 0.5 is kept by the compiler: add --compile"):
+        pretrain("--test_run", "--memory_budget", 0.5)
+
+
 def test_log_dir(pretrain: Main, tmp_path: Path) -> None:
     out = pretrain("--test_run", "--epochs", 1, "--log_dir", tmp_path / "board")
     assert list((tmp_path / "board").glob("events*"))

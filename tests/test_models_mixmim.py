@@ -295,6 +295,31 @@ def test_blocks_compile_without_graph_breaks_into_few_graphs() -> None:
         assert torch._dynamo.explain(block.__class__.forward)(block, *arguments).graph_break_count == 0
 
 
+def test_memory_budget_keeps_less_and_changes_nothing() -> None:
+    """Half a budget saves less than half of a block's activations for the backward pass; gradients stay."""
+    from util.compilation import limit_memory
+
+    block, kept, gradients = small().layers[0].blocks[0], [], []
+    x = torch.randn(2, 1024, block.norm1.normalized_shape[0])
+    try:
+        for share in (1.0, 0.5):
+            torch.compiler.reset()
+            limit_memory(share)
+            compiled = torch.compile(block, backend="aot_eager_decomp_partition")
+            sizes: list[int] = []
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+                y = compiled(x, None, (torch.zeros(1, block.attn.num_heads, 64, 64),))
+            block.zero_grad()
+            y.square().sum().backward()
+            kept.append(sum(sizes) - sum(p.numel() for p in block.parameters()))
+            gradients.append(block.mlp.fc1.weight.grad.clone())
+    finally:
+        limit_memory(1.0)
+        torch.compiler.reset()
+    assert kept[1] < 0.75 * kept[0]
+    torch.testing.assert_close(*gradients)
+
+
 def test_classifiers_with_drop_path_compile_in_training_and_evaluation() -> None:
     """Rates differ from block to block, and the last batch of an evaluation is smaller: every block stays compiled."""
     torch.compiler.reset()

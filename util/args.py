@@ -138,8 +138,8 @@ def add_run_args(parser: argparse.ArgumentParser, *, output_dir: str) -> None:
                        help="a few batches of everything, then stop: checks an installation or a command")  # fmt: skip
 
 
-def check_epochs(args: argparse.Namespace) -> None:
-    """Refuse epochs that the schedule does not have, and a --log_dir that is no folder."""
+def check_training(args: argparse.Namespace) -> None:
+    """Refuse epochs that the schedule does not have, a --log_dir that is no folder, and a budget that nothing keeps."""
     end = args.epochs if args.stop_epoch is None else args.stop_epoch
     if end > args.epochs:
         raise UserError(f"--stop_epoch {args.stop_epoch} lies behind the schedule's end, --epochs {args.epochs}")
@@ -147,6 +147,11 @@ def check_epochs(args: argparse.Namespace) -> None:
         raise UserError(f"--start_epoch {args.start_epoch} leaves nothing to train: the last epoch is {end - 1}")
     if args.log_dir and Path(args.log_dir).exists() and not Path(args.log_dir).is_dir():
         raise UserError(f"--log_dir {args.log_dir} is a file; give a folder for TensorBoard")
+    if args.memory_budget != 1 and not args.compile:
+        raise UserError(
+            f"--memory_budget {args.memory_budget:g} is kept by the compiler: add --compile, or take "
+            "--activation_checkpointing, which works without it"
+        )
 
 
 def add_resume_args(parser: argparse.ArgumentParser, *, save_every: int) -> None:
@@ -453,6 +458,9 @@ def add_optim_args(
                        help="torch.compile the model: faster steps after minutes of compiling")  # fmt: skip
     group.add_argument("--activation_checkpointing", action="store_true",
                        help="compute blocks again in the backward pass: less memory, a third more time")  # fmt: skip
+    group.add_argument("--memory_budget", type=train_fraction, default=1.0, metavar="SHARE",
+                       help="with --compile: the share of activations to keep; the rest is computed again, cheapest "
+                       "first (0.5: 38 %% less memory, 9 %% slower; docs/cards.md)")  # fmt: skip
     group.add_argument("--cuda_graph", action="store_true",
                        help="launch each step's forward and backward pass as one CUDA graph: faster where the host is "
                        "slower than the GPU, as in small batches")  # fmt: skip

@@ -23,12 +23,32 @@ def _settle() -> None:
     config.optimize_ddp = False
 
 
+def limit_memory(share: float) -> None:
+    """Let compiled graphs keep only a share of what their backward pass would like to find; 1 is all of it.
+
+    The rest is computed again, cheapest first: the compiler solves a knapsack for each block. It holds for everything
+    that is compiled in this process afterwards.
+    """
+    import torch._functorch.config
+
+    torch._functorch.config.activation_memory_budget = share
+
+
+def _options(backend: str | Callable[..., Any]) -> dict[str, bool] | None:
+    """Small kernels that do not depend on each other are launched as one: casts of weights, sums of gradients."""
+    if backend != "inductor":
+        return None
+    import torch._inductor.config
+
+    return {"combo_kernels": True} if hasattr(torch._inductor.config, "combo_kernels") else None
+
+
 def compile_modules(modules: Iterable[nn.Module], backend: str | Callable[..., Any] = "inductor") -> None:
     """Compile modules in place, for the exact shapes they meet: they share their code, and symbolic sizes, which
     PyTorch tries after the second shape, make slower kernels."""
     _settle()
     for module in modules:
-        module.compile(backend=backend, dynamic=False)
+        module.compile(backend=backend, dynamic=False, options=_options(backend))
 
 
 def compile_methods(module: nn.Module, names: Iterable[str], backend: str | Callable[..., Any] = "inductor") -> None:
@@ -36,4 +56,5 @@ def compile_methods(module: nn.Module, names: Iterable[str], backend: str | Call
     _settle()
     for name in names:
         if hasattr(module, name):
-            setattr(module, name, torch.compile(getattr(module, name), backend=backend, dynamic=False))
+            compiled = torch.compile(getattr(module, name), backend=backend, dynamic=False, options=_options(backend))
+            setattr(module, name, compiled)
