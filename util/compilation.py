@@ -34,7 +34,7 @@ def limit_memory(share: float) -> None:
     torch._functorch.config.activation_memory_budget = share
 
 
-def _options(backend: str | Callable[..., Any]) -> dict[str, bool] | None:
+def _options(backend: str | Callable[..., Any]) -> dict[str, Any] | None:
     """Small kernels that do not depend on each other are launched as one: casts of weights, sums of gradients."""
     if backend != "inductor":
         return None
