@@ -307,7 +307,8 @@ def test_memory_budget_keeps_less_and_changes_nothing() -> None:
             limit_memory(share)
             compiled = torch.compile(block, backend="aot_eager_decomp_partition")
             sizes: list[int] = []
-            with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t):
+            count = lambda tensor, sizes=sizes: sizes.append(tensor.numel()) or tensor  # noqa: E731
+            with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
                 y = compiled(x, None, (torch.zeros(1, block.attn.num_heads, 64, 64),))
             block.zero_grad()
             y.square().sum().backward()
