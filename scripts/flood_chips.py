@@ -102,8 +102,7 @@ def run_fold(
     Args:
         pixels: Confusion matrices of the threshold; their row sums are the labelled pixels of each class.
     """
-    import numpy as np
-
+    from util.arrays import load_npz
     from util.files import make_directory
 
     test = chips[fold::FOLDS]
@@ -123,8 +122,11 @@ def run_fold(
             done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False)
         if done.returncode != 0 or not found.is_file():
             raise UserError(f"training of fold {fold} failed; see {place / 'log.txt'}")
-    with np.load(found) as arrays:
+    try:
+        arrays = load_npz(found)
         return dict(zip(arrays["names"].tolist(), arrays["confusion"], strict=True))
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{found} cannot be read ({error}); delete it and run again") from error
 
 
 def main() -> None:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import argparse
 import csv
 import io
-import json
 import os
 import sys
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from util.args import Parser
 from util.cli import run_cli
 from util.errors import UserError
-from util.files import atomic_write
+from util.files import atomic_write, parse_json, read_bytes
 
 SUFFIX = "_labels_metadata.json"
 SHOWN = 5  # patch folders without metadata that are named
@@ -60,7 +59,7 @@ def read_row(path: Path) -> tuple[str, str, str, str]:
         UserError: The file is damaged or lacks an entry.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(read_bytes(path, 1 << 20))
         scene, time = str(content["scene_source"]), str(content["acquisition_time"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} cannot be used: {error!r}; expected scene_source and acquisition_time") from error

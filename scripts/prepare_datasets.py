@@ -6,13 +6,14 @@ from __future__ import annotations
 import argparse
 import bz2
 import csv
+import errno
 import gzip
 import io
-import json
 import sys
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -22,7 +23,7 @@ from sarwmix.data.registry import OFFICIAL_COUNTS
 from util.args import Parser
 from util.cli import run_cli
 from util.errors import UserError
-from util.files import atomic_write
+from util.files import JSON_LIMIT, TEXT_LIMIT, atomic_write, open_file, parse_json, read_bytes
 
 SPLITS = ("train", "val", "test")
 CLASS_TABLE = "bigearthnet_classes.csv"
@@ -63,15 +64,17 @@ def parser() -> argparse.ArgumentParser:
 
 
 def open_text(path: Path) -> IO[str]:
-    """Open a plain, gzip or bzip2 text file."""
-    try:
-        if path.suffix == ".bz2":
-            return bz2.open(path, "rt", encoding="utf-8")
-        if path.suffix == ".gz":
-            return gzip.open(path, "rt", encoding="utf-8")
-        return path.open(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    """A plain, gzip or bzip2 text file; what it expands to is bounded, too.
+
+    Raises:
+        OSError: Missing, no regular file, damaged, or longer than a list can be.
+    """
+    with open_file(path, limit=TEXT_LIMIT) as stream:
+        unpack: Any = {".bz2": bz2.BZ2File, ".gz": lambda file: gzip.GzipFile(fileobj=file)}.get(path.suffix)
+        content = stream.read(TEXT_LIMIT + 1) if unpack is None else unpack(stream).read(TEXT_LIMIT + 1)
+    if len(content) > TEXT_LIMIT:
+        raise OSError(errno.EFBIG, f"it holds more than {TEXT_LIMIT:,} bytes", str(path))
+    return io.StringIO(content.decode("utf-8"), newline="")
 
 
 def read_rows(path: Path) -> list[list[str]]:
@@ -79,8 +82,8 @@ def read_rows(path: Path) -> list[list[str]]:
     try:
         with open_text(path) as file:
             return [[cell.strip() for cell in row] for row in csv.reader(file) if any(cell.strip() for cell in row)]
-    except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
+    except (OSError, EOFError, ValueError, zlib.error, csv.Error) as error:
+        raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
 def find_list(folder: Path, split: str) -> Path:
@@ -108,13 +111,13 @@ def check_label_indices(path: Path) -> None:
         UserError: They differ; the message names the first difference.
     """
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
+        table = parse_json(read_bytes(path, JSON_LIMIT))
         official_43 = sorted(table["original_labels"], key=table["original_labels"].__getitem__)
         official_19 = sorted(table["BigEarthNet-19_labels"], key=table["BigEarthNet-19_labels"].__getitem__)
         groups: dict[str, str | None] = dict.fromkeys(official_43)
         for number, members in enumerate(table["label_conversion"]):
             groups.update({official_43[member]: official_19[number] for member in members})
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise UserError(f"{path} is no table of label indices: {error!r}") from error
     if tuple(official_19) != CLASSES_19 or tuple(official_43) != CLASSES_43:
         raise UserError(f"{path}: class names or their order differ from sarwmix/data/labels.py")

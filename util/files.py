@@ -5,16 +5,22 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import io
 import json
 import math
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from util.errors import UserError
+
+JSON_LIMIT = 32 << 20  # bytes; the longest that is known, SEN12-FLOOD's list, has 1 MB
+JSON_DEPTH = 32  # nested lists and objects
+TEXT_LIMIT = 1 << 28  # bytes of a list or table of text; BigEarthNet's longest has 0.1 GB
 
 TEMP_SUFFIX = ".partial"  # what atomic_write leaves when the process is killed; safe to delete
 
@@ -98,8 +104,10 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[
     target = Path(os.path.realpath(path))
     temporary: str | None = None
     try:
-        if target.exists() and not os.access(target, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        if target.exists():
+            require_regular(target)  # a device or pipe would be replaced by a file
+            if not os.access(target, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         permissions = _final_mode(target)
         descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=TEMP_SUFFIX, dir=target.parent)
         with os.fdopen(descriptor, mode, encoding=None if "b" in mode else "utf-8") as stream:
@@ -252,21 +260,126 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
         stream.write(json.dumps(_plain(value), indent=2, allow_nan=False) + "\n")
 
 
-def read_json(path: str | os.PathLike[str]) -> Any:
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def open_file(path: str | os.PathLike[str], *, limit: int | None = None) -> io.BufferedReader:
+    """Open a regular file to read its bytes; what a name from outside may be else would wait, or never end.
+
+    Args:
+        path: the file; a link to one is followed.
+        limit: bytes that it may have.
+
+    Raises:
+        OSError: missing, not readable, no regular file (EINVAL) or longer than `limit` (EFBIG); `strerror` says which.
+    """
+    name = os.fspath(path)
+    if "\0" in name:
+        raise OSError(errno.EINVAL, "its name holds a NUL byte", name)
+    # Looked at before it is opened, since opening a device can do something; without waiting, since it may change.
+    _require_regular(os.stat(name), name, None)
+    descriptor = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    try:
+        _require_regular(os.fstat(descriptor), name, limit)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return os.fdopen(descriptor, "rb")
+
+
+def _require_regular(status: os.stat_result, name: str, limit: int | None) -> None:
+    kind = stat.S_IFMT(status.st_mode)
+    if kind != stat.S_IFREG:
+        raise OSError(errno.EINVAL, f"it is {_KINDS.get(kind, 'something else')}, expected a regular file", name)
+    if limit is not None and status.st_size > limit:
+        raise OSError(errno.EFBIG, f"it has {status.st_size:,} bytes, expected at most {limit:,}", name)
+
+
+def require_regular(path: str | os.PathLike[str]) -> os.stat_result:
+    """For readers that take a path and open it themselves: its state, where it is a regular file.
+
+    Raises:
+        OSError: missing, or no regular file; `strerror` says which.
+    """
+    status = os.stat(path)
+    _require_regular(status, os.fspath(path), None)
+    return status
+
+
+def read_bytes(path: str | os.PathLike[str], limit: int) -> bytes:
+    """Content of a regular file of at most `limit` bytes.
+
+    Raises:
+        OSError: as `open_file`.
+    """
+    with open_file(path, limit=limit) as stream:
+        content = stream.read(limit + 1)
+    if len(content) > limit:  # it grew, or tells no size
+        raise OSError(errno.EFBIG, f"it has more than the {limit:,} bytes that are expected", os.fspath(path))
+    return content
+
+
+def parse_json(content: bytes | str, *, depth: int = JSON_DEPTH, pairs: Any = None) -> Any:
+    """The value of a JSON text that others may have written.
+
+    Args:
+        content: UTF-8 where it is bytes.
+        depth: nested lists and objects that are allowed; deeper ones exhaust whoever walks through them.
+        pairs: `object_pairs_hook` of `json.loads`.
+
+    Raises:
+        ValueError: no UTF-8, no JSON, nested too deeply, or text with half a character (a lone surrogate), which no
+            file and no terminal takes.
+    """
+    text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
+    try:
+        value = json.loads(text, object_pairs_hook=pairs)
+    except RecursionError:
+        raise ValueError(f"it is nested deeper than {depth} levels") from None
+    escapes = "\\ud" in text or "\\uD" in text
+    if escapes or text.count("[") + text.count("{") > depth:
+        _check_tree(value, depth, escapes)
+    return value
+
+
+def _check_tree(value: Any, depth: int, escapes: bool) -> None:
+    level = [value]
+    for _ in range(depth + 1):
+        below: list[Any] = []
+        for item in level:
+            if isinstance(item, dict):
+                below += item.values()
+                if escapes:
+                    below += item
+            elif isinstance(item, list):
+                below += item
+            elif escapes and isinstance(item, str) and not item.isascii():
+                item.encode()  # UnicodeEncodeError is a ValueError
+        if not below:
+            return
+        level = below
+    raise ValueError(f"it is nested deeper than {depth} levels")
+
+
+def read_json(path: str | os.PathLike[str], *, limit: int = JSON_LIMIT) -> Any:
     """Read a JSON file.
 
     Raises:
-        UserError: the file is missing or is not JSON.
+        UserError: the file is missing, too large, no regular file, or is not JSON.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        return parse_json(read_bytes(path, limit))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text (byte {error.start}); expected a JSON file") from error
-    try:
-        return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error
 
 
@@ -288,6 +401,7 @@ def append_jsonl(path: str | os.PathLike[str], record: dict[str, Any]) -> None:
             if size and os.pread(descriptor, 1, size - 1) != b"\n":
                 line = b"\n" + line
             if os.write(descriptor, line) != len(line):
+                os.ftruncate(descriptor, size)  # half a line would be read as damage
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         finally:
             os.close(descriptor)
@@ -296,12 +410,16 @@ def append_jsonl(path: str | os.PathLike[str], record: dict[str, Any]) -> None:
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Read the objects of a JSON-lines file; lines cut short by a kill are left out."""
+    """Read the objects of a JSON-lines file; lines cut short by a kill are left out.
+
+    Raises:
+        OSError: as `open_file`.
+    """
     records = []
-    for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in read_bytes(path, TEXT_LIMIT).decode("utf-8", "replace").splitlines():
         try:
-            record = json.loads(line)
-        except (json.JSONDecodeError, RecursionError):
+            record = parse_json(line)
+        except ValueError:
             continue
         if isinstance(record, dict):
             records.append(record)
@@ -310,7 +428,7 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 def sha256_file(path: str | os.PathLike[str]) -> str:
     """SHA-256 of a file as 64 hexadecimal digits."""
-    with open(path, "rb") as stream:
+    with open_file(path) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 

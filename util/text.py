@@ -6,6 +6,7 @@ import codecs
 from pathlib import Path
 
 from util.errors import UserError
+from util.files import TEXT_LIMIT, read_bytes
 
 
 def first_line(error: BaseException) -> str:
@@ -25,9 +26,9 @@ def read_text(path: Path) -> str:
 
     Raises:
         UserError: another encoding.
-        OSError: the file cannot be read.
+        OSError: the file cannot be read, is too large, or is no regular file.
     """
-    content = path.read_bytes()
+    content = read_bytes(path, TEXT_LIMIT)
     marks = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
     encoding = "utf-16" if content.startswith(marks) else "utf-8-sig"
     try:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -35,16 +36,18 @@ import numpy as np
 
 from sarwmix.data.base import MaskDataset, NameList, SarDataset, UnreadableSample
 from sarwmix.data.spec import DatasetSpec, EmptySplit, Statistics, parse_split
+from util.arrays import load_npy
 from util.errors import UserError
-from util.files import atomic_write, write_json
+from util.files import JSON_LIMIT, TEXT_LIMIT, atomic_write, open_file, parse_json, read_bytes, write_error, write_json
 from util.locks import LOCK_NAME, FolderLock
 
 FORMAT = "sarwmix-packed/1"
 BLOCK_ROWS = 1024
 DTYPES = ("float32", "float16")
-CHECKS = ("sample", "all", "none")
+CHECKS = ("sample", "touched", "all", "none")
 CHECK_BLOCKS = 2  # blocks whose checksum is looked at when a store is opened with check="sample"
 JOURNAL = "blocks.jsonl"
+_INDEX_LIMIT = 2 << 30  # bytes of one index file
 _LOCK_WAIT = 10.0  # seconds
 _PIECE_ROWS = 16  # rows in flight while packing: 1.8 MB, which stays in the processor's cache until it is written
 
@@ -105,7 +108,7 @@ def read_manifest(store: str | Path) -> Manifest:
     """
     path = Path(store) / "manifest.json"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(read_bytes(path, JSON_LIMIT))
     except FileNotFoundError:
         raise DamagedStore(f"{store} is no packed store: it has no manifest.json") from None
     except (OSError, ValueError) as error:
@@ -115,15 +118,28 @@ def read_manifest(store: str | Path) -> Manifest:
         raise DamagedStore(f"{path}: format {found!r}, expected {FORMAT!r}; pack the data again")
     try:
         values = {key: content[key] for key in Manifest.__dataclass_fields__}
-        for key in ("splits", "bands", "classes", "blocks"):
-            values[key] = tuple(str(item) for item in values[key])
-        values["shape"] = tuple(int(n) for n in values["shape"])
+        for key, kind in _FIELDS.items():
+            value = values[key]
+            if kind == "list" and isinstance(value, list) and all(isinstance(item, str) for item in value):
+                values[key] = tuple(value)
+            elif kind == "table" and isinstance(value, dict) and all(isinstance(one, str) for one in value.values()):
+                pass
+            elif isinstance(kind, str) or type(value) is not kind:
+                raise TypeError(f"{key} is {str(value)[:60]!r}")
+        if any(type(side) is not int for side in values["shape"]):
+            raise TypeError(f"shape is {values['shape']}")
+        values["shape"] = tuple(values["shape"])
         manifest = Manifest(**values)
         good = (
             len(manifest.shape) == 4
             and min(manifest.shape) > 0
+            and manifest.shape[1] == len(manifest.bands)
             and manifest.dtype in DTYPES
             and manifest.block_rows > 0
+            and manifest.labels in ("none", "multi-hot", "number")
+            and 0 < len(manifest.splits) < 256
+            # Names of files come from the manifest; only our own are opened.
+            and (not manifest.complete or set(manifest.files) == _index_files(manifest.labels))
             and (not manifest.complete or len(manifest.blocks) == manifest.block_count)
         )
     except (KeyError, TypeError, ValueError) as error:
@@ -131,6 +147,18 @@ def read_manifest(store: str | Path) -> Manifest:
     if not good:
         raise DamagedStore(f"{path} is damaged: shape, dtype or number of checksums are wrong; pack the data again")
     return manifest
+
+
+_FIELDS: dict[str, Any] = {
+    **dict.fromkeys(("splits", "bands", "classes", "blocks"), "list"),
+    **dict.fromkeys(("files", "unreadable"), "table"),
+    **dict.fromkeys(("dataset", "dtype", "unit", "labels", "names_sha256", "labels_sha256", "source"), str),
+    **{"complete": bool, "shape": list, "block_rows": int, "statistics": dict},
+}
+
+
+def _index_files(labels: str) -> set[str]:
+    return {"names.npy", "offsets.npy", "split.npy", "invalid.npy"} | ({"labels.npy"} if labels != "none" else set())
 
 
 def open_images(store: Path, manifest: Manifest) -> np.ndarray:
@@ -143,7 +171,7 @@ def open_images(store: Path, manifest: Manifest) -> np.ndarray:
     header = _npy_header(manifest.shape, manifest.dtype)
     expected = len(header) + _row_bytes(manifest) * manifest.count
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             found = file.read(len(header))
             size = os.fstat(file.fileno()).st_size
     except OSError as error:
@@ -156,7 +184,10 @@ def open_images(store: Path, manifest: Manifest) -> np.ndarray:
             f"{path} has {size} bytes, expected {expected}: block {wrong} (rows from {wrong * manifest.block_rows}) "
             "and what follows are missing; run the same pack_dataset command with --repair"
         )
-    return np.load(path, mmap_mode="r").view(np.ndarray)
+    try:
+        return load_npy(path, mapped=True)
+    except (OSError, ValueError) as error:
+        raise DamagedStore(f"{path} cannot be read: {error}; pack the data again") from error
 
 
 def check_blocks(
@@ -169,7 +200,7 @@ def check_blocks(
     """
     wrong = []
     header = len(_npy_header(manifest.shape, manifest.dtype))
-    with (store / "images.npy").open("rb", buffering=0) as file:
+    with open_file(store / "images.npy") as file:
         buffer = bytearray(1 << 22)
         for done, block in enumerate(blocks):
             rows = _rows_of(block, manifest)
@@ -200,6 +231,7 @@ def verify_store(store: str | Path, *, progress: Callable[[int], None] | None = 
     _require_complete(place, manifest)
     open_images(place, manifest)
     _check_index(place, manifest)
+    _read_index(place, manifest)
     _refuse(place, manifest, check_blocks(place, manifest, range(manifest.block_count), progress=progress))
     return manifest
 
@@ -224,15 +256,72 @@ def _require_complete(store: Path, manifest: Manifest) -> None:
 def _check_index(store: Path, manifest: Manifest) -> None:
     for name, expected in manifest.files.items():
         try:
-            found = f"{zlib.crc32((store / name).read_bytes()):08x}"
+            found = f"{zlib.crc32(read_bytes(store / name, _INDEX_LIMIT)):08x}"
         except OSError as error:
             raise DamagedStore(f"{store / name} cannot be read: {error.strerror}; pack the data again") from error
         if found != expected:
             raise DamagedStore(f"{store / name} differs from its checksum; pack the data again with --overwrite")
 
 
+@dataclass(frozen=True)
+class _Index:
+    """What the index files of a store say about its rows."""
+
+    names: NameList
+    split: np.ndarray  # uint8 (N,)
+    labels: np.ndarray | None  # uint8 (N, classes) or int64 (N,)
+    invalid: np.ndarray  # int32 (N,)
+
+
+def _read_index(store: Path, manifest: Manifest) -> _Index:
+    """Read the index files; they must fit the manifest and one another.
+
+    Raises:
+        DamagedStore: A file is missing, of another type or shape, or contradicts the others; named.
+    """
+    count = manifest.count
+
+    def load(name: str, dtype: str, *shape: int | None) -> np.ndarray:
+        try:
+            return load_npy(store / name, dtype=dtype, shape=shape)
+        except (OSError, ValueError) as error:
+            raise DamagedStore(f"{store / name} cannot be read: {error}; pack the data again") from error
+
+    def refuse(name: str, why: str) -> DamagedStore:
+        return DamagedStore(f"{store / name} does not fit its store: {why}; pack the data again with --overwrite")
+
+    offsets, text = load("offsets.npy", "int64", count + 1), load("names.npy", "uint8", None)
+    if offsets[0] != 0 or offsets[-1] != len(text) or (np.diff(offsets) <= 0).any():
+        raise refuse("offsets.npy", f"names do not follow one another in the {len(text)} bytes of names.npy")
+    names = NameList(text, offsets)
+    starts = text[offsets[:-1]]
+    try:
+        text.tobytes().decode()
+    except UnicodeDecodeError as error:
+        raise refuse("names.npy", f"it is no UTF-8 (byte {error.start})") from None
+    if ((starts & 0xC0) == 0x80).any() or (text < 32).any():
+        raise refuse("names.npy", "a name begins within a character, or holds a control character")
+    if names.digest() != manifest.names_sha256:
+        raise refuse("names.npy", "the names are not those of the manifest")
+    split, invalid = load("split.npy", "uint8", count), load("invalid.npy", "int32", count)
+    if split.max() >= len(manifest.splits):
+        raise refuse("split.npy", f"there is a split {split.max()} of {len(manifest.splits)}")
+    if invalid.min() < -1 or invalid.max() > math.prod(manifest.shape[1:]):
+        raise refuse("invalid.npy", "there are more invalid pixels than pixels")
+    labels = None
+    if manifest.labels != "none":
+        hot = manifest.labels == "multi-hot"
+        classes = len(manifest.classes)
+        labels = load("labels.npy", "uint8", count, classes) if hot else load("labels.npy", "int64", count)
+        if labels.size and (labels.min() < 0 or labels.max() > (1 if hot else classes - 1)):
+            raise refuse("labels.npy", f"there are labels from {labels.min()} to {labels.max()} for {classes} classes")
+        if hashlib.sha256(np.ascontiguousarray(labels).tobytes()).hexdigest() != manifest.labels_sha256:
+            raise refuse("labels.npy", "the labels are not those of the manifest")
+    return _Index(names, split, labels, invalid)
+
+
 def _row_bytes(manifest: Manifest) -> int:
-    return int(np.prod(manifest.shape[1:])) * np.dtype(manifest.dtype).itemsize
+    return math.prod(manifest.shape[1:]) * np.dtype(manifest.dtype).itemsize
 
 
 def _rows_of(block: int, manifest: Manifest) -> range:
@@ -255,8 +344,9 @@ class PackedDataset(SarDataset):
         split: Wanted splits, in this order.
         statistics: The statistics in use.
         on_error: See :class:`sarwmix.data.base.SarDataset`; concerns samples that could not be read when packing.
-        check: Blocks whose checksum is looked at: two of them (``"sample"``), ``"all"``, or ``"none"``. The index files
-            and the length of the images are always checked.
+        check: Blocks whose checksum is looked at: two of them (``"sample"``), those that are read, each process for
+            itself, before their first row is delivered (``"touched"``), ``"all"``, or ``"none"``. The index files and
+            the length of the images are always checked.
 
     Attributes:
         images: The mapped array of the store, (rows, C, H, W).
@@ -294,12 +384,14 @@ class PackedDataset(SarDataset):
         self.store = Path(store)
         self.images = open_images(self.store, manifest)
         _check_index(self.store, manifest)
-        if check != "none":
+        # Blocks that no row of may be delivered before their checksum was compared.
+        self._unseen = np.full(manifest.block_count, check == "touched")
+        if check in ("sample", "all"):
             last = manifest.block_count - 1
             some = sorted({0, last})[:CHECK_BLOCKS] if check == "sample" else range(last + 1)
             _refuse(self.store, manifest, check_blocks(self.store, manifest, some))
         wanted = parse_split(spec, split)
-        codes = self._load("split.npy")
+        index = _read_index(self.store, manifest)
         parts = []
         for name in wanted:
             if name not in manifest.splits:
@@ -307,11 +399,11 @@ class PackedDataset(SarDataset):
                     f"packed store {store} has no split {name!r}; it has: {', '.join(manifest.splits)}; "
                     "pack the data again with that split"
                 )
-            parts.append(np.flatnonzero(codes == manifest.splits.index(name)))
+            parts.append(np.flatnonzero(index.split == manifest.splits.index(name)))
         self.rows = np.concatenate(parts).astype(np.int64)
-        names = NameList(self._load("names.npy"), self._load("offsets.npy")).take(self.rows)
-        labels = None if manifest.labels == "none" else self._load("labels.npy")[self.rows]
-        invalid = self._load("invalid.npy")[self.rows]
+        names = index.names.take(self.rows)
+        labels = None if index.labels is None else index.labels[self.rows]
+        invalid = index.invalid[self.rows]
         self._all_finite = not invalid.any()
         self._unreadable = invalid < 0
         self._any_unreadable = bool(self._unreadable.any())
@@ -319,12 +411,6 @@ class PackedDataset(SarDataset):
         first = int(self.rows[0]) if len(self.rows) else 0
         self._offset = first if np.array_equal(self.rows, np.arange(first, first + len(self.rows))) else None
         super().__init__(spec, split, statistics, names, labels, on_error=on_error, source=store)
-
-    def _load(self, name: str) -> np.ndarray:
-        try:
-            return np.load(self.store / name, allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise DamagedStore(f"{self.store / name} cannot be read: {error}; pack the data again") from error
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "images": None}  # a spawned process maps the file itself
@@ -347,6 +433,8 @@ class PackedDataset(SarDataset):
 
     def read_many(self, indices: np.ndarray, out: np.ndarray) -> list[tuple[int, UnreadableSample]]:
         rows = indices + self._offset if self._offset is not None else self.rows[indices]
+        if self._unseen.any():
+            self._look_at(np.unique(rows // self.manifest.block_rows))
         if out.dtype == self.images.dtype and out.flags.c_contiguous:
             # mode="clip" writes straight into `out`, the default fills a buffer first; indices are checked already.
             np.take(self.images, rows, axis=0, out=out, mode="clip")
@@ -355,6 +443,16 @@ class PackedDataset(SarDataset):
         if not self._any_unreadable:
             return []
         return [(int(i), self._error(int(indices[i]))) for i in np.flatnonzero(self._unreadable[indices])]
+
+    def _look_at(self, blocks: np.ndarray) -> None:
+        """Compare the checksums of blocks that this process has not read before.
+
+        Raises:
+            DamagedStore: A block is wrong.
+        """
+        new = [int(block) for block in blocks if self._unseen[block]]
+        _refuse(self.store, self.manifest, check_blocks(self.store, self.manifest, new))
+        self._unseen[new] = False
 
     def _error(self, index: int) -> UnreadableSample:
         name = self.names[index]
@@ -444,18 +542,21 @@ def pack(
         rows_done = sum(len(_rows_of(number, plan)) for number in known)
         if progress is not None:
             progress(rows_done, plan.count)
-        with (place / JOURNAL).open("w", encoding="utf-8") as journal:
-            for block in known.values():
-                journal.write(block.line())
-            journal.flush()
-            for block in _write_blocks(datasets, place, plan, todo, jobs=jobs, mark=mark_unreadable):
-                known[block.number] = block
-                journal.write(block.line())
+        try:
+            with (place / JOURNAL).open("w", encoding="utf-8") as journal:
+                for block in known.values():
+                    journal.write(block.line())
                 journal.flush()
-                rows_done += len(_rows_of(block.number, plan))
-                if progress is not None:
-                    progress(rows_done, plan.count)
-        manifest = _finish(place, plan, known)
+                for block in _write_blocks(datasets, place, plan, todo, jobs=jobs, mark=mark_unreadable):
+                    known[block.number] = block
+                    journal.write(block.line())
+                    journal.flush()
+                    rows_done += len(_rows_of(block.number, plan))
+                    if progress is not None:
+                        progress(rows_done, plan.count)
+            manifest = _finish(place, plan, known)
+        except OSError as error:
+            raise write_error(place, error) from error
     return PackResult(manifest, len(todo), plan.block_count - len(todo))
 
 
@@ -565,22 +666,26 @@ def _write_index(place: Path, names: NameList, labels: np.ndarray | None, splits
 def _blocks_of(place: Path, manifest: Manifest) -> dict[int, Block]:
     """The blocks that a finished store lists, for a repair; its index must be intact."""
     _check_index(place, manifest)
-    names = NameList(np.load(place / "names.npy"), np.load(place / "offsets.npy"))
-    invalid = np.load(place / "invalid.npy")
+    index = _read_index(place, manifest)
+    names, invalid = index.names, index.invalid
     blocks = {}
     for number, checksum in enumerate(manifest.blocks):
         rows = _rows_of(number, manifest)
         marked = [names[rows.start + int(i)] for i in np.flatnonzero(invalid[rows.start : rows.stop] < 0)]
-        blocks[number] = Block(number, checksum, tuple((name, manifest.unreadable[name]) for name in marked))
+        reasons = tuple((name, manifest.unreadable.get(name, "could not be read")) for name in marked)
+        blocks[number] = Block(number, checksum, reasons)
     return blocks
 
 
 def _set_size(path: Path, plan: Manifest) -> None:
     """Give the array file its header and length; rows that are there stay."""
     header = _npy_header(plan.shape, plan.dtype)
-    with path.open("r+b" if path.exists() else "w+b") as file:
-        file.write(header)
-        file.truncate(len(header) + plan.count * _row_bytes(plan))
+    try:
+        with path.open("r+b" if path.exists() else "w+b") as file:
+            file.write(header)
+            file.truncate(len(header) + plan.count * _row_bytes(plan))
+    except OSError as error:
+        raise write_error(path, error) from error
 
 
 def _check_space(place: Path, plan: Manifest, blocks: int) -> None:
@@ -600,12 +705,12 @@ def _finished_blocks(place: Path, plan: Manifest) -> dict[int, Block]:
     """Blocks that the journal of an interrupted packing lists; an incomplete last line is ignored."""
     known: dict[int, Block] = {}
     try:
-        lines = (place / JOURNAL).read_text(encoding="utf-8").splitlines()
+        lines = read_bytes(place / JOURNAL, TEXT_LIMIT).decode("utf-8", "replace").splitlines()
     except OSError:
         return known
     for line in lines:
         try:
-            entry = json.loads(line)
+            entry = parse_json(line)
             unreadable = tuple((str(name), str(reason)) for name, reason in entry["unreadable"])
             block = Block(int(entry["block"]), str(entry["crc32"]), unreadable)
         except (ValueError, KeyError, TypeError):
@@ -634,7 +739,7 @@ def _finish(place: Path, plan: Manifest, known: dict[int, Block]) -> Manifest:
         with (place / name).open("rb+") as file:
             os.fsync(file.fileno())
     files = {
-        name: f"{zlib.crc32((place / name).read_bytes()):08x}"
+        name: f"{zlib.crc32(read_bytes(place / name, _INDEX_LIMIT)):08x}"
         for name in sorted(_OWN_FILES - {"manifest.json", "images.npy"})
         if (place / name).is_file()
     }
@@ -739,12 +844,13 @@ class BlockWriter:
                         raise SystemExit(1)  # the packing was killed; what follows belongs to the next one
                     while len(data):
                         data = data[file.write(data) :]
-            counts_file = np.load(self.place / "invalid.npy", mmap_mode="r+")
+            counts_file = np.load(self.place / "invalid.npy", mmap_mode="r+", allow_pickle=False)
             counts_file[rows.start : rows.stop] = invalid
             counts_file.flush()
-        except OSError as error:
+        except (OSError, ValueError, IndexError) as error:
+            reason = getattr(error, "strerror", None) or error
             raise UserError(
-                f"cannot write to {self.place}: {error.strerror or error}; free space and run the same command again"
+                f"cannot write to {self.place}: {reason}; free space and run the same command again"
             ) from error
         return Block(number, f"{checksum:08x}", tuple(unreadable))
 

@@ -20,7 +20,6 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -39,6 +38,7 @@ from sarwmix.data.spec import (
 )
 from sarwmix.preprocessing import Preprocessing
 from util.errors import UserError
+from util.files import JSON_LIMIT, parse_json, read_bytes
 
 if TYPE_CHECKING:
     from sarwmix.data.base import SarDataset
@@ -171,7 +171,7 @@ def is_packed(path: str | Path) -> bool:
     if not manifest.is_file():
         return False
     try:
-        content = json.loads(manifest.read_text(encoding="utf-8"))
+        content = parse_json(read_bytes(manifest, JSON_LIMIT))
     except (OSError, ValueError):
         return False
     return isinstance(content, dict) and str(content.get("format", "")).startswith("sarwmix-packed/")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -11,6 +10,7 @@ from typing import Any
 
 from sarwmix.preprocessing import Preprocessing
 from util.errors import UserError
+from util.files import JSON_LIMIT, parse_json, read_bytes
 
 BANDS = ("VH", "VV")
 TASKS = ("multilabel", "multiclass", "pair", "segmentation", "unlabelled")
@@ -301,7 +301,7 @@ def read_statistics_file(path: str | Path, spec: DatasetSpec) -> Statistics:
         UserError: The file is missing, is no such object, lacks a band, or has another unit.
     """
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        values = parse_json(read_bytes(path, JSON_LIMIT))
     except FileNotFoundError:
         raise UserError(
             f"statistics file {path} does not exist; data set {spec.name!r} has the presets "

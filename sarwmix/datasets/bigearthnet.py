@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -28,6 +27,7 @@ from sarwmix.data.io.zarr import ZarrPatches, is_zarr
 from sarwmix.data.labels import CLASSES_19, class_codes, parse_label_list
 from sarwmix.data.spec import SAR_BANDS, DatasetSpec, EmptySplit, Statistics, parse_split, parse_switch
 from util.errors import UserError
+from util.files import parse_json, read_bytes
 from util.log import get_logger
 from util.text import read_text, separator_of
 
@@ -572,8 +572,7 @@ class GeoTiffTree:
     def labels(self, name: str) -> list[str] | None:
         path = f"{self.folder(name)}/{name}_labels_metadata.json"
         try:
-            with open(path, encoding="utf-8-sig") as file:
-                return [str(label) for label in json.load(file)["labels"]]
+            return [str(label) for label in parse_json(read_bytes(path, 1 << 20))["labels"]]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UnreadableSample(name, path, f"no labels: {error}") from error
 

@@ -11,6 +11,8 @@ drawn over them: 67 % of its test images have a neighbour in train. Blocks of 50
 
 from __future__ import annotations
 
+import struct
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +21,7 @@ import numpy as np
 from sarwmix.data.base import MaskDataset, SarDataset, UnreadableSample
 from sarwmix.data.spec import DatasetSpec, EmptySplit, Statistics, parse_split
 from util.errors import UserError
+from util.files import open_file
 from util.log import get_logger
 
 BLACK, WHITE = -30.0, 0.0
@@ -61,9 +64,12 @@ class Ombria(MaskDataset):
 
         path = self.path(index, kind)
         try:
-            with Image.open(path, formats=("PNG",)) as image:
+            # Of a larger image only the header is read.
+            with open_file(path) as stream, Image.open(stream, formats=("PNG",)) as image:
+                if image.size != self.shape[:0:-1]:
+                    raise ValueError(f"has shape {image.size[::-1]}, expected (256, 256)")
                 values = np.asarray(image)
-        except (OSError, ValueError, SyntaxError) as error:
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, zlib.error, struct.error) as error:
             raise UnreadableSample(self.names[index], path, str(error)) from error
         if values.dtype != np.uint8 or values.shape != self.shape[1:]:
             what = f"is {values.dtype} {values.shape}, expected uint8 (256, 256)"

@@ -10,7 +10,6 @@ chips of Sen1Floods11, so that a model can go on there. A pixel that is 0 in eve
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from sarwmix.data.io.geotiff import GeoTiffError
 from sarwmix.data.io.rasters import fraction, held_out, map_labels, read_raster, whole_number
 from sarwmix.data.spec import DatasetSpec, EmptySplit, Statistics, parse_split
 from util.errors import UserError
+from util.files import JSON_LIMIT, parse_json, read_bytes
 from util.log import get_logger
 
 TCI_BANDS = ("B04", "B03", "B02")  # red, green, blue
@@ -112,10 +112,11 @@ def read_tiles(path: Path) -> list[str]:
         UserError: The file is missing or holds something else.
     """
     try:
-        return [f"{int(column)}_{int(row)}" for column, row in json.loads(path.read_text(encoding="utf-8"))]
+        listed = parse_json(read_bytes(path, JSON_LIMIT))
+        return [f"{int(column)}_{int(row)}" for column, row in listed]
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; expected a JSON list of [column, row] of the split's tiles") from None
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, OverflowError) as error:
         raise UserError(f"{path} is no JSON list of [column, row]: {error}") from error
 
 

@@ -12,11 +12,9 @@ import math
 import os
 import re
 import threading
-import warnings
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sarwmix.data.base import SarDataset, UnreadableSample, finish_image
+from sarwmix.data.io.geotiff import GeoTiffError, open_dataset, open_raster
 from sarwmix.data.pixels import UNITS, blank_fills, check_unit, describe_fills, to_decibel
 from sarwmix.data.spec import EmptySplit, parse_split
 from util.errors import UserError
@@ -180,23 +179,10 @@ class _Header:
         return f"{self.height}x{self.width} pixels of {a:.6g} x {-e:.6g} from {x:.9g}, {y:.9g}{reference}"
 
 
-@contextmanager
-def _without_georeference_warnings() -> Iterator[None]:
-    """Plain pixels are allowed; who needs a place says in its own words that there is none."""
-    from rasterio.errors import NotGeoreferencedWarning
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", NotGeoreferencedWarning)
-        yield
-
-
 def _read_header(path: Path) -> _Header | str:
     """The header, or why there is none."""
-    import rasterio
-    from rasterio.errors import RasterioError
-
     try:
-        with rasterio.open(path, driver="GTiff") as source:
+        with open_raster(path, whole=False) as source:
             return _Header(
                 path,
                 source.count,
@@ -207,8 +193,9 @@ def _read_header(path: Path) -> _Header | str:
                 source.crs.to_wkt() if source.crs else "",
                 tuple(source.transform)[:6],
             )
-    except RasterioError as error:
-        return f"cannot be opened (truncated or no GeoTIFF?): {error}"
+    except GeoTiffError as error:
+        text = str(error)
+        return text.replace("cannot be read (truncated or damaged?)", "cannot be opened (truncated or no GeoTIFF?)")
 
 
 def parse_band_order(text: str | None, bands: Sequence[str]) -> tuple[str, ...] | None:
@@ -282,7 +269,7 @@ def find_scenes(
             f"{root} holds no GeoTIFF (*.tif, *.tiff); expected Sentinel-1 scenes with "
             f"{' and '.join(bands)}, see docs/data_s1_scenes.md"
         )
-    with _without_georeference_warnings(), ThreadPoolExecutor(8) as pool:
+    with ThreadPoolExecutor(8) as pool:
         headers = list(pool.map(_read_header, paths))
     ignored: list[str] = []
     whole: list[tuple[str, _Header, list[int]]] = []
@@ -424,8 +411,6 @@ class SceneReader:
         return type(self), (self.unit,)
 
     def _open(self, path: str) -> Any:
-        import rasterio
-
         if getattr(self._local, "process", None) != os.getpid():
             # An open file must not be shared with the process that this one was forked from.
             self._local.process = os.getpid()
@@ -434,8 +419,7 @@ class SceneReader:
         if path in sources:
             sources.move_to_end(path)
         else:
-            with _without_georeference_warnings():
-                sources[path] = rasterio.open(path, driver="GTiff")
+            sources[path] = open_dataset(path, whole=False)
             if len(sources) > OPEN_FILES:
                 sources.popitem(last=False)[1].close()
         return sources[path]
@@ -471,6 +455,8 @@ class SceneReader:
                     values = source.read(band.number, window=window)
                     flags = source.mask_flag_enums[band.number - 1]
                     mask = None if MaskFlags.all_valid in flags else source.read_masks(band.number, window=window)
+            except GeoTiffError as error:
+                raise OSError(str(error)) from error
             except RasterioError as error:
                 raise OSError(f"cannot be read (truncated or damaged?): {error}") from error
             scale, offset = source.scales[band.number - 1], source.offsets[band.number - 1]

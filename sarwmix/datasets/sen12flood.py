@@ -5,6 +5,7 @@ Samples hold linear power as stored. :func:`power_to_db` turns whole batches int
 
 from __future__ import annotations
 
+import math
 import os
 import zlib
 from collections.abc import Sequence
@@ -20,12 +21,15 @@ from sarwmix.data.spec import DatasetSpec, Statistics, parse_split
 from sarwmix.sen12flood import layout as files
 from sarwmix.sen12flood.layout import PairRow
 from sarwmix.sen12flood.metadata import parse_pair_name
+from util.arrays import load_npy, read_npy_header
 from util.errors import UserError
+from util.files import open_file
 from util.log import get_logger
 from util.seeding import derive_seed
 
 ZERO_POWER = 1e-6  # what a pixel of zero power counts as: -60 dB
 PREPARE = "run scripts/prepare_sen12flood.sh"
+_LARGEST = 4096  # S of an image; the published ones have 512
 STORED = ("VH", "VV")  # bands of the files of both layouts, in their order
 
 
@@ -101,7 +105,10 @@ class PairDataset(SarDataset):
     def images(self) -> np.ndarray:
         """The store as (M, 2, S, S), read on demand."""
         if self._images is None:
-            self._images = np.load(self.root / files.STORE, mmap_mode="r")
+            try:
+                self._images = load_npy(self.root / files.STORE, dtype="float32", mapped=True)
+            except (OSError, ValueError) as error:
+                raise UserError(f"{self.root / files.STORE} cannot be read ({error}); {PREPARE} again") from error
         return self._images
 
     def read_rows(self, rows: np.ndarray) -> Tensor:
@@ -159,16 +166,12 @@ class PairDataset(SarDataset):
         path = self.root / self._folders[index] / f"{name}.npy"
         again = f"{PREPARE} again with --overwrite"
         try:
-            with open(path, "rb") as stream:
-                version = np.lib.format.read_magic(stream)
-                if version != (1, 0):
-                    raise UnreadableSample(name, path, f"has .npy version {version}, expected (1, 0); {again}")
-                shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+            with open_file(path) as stream:
+                header = read_npy_header(stream)
                 wanted = (2, len(STORED), self.size, self.size)
-                if shape != wanted or fortran or dtype != np.dtype("<f4"):
-                    raise UnreadableSample(
-                        name, path, f"holds {dtype} of shape {shape}, expected float32 of shape {wanted}; {again}"
-                    )
+                if header.shape != wanted or header.fortran or header.dtype != np.dtype("<f4"):
+                    what = f"holds {header.dtype} of shape {header.shape}, expected float32 of shape {wanted}; {again}"
+                    raise UnreadableSample(name, path, what)
                 count = sum(_read_bytes(stream, i) if every_band else self._read_image(stream, i) for i in out)
         except FileNotFoundError:
             raise UnreadableSample(name, path, f"does not exist; {again}") from None
@@ -301,10 +304,10 @@ def build(
                 f"{root} is an unfinished preparation ({manifest.get('status')}); run the same command again"
             )
         problems = manifest.get("problems") or []
-        if problems:
+        if isinstance(problems, list) and problems:
             get_logger().warning("%s was prepared with %d problem(s); see its manifest.json", root, len(problems))
         pairs = files.read_pairs(root)
-        size = int(manifest["image_shape"][-1])
+        size = _side(root, manifest)
         stored = manifest["layout"] == "store"
         if stored:
             _check_store(root, manifest, pairs)
@@ -338,20 +341,39 @@ def _of_split(pairs: Sequence[PairRow], name: str, val_frac: float | str | None)
     return [pair for pair in train if (pair.folder in held) == (name == "val")]
 
 
+def _side(root: Path, manifest: dict[str, Any]) -> int:
+    """S of a prepared folder.
+
+    Raises:
+        UserError: The manifest does not say what an image is.
+    """
+    shape, layout = manifest.get("image_shape"), manifest.get("layout")
+    good = isinstance(shape, list) and len(shape) == 3 and all(type(side) is int for side in shape)
+    if not good or shape[0] != len(STORED) or shape[1] != shape[2] or not 0 < shape[1] <= _LARGEST:  # type: ignore[index]
+        raise UserError(
+            f"{root / files.MANIFEST} is damaged: image_shape is {str(shape)[:60]}, expected [2, S, S]; {PREPARE} again"
+        )
+    if layout not in ("npy", "store"):
+        raise UserError(f"{root / files.MANIFEST} is damaged: layout is {str(layout)[:60]}; {PREPARE} again")
+    return int(shape[1])  # type: ignore[index]
+
+
 def _check_store(root: Path, manifest: dict[str, Any], pairs: Sequence[PairRow]) -> None:
     path = root / files.STORE
     try:
-        with open(path, "rb") as stream:
-            np.lib.format.read_magic(stream)
-            shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
-            room = os.fstat(stream.fileno()).st_size - stream.tell()
+        with open_file(path) as stream:
+            header = read_npy_header(stream)
+            room = os.fstat(stream.fileno()).st_size - header.size
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}); {PREPARE} again with --overwrite") from error
-    wanted = (int(manifest["images"]), *(int(n) for n in manifest["image_shape"]))
-    if shape != wanted or fortran or dtype != np.dtype("<f4") or room != 4 * int(np.prod(wanted)):
+    count = manifest.get("images")
+    if type(count) is not int or count < 1:
+        raise UserError(f"{root / files.MANIFEST} is damaged: images is {str(count)[:60]}; {PREPARE} again")
+    wanted = (count, *manifest["image_shape"])
+    if header.shape != wanted or header.fortran or header.dtype != np.dtype("<f4") or room != 4 * math.prod(wanted):
         raise UserError(
-            f"{path} holds {dtype} of shape {shape} in {room} bytes, expected float32 of shape {wanted}; {PREPARE} "
-            "again with --overwrite"
+            f"{path} holds {header.dtype} of shape {header.shape} in {room} bytes, expected float32 of shape {wanted}; "
+            f"{PREPARE} again with --overwrite"
         )
     if any(not 0 <= row < wanted[0] for pair in pairs for row in (pair.row1, pair.row2)):
         raise UserError(f"{root / files.PAIRS} names rows that {path} does not have; {PREPARE} again with --overwrite")
@@ -378,10 +400,10 @@ def _scan(root: Path) -> tuple[list[PairRow], int]:
         )
     first_pair = files.pair_path(root, pairs[0])
     try:
-        shape = np.load(first_pair, mmap_mode="r").shape
+        shape = load_npy(first_pair, mapped=True).shape
     except (OSError, ValueError) as error:
         raise UserError(f"{first_pair} cannot be read ({error}); {PREPARE} again") from error
-    if len(shape) != 4 or shape[:2] != (2, 2) or shape[2] != shape[3]:
+    if len(shape) != 4 or shape[:2] != (2, 2) or shape[2] != shape[3] or not 0 < shape[2] <= _LARGEST:
         raise UserError(f"{first_pair} has shape {shape}, expected (2, 2, S, S): time, (VH, VV), rows, columns")
     return pairs, int(shape[2])
 

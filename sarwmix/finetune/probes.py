@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from sarwmix.data.base import SarDataset
 from sarwmix.heads import LinearProbe
 from sarwmix.tasks.base import Task
+from util.arrays import load_npy
 from util.errors import UserError
 from util.files import atomic_write, make_directory
 from util.log import get_logger
@@ -115,7 +116,7 @@ def feature_path(folder: str | Path, split: str, key: str) -> Path:
 def load_features(path: Path, count: int) -> np.ndarray | None:
     """Features from the cache, (N, D) float32 mapped from the file, or None when they are not there or do not fit."""
     try:
-        features = np.load(path, mmap_mode="r", allow_pickle=False)
+        features = load_npy(path, mapped=True)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

@@ -7,7 +7,6 @@ acquisition nearly always share their pixel grid and are then warped in one call
 from __future__ import annotations
 
 import os
-import warnings
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from sarwmix.data.io.geotiff import GeoTiffError, open_raster
 from sarwmix.sen12flood.grid import LONLAT, Grid, find_grid
 from sarwmix.sen12flood.metadata import Frame, Problem, SequenceInfo
 from util.errors import UserError
@@ -140,24 +140,16 @@ def read_tile(path: Path) -> Tile:
     Raises:
         TileError: Missing, truncated, not one band, not EPSG:4326, NaN, infinite or negative power.
     """
-    import rasterio
-    from rasterio.errors import NotGeoreferencedWarning, RasterioError
-
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", NotGeoreferencedWarning)
-            with rasterio.open(path, driver="GTiff") as source:
-                if source.count != 1:
-                    raise TileError("wrong bands", f"has {source.count} bands, expected 1; replace the file")
-                crs, transform, nodata = source.crs, source.transform, source.nodata
-                pixels = source.read(1)
-    except RasterioError as error:
+        with open_raster(path) as source:
+            if source.count != 1:
+                raise TileError("wrong bands", f"has {source.count} bands, expected 1; replace the file")
+            crs, transform, nodata = source.crs, source.transform, source.nodata
+            pixels = source.read(1)
+    except GeoTiffError as error:
         if not path.exists():
             raise TileError("missing file", "does not exist; expected it beside the other band; restore it") from None
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise TileError(
-            "unreadable", f"cannot be read ({reason}); expected a whole GeoTIFF; download or unzip it again"
-        ) from error
+        raise TileError("unreadable", f"{error}; expected a whole GeoTIFF; download or unzip it again") from error
     if crs is None or crs.to_epsg() != 4326:
         name = "no coordinate system" if crs is None else crs.to_string()[:60]
         raise TileError("wrong CRS", f"is in {name}, expected {LONLAT}; replace the file by the original tile")

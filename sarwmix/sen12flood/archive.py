@@ -15,6 +15,7 @@ from typing import IO
 
 from sarwmix.sen12flood.metadata import S1LIST, Problem
 from util.errors import UserError
+from util.files import JSON_LIMIT, require_regular
 
 PUBLISHED_BYTES = 13_101_306_693
 PUBLISHED_FILES = 36_460
@@ -65,6 +66,9 @@ class Inventory:
         return lines
 
 
+_ENTRY_LIMIT = 1 << 30  # bytes; the largest tile of the published zip has a few MB
+
+
 class Archive:
     """A checked zip.
 
@@ -78,6 +82,7 @@ class Archive:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         try:
+            require_regular(self.path)
             with zipfile.ZipFile(self.path) as archive:
                 self.entries = archive.infolist()
         except FileNotFoundError:
@@ -105,6 +110,9 @@ class Archive:
                 reason = "a symbolic link"
             elif entry.flag_bits & 1:
                 reason = "encrypted"
+            elif entry.file_size > _ENTRY_LIMIT or entry.file_size > 1100 * (entry.compress_size + 1024):
+                # Deflate makes 1,032 bytes of one at best.
+                reason = f"one that says it has {entry.file_size:,} bytes in {entry.compress_size:,}"
             elif name in seen:
                 reason = "there twice"
             if reason:
@@ -145,6 +153,8 @@ class Archive:
             return None
         try:
             with zipfile.ZipFile(self.path) as archive:
+                if archive.getinfo(name).file_size > JSON_LIMIT:
+                    raise zipfile.BadZipFile(f"more than {JSON_LIMIT:,} bytes")
                 return archive.read(name)
         except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
             raise UserError(

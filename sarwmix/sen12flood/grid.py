@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sarwmix.data.io.geotiff import GeoTiffError, open_raster
 from sarwmix.sen12flood.metadata import Problem
 
 PIXEL = 10.0  # metres
@@ -79,17 +79,12 @@ def read_grid(path: str | Path) -> Grid:
     Raises:
         GridError: Unreadable, rotated, not in metres, or not of 10 m.
     """
-    import rasterio
-    from rasterio.errors import NotGeoreferencedWarning, RasterioError
-
     path = Path(path)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", NotGeoreferencedWarning)
-            with rasterio.open(path, driver="GTiff") as source:
-                crs, transform, width, height = source.crs, source.transform, source.width, source.height
-    except RasterioError as error:
-        raise GridError(f"{path.name} cannot be read ({error})") from error
+        with open_raster(path) as source:
+            crs, transform, width, height = source.crs, source.transform, source.width, source.height
+    except GeoTiffError as error:
+        raise GridError(f"{path.name} {error}") from error
     if crs is None or not crs.is_projected:
         raise GridError(f"{path.name} has coordinate system {crs}; expected UTM")
     if transform.b or transform.d or transform.a != PIXEL or transform.e != -PIXEL:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from typing import Any
 
 from sarwmix.sen12flood.metadata import parse_pair_name
 from util.errors import UserError
+from util.files import JSON_LIMIT, TEXT_LIMIT, parse_json, read_bytes
 
 FORMAT = "sarwmix-sen12flood/1"
 FORMAT_FAMILY = "sarwmix-sen12flood/"
@@ -92,7 +92,7 @@ def read_table(path: Path, columns: Sequence[str]) -> list[list[str]]:
         UserError: Missing, cut short, or with other columns.
     """
     try:
-        with open(path, encoding="utf-8", newline="") as stream:
+        with io.StringIO(read_bytes(path, TEXT_LIMIT).decode(), newline="") as stream:
             rows = list(csv.reader(stream))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} cannot be read ({error}); run the preparation again") from error
@@ -115,6 +115,8 @@ def read_pairs(folder: Path) -> list[PairRow]:
     pairs = []
     for number, row in enumerate(read_table(path, PAIR_COLUMNS), 2):
         try:
+            if any(len(cell) > 18 for cell in row[5:]):
+                raise ValueError(f"numbers {row[5:]}")
             pair = PairRow(row[0], row[1], row[2], row[3], row[4], int(row[5]), int(row[6]), int(row[7]))
             if parse_pair_name(pair.name) != (pair.folder, pair.first, pair.second, pair.label):
                 raise ValueError(f"name {pair.name!r} does not fit its columns")
@@ -143,7 +145,7 @@ def image_checksums(folder: Path) -> dict[str, int]:
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """manifest.json if the folder has one of ours, else None."""
     try:
-        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        content = parse_json(read_bytes(folder / MANIFEST, JSON_LIMIT))
     except (OSError, ValueError):
         return None
     if isinstance(content, dict) and str(content.get("format", "")).startswith(FORMAT_FAMILY):

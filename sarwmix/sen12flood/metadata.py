@@ -5,13 +5,14 @@ Nothing here reads an image. A *sequence* is one folder (one place), a *frame* o
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from util.errors import UserError
+from util.files import JSON_LIMIT, parse_json, read_bytes
+from util.text import read_text
 
 S1LIST = "S1list.json"
 SPLITS = ("train", "test")
@@ -109,7 +110,7 @@ def read_s1list(path: str | Path) -> Catalogue:
     """
     path = Path(path)
     try:
-        content = path.read_bytes()
+        content = read_bytes(path, JSON_LIMIT)
     except FileNotFoundError:
         raise UserError(
             f"{path} does not exist; expected the {S1LIST} of SEN12-FLOOD: put it into the raw folder or into "
@@ -123,8 +124,8 @@ def read_s1list(path: str | Path) -> Catalogue:
 def parse_s1list(data: bytes, path: Path) -> Catalogue:
     """:func:`read_s1list` for content that has been read already; ``path`` is what messages call it."""
     try:
-        content = json.loads(data, object_pairs_hook=_pairs_to_dict)
-    except (ValueError, RecursionError) as error:
+        content = parse_json(data, pairs=_pairs_to_dict)
+    except ValueError as error:
         raise UserError(f"{path} cannot be read as JSON ({error}); expected the {S1LIST} of SEN12-FLOOD") from error
     if not isinstance(content, dict) or not content or not all(isinstance(v, dict) for v in content.values()):
         raise UserError(f"{path} holds no table of sequences; expected an object of folder id -> frames, as {S1LIST}")
@@ -179,7 +180,7 @@ def _sequence(folder: str, entry: dict[str, Any], source: str, problems: list[Pr
         )
     found: dict[str, Frame] = {}
     contradictory: set[str] = set()
-    for key in sorted((k for k in entry if k.strip().isdigit()), key=lambda k: (int(k), k)):
+    for key in sorted((k for k in entry if k.strip().isdecimal() and len(k) < 10), key=lambda k: (int(k), k)):
         frame = _frame(folder, key, entry[key], source, problems)
         if frame is None:
             continue
@@ -253,12 +254,12 @@ def read_id_list(path: str | Path) -> tuple[list[str], list[Problem]]:
     """
     path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = read_text(path).splitlines()
     except FileNotFoundError:
         raise UserError(f"split list {path} does not exist; expected one folder id per line, no header") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UserError) as error:
         raise UserError(f"split list {path} cannot be read ({error}); expected one folder id per line") from error
-    ids: list[str] = []
+    ids: dict[str, None] = {}  # in their order; a list would be searched for each line
     problems = []
     for number, line in enumerate(lines, 1):
         folder = line.strip()
@@ -277,10 +278,10 @@ def read_id_list(path: str | Path) -> tuple[list[str], list[Problem]]:
                 Problem("listed twice", f"{path.name}:{number}", f"id {folder!r} is repeated; it is used once")
             )
         else:
-            ids.append(folder)
+            ids[folder] = None
     if not ids:
         raise UserError(f"split list {path} is empty; expected one folder id per line")
-    return ids, problems
+    return list(ids), problems
 
 
 def derive_split(folders: Iterable[str]) -> dict[str, tuple[str, ...]]:

@@ -53,7 +53,16 @@ from sarwmix.sen12flood.metadata import (
 from sarwmix.sen12flood.parallel import run_stage, storage_error
 from sarwmix.sen12flood.workspace import OutFolder, WorkFolder
 from util.errors import UserError
-from util.files import atomic_write, make_directory, remove_partial_files, write_json
+from util.files import (
+    JSON_LIMIT,
+    atomic_write,
+    make_directory,
+    parse_json,
+    read_bytes,
+    remove_partial_files,
+    sha256_file,
+    write_json,
+)
 from util.log import Progress, get_logger
 
 DATASETS = Path(__file__).resolve().parents[2] / "datasets"
@@ -194,7 +203,7 @@ def _read_metadata(options: PrepareOptions, archive: Archive | None) -> tuple[Ca
             )
     log.info("frames and labels from %s", path)
     catalogue = read_s1list(path)
-    return catalogue, _read_split(options, catalogue), hashlib.sha256(path.read_bytes()).hexdigest()
+    return catalogue, _read_split(options, catalogue), sha256_file(path)
 
 
 def _read_split(options: PrepareOptions, catalogue: Catalogue) -> Split:
@@ -364,7 +373,7 @@ def _inputs(task: SequenceTask) -> str:
 
 def _load_record(path: Path, inputs: str) -> AlignedSequence | None:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(read_bytes(path, JSON_LIMIT))
         if content["inputs"] != inputs:
             return None
         return AlignedSequence(
@@ -374,7 +383,7 @@ def _load_record(path: Path, inputs: str) -> AlignedSequence | None:
             [Problem(p["kind"], p["where"], p["message"]) for p in content["problems"]],
             int(content["unlisted"]),
         )
-    except (OSError, ValueError, KeyError, TypeError, IndexError):
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
         return None
 
 

@@ -28,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from util.errors import UserError
+from util.files import JSON_LIMIT, parse_json, read_bytes, sha256_file
 
 if TYPE_CHECKING:
     from sarwmix.data.base import SarDataset
@@ -896,7 +897,7 @@ def _write_site(site: Site, seed: int, root: Path, class_names: Sequence[str]) -
 def _manifest(root: Path) -> dict[str, Any] | None:
     """The manifest of a folder that this module wrote, else None."""
     try:
-        found = json.loads((root / MANIFEST).read_text(encoding="utf-8"))
+        found = parse_json(read_bytes(root / MANIFEST, JSON_LIMIT))
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) and found.get("format") == "sarwmix-demo" else None
@@ -913,8 +914,8 @@ def _is_complete(root: Path, wanted: Mapping[str, Any]) -> bool:
             folder = root / "_".join(name.split("_")[:5]) / name
             if any((folder / f"{name}_{band}.tif").stat().st_size != size for band in ("VH", "VV")):
                 return False
-        return hashlib.sha256((root / "metadata.parquet").read_bytes()).hexdigest() == found["metadata_sha256"]
-    except (OSError, KeyError, TypeError):
+        return sha256_file(root / "metadata.parquet") == found["metadata_sha256"]
+    except (OSError, KeyError, TypeError, AttributeError, ValueError):
         return False
 
 

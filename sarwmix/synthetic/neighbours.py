@@ -6,7 +6,6 @@ random terrain whose lowest parts are water, with speckle. Scores on them say th
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from sarwmix.data.labels import CLASSES_19
 from sarwmix.data.registry import DFC_CLASSES, EUROSAT_CLASSES, S2_L1C, S2_L2A
 from sarwmix.synthetic.benv2 import smooth_noise, speckle
 from util.errors import UserError
-from util.files import atomic_write, make_directory, write_json
+from util.files import atomic_write, make_directory, read_json, write_json
 
 COVERS = ("water", "crop", "tree", "developed", "bare")
 SAR_DB = {"VV": (-21.0, -11.0, -9.0, -5.0, -14.0), "VH": (-28.0, -18.0, -14.5, -12.0, -22.0)}
@@ -280,7 +279,7 @@ def make_neighbour_data(dataset: str, out: str | Path, *, samples: int | None = 
     settings = {"dataset": dataset, "samples": count, "seed": seed}
     if folder.exists() and any(folder.iterdir()):
         mark = folder / MARK
-        if mark.is_file() and json.loads(mark.read_text(encoding="utf-8")) == settings:
+        if mark.is_file() and read_json(mark) == settings:
             return count
         raise UserError(f"{folder} holds other files; give a new folder")
     make(make_directory(folder), count, np.random.default_rng([seed, len(dataset)]))

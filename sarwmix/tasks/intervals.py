@@ -14,7 +14,6 @@ Shapes: N samples, C clusters, D draws, S runs (seeds) of an arm.
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from sarwmix.tasks.metrics import evaluator
+from util.arrays import load_npz
 from util.errors import UserError
 from util.files import read_json
 
@@ -152,14 +152,14 @@ def read_predictions(folder: str | Path, *, split: str = "test") -> Predictions:
     content = read_json(results)
     file = folder / f"predictions_{split}.npz"
     try:
-        with np.load(file, allow_pickle=False) as arrays:
-            outputs = {name: arrays[name] for name in arrays.files if name not in ("prediction", "loss")}
+        arrays = load_npz(file)
+        outputs = {name: value for name, value in arrays.items() if name not in ("prediction", "loss")}
         task = content.get("task") or registry.get_spec(str(content["dataset"])).task
         names = outputs.pop("names")
         clusters = outputs.pop("clusters", None)
         counted = np.asarray(outputs["confusion"].sum(axis=(1, 2)) > 0) if "confusion" in outputs else None
         evaluate = evaluator(task, outputs, len(content["classes"]))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise UserError(
             f"{file} cannot be read ({error}); evaluate the checkpoint again: main_finetune.py --eval --resume CKPT"
         ) from error

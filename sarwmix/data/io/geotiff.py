@@ -8,16 +8,26 @@ rasterio, which reads everything and delivers the same values.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 import sys
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from util.files import require_regular
+from util.text import first_line
+
+MAX_PIXELS = 1 << 26  # of an image that is read whole: 8192 x 8192
+_MAX_BANDS = 64
+_FREE_BYTES = 64 << 20  # of pixels, whatever the length of the file
+_BEST_RATIO = 1100  # deflate makes 1,032 bytes of one at best; what says more is empty, or a trap
 HEADER_BYTES = 4096  # larger than the header of any patch seen; a longer one goes through rasterio
 
 # Tags that the quick path must understand, with the value it needs (None: checked separately).
@@ -42,6 +52,86 @@ def driver_of(path: str | Path) -> str:
 
 class GeoTiffError(Exception):
     """A file that cannot be used as one band of a patch; the message says why."""
+
+
+@contextlib.contextmanager
+def open_raster(path: str | Path, *, whole: bool = True) -> Iterator[Any]:
+    """Open a raster, as rasterio does, after all that a file from outside can be else has been refused.
+
+    Only a regular file, of the one format that its name says; no files beside it; a size that its length can hold.
+    `open_dataset` with an end.
+
+    Args:
+        path: The file.
+        whole: Whether it will be read in one piece, so that its size is bounded, too; off for windows.
+
+    Raises:
+        GeoTiffError: Missing, no regular file, another format, truncated, or larger than it can be.
+    """
+    from rasterio.errors import RasterioError
+
+    source = open_dataset(path, whole=whole)
+    try:
+        yield source
+    except RasterioError as error:
+        raise GeoTiffError(f"cannot be read (truncated or damaged?): {first_line(error)}") from error
+    finally:
+        source.close()
+
+
+def open_dataset(path: str | Path, *, whole: bool = True) -> Any:
+    """What `open_raster` opens, to be closed by the caller."""
+    import rasterio
+    from rasterio.errors import RasterioError
+
+    _quiet_about_places()
+    try:
+        length = require_regular(path).st_size
+    except (OSError, ValueError) as error:
+        raise GeoTiffError(_reason(error)) from error
+    if os.path.lexists(f"{path}.msk"):  # of any format, which GDAL would follow wherever it leads
+        raise GeoTiffError("has its mask in a file beside it (.msk), which is not read; write it into the GeoTIFF")
+    try:
+        # Set for this thread while it opens; GDAL remembers that there are no files beside it.
+        with rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR", GDAL_PAM_ENABLED="NO"):
+            source = rasterio.open(path, driver=driver_of(path))
+    except RasterioError as error:
+        raise GeoTiffError(f"cannot be read (truncated or damaged?): {first_line(error)}") from error
+    try:
+        check_declared(source, length, whole=whole)
+    except GeoTiffError:
+        source.close()
+        raise
+    return source
+
+
+@lru_cache(maxsize=1)
+def _quiet_about_places() -> None:
+    """Plain pixels are allowed; who needs a place says so. Once, since filters are no matter of one thread."""
+    warnings.filterwarnings("ignore", message="Dataset has no geotransform")
+
+
+def check_declared(source: Any, length: int, *, whole: bool) -> None:
+    """Compare the size that a header declares with the length of the file, before memory is taken.
+
+    Args:
+        source: What rasterio opened.
+        length: Bytes of the file.
+        whole: Whether it will be read in one piece.
+
+    Raises:
+        GeoTiffError: It cannot hold that many pixels, or is too large to be read whole.
+    """
+    shown = f"{source.height:,}x{source.width:,} pixels in {source.count:,} band(s)"
+    if source.count > _MAX_BANDS or (whole and source.height * source.width > MAX_PIXELS):
+        raise GeoTiffError(f"says that it has {shown}; expected at most {MAX_PIXELS:,} in {_MAX_BANDS}")
+    size = source.height * source.width * sum(np.dtype(_numpy_type(kind)).itemsize for kind in source.dtypes)
+    if size > _FREE_BYTES + _BEST_RATIO * length:
+        raise GeoTiffError(f"says that it has {shown}, which a file of {length:,} bytes cannot hold")
+
+
+def _numpy_type(kind: str) -> str:
+    return "complex64" if kind.startswith("complex_int") else kind
 
 
 class NotPlain(Exception):
@@ -178,8 +268,8 @@ class PatchReader:
 
     def _read_plain(self, path: str, out: np.ndarray) -> bool:
         try:
-            file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
+            file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a named pipe must not wait
+        except (OSError, ValueError) as error:
             raise GeoTiffError(_reason(error)) from error
         try:
             pixels = out.data.cast("B")
@@ -214,27 +304,16 @@ def read_band(path: str | Path, height: int, width: int) -> np.ndarray:
     Raises:
         GeoTiffError: The file is missing, truncated, has another shape or number of bands, or is no raster.
     """
-    import rasterio
-    from rasterio.errors import RasterioError
-
-    if not os.path.exists(path):
-        raise GeoTiffError("file does not exist")
-    try:
-        with (
-            rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR"),
-            rasterio.open(path, driver=driver_of(path)) as source,
-        ):
-            if source.count != 1:
-                raise GeoTiffError(f"has {source.count} bands, expected 1")
-            if (source.height, source.width) != (height, width):
-                raise GeoTiffError(f"has shape {source.height}x{source.width}, expected {height}x{width}")
-            if "complex" in source.dtypes[0]:
-                raise GeoTiffError(f"holds {source.dtypes[0]} values, expected real numbers in dB")
-            band = source.read(1)
-            mask = source.read_masks(1)
-            scale, offset = source.scales[0], source.offsets[0]
-    except RasterioError as error:
-        raise GeoTiffError(f"cannot be read (truncated or damaged?): {error}") from error
+    with open_raster(path) as source:
+        if source.count != 1:
+            raise GeoTiffError(f"has {source.count} bands, expected 1")
+        if (source.height, source.width) != (height, width):
+            raise GeoTiffError(f"has shape {source.height}x{source.width}, expected {height}x{width}")
+        if "complex" in source.dtypes[0]:
+            raise GeoTiffError(f"holds {source.dtypes[0]} values, expected real numbers in dB")
+        band = source.read(1)
+        mask = source.read_masks(1)
+        scale, offset = source.scales[0], source.offsets[0]
     image = band.astype(np.float32)
     if (scale, offset) != (1.0, 0.0):
         image = (band.astype(np.float64) * scale + offset).astype(np.float32)
@@ -243,7 +322,7 @@ def read_band(path: str | Path, height: int, width: int) -> np.ndarray:
     return image
 
 
-def _reason(error: OSError) -> str:
+def _reason(error: OSError | ValueError) -> str:
     if isinstance(error, FileNotFoundError):
         return "file does not exist"
-    return f"cannot be read: {error.strerror or error}"
+    return f"cannot be read: {getattr(error, 'strerror', None) or error}"

@@ -6,21 +6,20 @@ data. Records are found by name, never by position, and hold the values unchange
 
 from __future__ import annotations
 
-import json
+import contextlib
+import math
 import os
 import struct
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from sarwmix.data.base import UnreadableSample
 from util.errors import UserError
-
-if TYPE_CHECKING:
-    import lmdb
+from util.files import WriteError, make_directory, open_file, parse_json
 
 _DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I32": "<i4", "I16": "<i2", "U16": "<u2", "U8": "|u1"}
 _COMMIT_EVERY = 256  # records of one transaction: what an interruption can lose
@@ -43,7 +42,7 @@ def parse_header(text: bytes, size: int) -> dict[str, tuple[str, tuple[int, ...]
     Raises:
         ValueError: The header is damaged or names bytes that are not there.
     """
-    content = json.loads(text)
+    content = parse_json(text)
     if not isinstance(content, dict):
         raise ValueError("header is no JSON object")
     tensors = {}
@@ -51,78 +50,194 @@ def parse_header(text: bytes, size: int) -> dict[str, tuple[str, tuple[int, ...]
         if name == "__metadata__":
             continue
         start, end = entry["data_offsets"]
-        shape = tuple(int(n) for n in entry["shape"])
+        shape = tuple(entry["shape"])
+        if any(type(number) is not int or number < 0 for number in (start, end, *shape)):
+            raise ValueError(f"shape and bytes of tensor {name!r} are not whole numbers")
         if entry["dtype"] not in _DTYPES:
             raise ValueError(f"tensor {name!r} has type {entry['dtype']}, expected one of {', '.join(_DTYPES)}")
         dtype = _DTYPES[entry["dtype"]]
-        if not 0 <= start <= end <= size or end - start != int(np.prod(shape)) * np.dtype(dtype).itemsize:
+        if not 0 <= start <= end <= size or end - start != math.prod(shape) * np.dtype(dtype).itemsize:
             raise ValueError(f"bytes {start} to {end} of tensor {name!r} do not fit a record of {size}")
         tensors[name] = (dtype, shape, start, end)
     return tensors
 
 
-# Open environments by path, with the process that opened them: several splits share one, because LMDB refuses to open
-# a file twice in a process, and none may be used across a fork, so that a child closes what it inherited.
-_OPEN: dict[str, tuple[int, lmdb.Environment]] = {}
-
-
 _MAGIC = 0xBEEFC0DE
 _META = 152  # bytes of a page that describe the file: header 16, then magic, version, ..., last page, transaction
+_HEADER = 16  # bytes of a page before its entries
+_BRANCH, _LEAF, _OVERFLOW = 1, 2, 4  # kinds of pages
+_BIG = 1  # flag of an entry whose value lies in pages of its own
+_DEEPEST = 32
+_RECORD_LIMIT = 64 << 20  # bytes; a patch of 14 bands has 0.8 MB
 
 
-def check_size(path: Path) -> None:
-    """Refuse a file that is no LMDB or shorter than it says: reading beyond its end kills the process ("Bus error").
+class LmdbFile:
+    """Finds records in an LMDB by their keys, and believes nothing that the file says about itself.
 
-    An LMDB begins with two pages that describe it, of which the one with the later transaction counts.
+    The library maps the file and follows its page numbers: beyond the end the process dies ("Bus error"), and a flipped
+    bit is enough. Here pages are read, every number is compared with the file's length first, and damage is an error.
+    An LMDB is a tree of pages of one size; two pages at the beginning describe it, of which the one with the later
+    transaction counts.
 
     Args:
         path: Folder or file of the LMDB.
 
     Raises:
+        UserError: No LMDB, or one that is shorter than it says.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.file = path / "data.mdb" if path.is_dir() else path
+        try:
+            with open_file(self.file) as stream:
+                self._descriptor = os.dup(stream.fileno())
+        except OSError as error:
+            raise UserError(f"LMDB {self.file} cannot be read: {error.strerror}") from error
+        os.set_inheritable(self._descriptor, False)
+        try:
+            self._describe()
+        except BaseException:
+            self.close()
+            raise
+        self._branches: dict[int, tuple[bytes, tuple[int, ...]]] = {}
+
+    def close(self) -> None:
+        """Close the file; pages cannot be read any more."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __del__(self) -> None:
+        with contextlib.suppress(AttributeError, OSError):
+            self.close()
+
+    def _describe(self) -> None:
+        size = os.fstat(self._descriptor).st_size
+        first = os.pread(self._descriptor, _META, 0)
+        page = struct.unpack_from("<I", first, 40)[0] if len(first) == _META else 0
+        usable = 256 <= page <= 1 << 16 and struct.unpack_from("<I", first, 16)[0] == _MAGIC
+        metas = [first, os.pread(self._descriptor, _META, page)] if usable else []
+        metas = [meta for meta in metas if len(meta) == _META and struct.unpack_from("<I", meta, 16)[0] == _MAGIC]
+        if len(metas) < 2 or any(meta[20:24] != b"\x01\0\0\0" for meta in metas):
+            raise UserError(
+                f"{self.file} ({size:,} bytes) is no LMDB (of data version 1), or only the beginning of one; copy it "
+                "again"
+            )
+        newest = max(metas, key=lambda meta: struct.unpack_from("<Q", meta, 144)[0])
+        last = struct.unpack_from("<Q", newest, 136)[0]
+        needed = (last + 1) * page
+        if size < needed:
+            raise UserError(
+                f"LMDB {self.file} is cut short: it has {size:,} of {needed:,} bytes; copy it again (where the "
+                "original is as long, `mdb_copy -c` writes it whole)"
+            )
+        self._page, self._last = page, last
+        (self._root,) = struct.unpack_from("<Q", newest, 128)
+
+    def _read(self, number: int, kind: int) -> bytes:
+        if not 1 < number <= self._last:
+            raise DamagedLmdb(f"page {number} of {self._last + 1} is asked for")
+        page = os.pread(self._descriptor, self._page, number * self._page)
+        if len(page) != self._page or not page[10] & kind or page[:8] != number.to_bytes(8, "little"):
+            raise DamagedLmdb(f"page {number} is not of the kind that is expected")
+        return page
+
+    def _entries(self, page: bytes) -> tuple[int, ...]:
+        """Where the entries of a page begin."""
+        (lower,) = struct.unpack_from("<H", page, 12)
+        count = (lower - _HEADER) // 2
+        if not 0 < count <= (self._page - _HEADER) // 10:
+            raise DamagedLmdb(f"a page says that it has {count} entries")
+        return struct.unpack_from(f"<{count}H", page, _HEADER)
+
+    @staticmethod
+    def _key(page: bytes, place: int) -> bytes:
+        if place + 8 > len(page):
+            raise DamagedLmdb("an entry lies beyond its page")
+        end = place + 8 + (page[place + 6] | page[place + 7] << 8)
+        if end > len(page):
+            raise DamagedLmdb("a key lies beyond its page")
+        return page[place + 8 : end]
+
+    def get(self, key: bytes) -> bytes | None:
+        """The record of a key, or None.
+
+        Raises:
+            DamagedLmdb: The way to it leads out of the file or to something else.
+        """
+        if self._root == 0xFFFFFFFFFFFFFFFF:  # of an empty one
+            return None
+        number = self._root
+        for _ in range(_DEEPEST):
+            known = self._branches.get(number)
+            if known is None:
+                page = self._read(number, _BRANCH | _LEAF)
+                known = page, self._entries(page)
+                if page[10] & _BRANCH and len(self._branches) < 4096:
+                    self._branches[number] = known
+            page, places = known
+            leaf = bool(page[10] & _LEAF)
+            # The last entry whose key is not above ours; the first key of a branch counts as below all others.
+            low, high = (0, len(places)) if leaf else (1, len(places))
+            while low < high:
+                middle = (low + high) // 2
+                if self._key(page, places[middle]) <= key:
+                    low = middle + 1
+                else:
+                    high = middle
+            if leaf:
+                return self._value(page, places[low - 1], key) if low else None
+            place = places[low - 1]
+            if place + 8 > len(page):
+                raise DamagedLmdb("an entry lies beyond its page")
+            number = int.from_bytes(page[place : place + 6], "little")
+        raise DamagedLmdb("its pages lead in circles")
+
+    def _value(self, page: bytes, place: int, key: bytes) -> bytes | None:
+        if self._key(page, place) != key:
+            return None
+        size, flags = struct.unpack_from("<IH", page, place)
+        start = place + 8 + len(key)
+        if flags & ~_BIG or size > _RECORD_LIMIT:
+            raise DamagedLmdb(f"the entry has flags {flags} and {size:,} bytes")
+        if not flags:
+            if start + size > len(page):
+                raise DamagedLmdb("a record lies beyond its page")
+            return page[start : start + size]
+        number = int.from_bytes(page[start : start + 8], "little")
+        self._read(number, _OVERFLOW)
+        value = os.pread(self._descriptor, size, number * self._page + _HEADER)
+        if len(value) != size or number * self._page + _HEADER + size > (self._last + 1) * self._page:
+            raise DamagedLmdb(f"a record of {size:,} bytes from page {number} on is longer than the file")
+        return value
+
+
+class DamagedLmdb(Exception):
+    """What the file says about itself does not fit together."""
+
+
+# Open files by path: several splits share one.
+_OPEN: dict[str, LmdbFile] = {}
+
+
+def _open(path: Path) -> LmdbFile:
+    key = os.path.realpath(path)
+    known = _OPEN.get(key)
+    if known is not None:
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.fstat(known._descriptor), os.stat(known.file)):
+                return known
+    _OPEN[key] = LmdbFile(path)
+    return _OPEN[key]
+
+
+def check_size(path: Path) -> None:
+    """Refuse a file that is no LMDB or shorter than it says.
+
+    Raises:
         UserError: Names the file, its size and what it should be.
     """
-    file = path / "data.mdb" if path.is_dir() else path
-    try:
-        size = file.stat().st_size
-        with open(file, "rb") as stream:
-            first = stream.read(_META)
-            page = struct.unpack_from("<I", first, 40)[0] if len(first) == _META else 0
-            usable = 256 <= page <= 1 << 16 and struct.unpack_from("<I", first, 16)[0] == _MAGIC
-            stream.seek(page)
-            metas = [first, stream.read(_META)] if usable else []
-    except OSError as error:
-        raise UserError(f"LMDB {file} cannot be read: {error.strerror}") from error
-    metas = [meta for meta in metas if len(meta) == _META and struct.unpack_from("<I", meta, 16)[0] == _MAGIC]
-    if len(metas) < 2:
-        raise UserError(f"{file} ({size:,} bytes) is no LMDB, or only the beginning of one; copy it again")
-    last, _ = max((struct.unpack_from("<QQ", meta, 136) for meta in metas), key=lambda pair: pair[1])
-    needed = (last + 1) * page
-    if size < needed:
-        raise UserError(
-            f"LMDB {file} is cut short: it has {size:,} of {needed:,} bytes; copy it again (where the original is "
-            "as long, `mdb_copy -c` writes it whole)"
-        )
-
-
-def _open(path: Path) -> lmdb.Environment:
-    import lmdb
-
-    key = os.path.realpath(path)
-    process, environment = _OPEN.get(key, (0, None))
-    if environment is not None:
-        if process == os.getpid():
-            return environment
-        environment.close()
-        del _OPEN[key]
-    check_size(path)
-    try:
-        environment = lmdb.open(
-            str(path), subdir=path.is_dir(), readonly=True, lock=False, readahead=False, meminit=False
-        )
-    except lmdb.Error as error:
-        raise UserError(f"LMDB {path} cannot be opened: {error}") from error
-    _OPEN[key] = (os.getpid(), environment)
-    return environment
+    LmdbFile(path).close()
 
 
 class LmdbPatches:
@@ -140,33 +255,43 @@ class LmdbPatches:
         self.bands = tuple(bands)
         self.size = size
         self.enlarge = enlarge
-        self._reading: lmdb.Transaction | None = None
-        self._process = 0
+        self._file: LmdbFile | None = None
         # Records of one data set have the same header: it is parsed once and compared afterwards.
         self._header = b""
         self._places: list[tuple[str, int, int, int]] = []
-        self._transaction()
+        self._opened()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_reading": None}
+        return {**self.__dict__, "_file": None}
 
-    def _transaction(self) -> lmdb.Transaction:
-        if self._reading is None or self._process != os.getpid():
-            self._reading = _open(self.path).begin(buffers=True)
-            self._process = os.getpid()
-        return self._reading
+    def _opened(self) -> LmdbFile:
+        if self._file is None:
+            self._file = _open(self.path)
+        return self._file
+
+    def _record(self, name: str) -> bytes | None:
+        """The record of a patch, or None.
+
+        Raises:
+            UnreadableSample: The way to it is damaged.
+        """
+        try:
+            return self._opened().get(name.encode())
+        except (DamagedLmdb, OSError) as error:
+            raise UnreadableSample(name, self.path, f"the LMDB is damaged: {error}; copy it again") from error
 
     def read_into(self, name: str, out: np.ndarray) -> None:
         place = f"{self.path}[{name}]"
-        record = self._transaction().get(name.encode())
+        record = self._record(name)
         if record is None:
             raise UnreadableSample(name, place, "is not in the LMDB")
         if len(record) < 8 or 8 + (length := int.from_bytes(record[:8], "little")) > len(record):
             raise UnreadableSample(name, place, f"record of {len(record)} bytes is truncated")
-        header = record[8 : 8 + length]
+        record_view = memoryview(record)
+        header = record_view[8 : 8 + length]
         if header != self._header:
             self._learn(bytes(header), len(record) - 8 - length, name, place)
-        data = record[8 + length :]
+        data = record_view[8 + length :]
         for channel, (dtype, start, end, side) in enumerate(self._places):
             if end > len(data):
                 raise UnreadableSample(name, place, f"record of {len(record)} bytes is truncated")
@@ -178,7 +303,7 @@ class LmdbPatches:
         self._header = b""
         try:
             tensors = parse_header(header, size)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UnreadableSample(name, place, f"is no safetensors record: {error}") from error
         places = []
         for band in self.bands:
@@ -195,7 +320,7 @@ class LmdbPatches:
         self._header, self._places = header, places
 
     def missing(self, name: str) -> str | None:
-        return None if self._transaction().get(name.encode()) is not None else f"{self.path}[{name}]"
+        return None if self._record(name) is not None else f"{self.path}[{name}]"
 
     def labels(self, name: str) -> list[str] | None:
         return None  # reBEN's records hold pixels only; labels come from the metadata
@@ -228,8 +353,13 @@ def write_lmdb(
     import lmdb
     from safetensors.numpy import load, save
 
-    Path(path).mkdir(parents=True, exist_ok=True)
-    environment = lmdb.open(str(path), map_size=_FIRST_MAP_SIZE, meminit=False)
+    make_directory(path)
+    if (Path(path) / "data.mdb").exists():
+        check_size(Path(path))
+    try:
+        environment = lmdb.open(str(path), map_size=_FIRST_MAP_SIZE, meminit=False)
+    except (lmdb.Error, OSError) as error:
+        raise WriteError(f"cannot write LMDB {path}: {error}. Choose another folder, then run again.") from error
     written = handled = 0
     pending: dict[bytes, bytes] = {}
 
@@ -261,6 +391,11 @@ def write_lmdb(
                 commit()
         commit()
         environment.sync(True)
+    except (lmdb.Error, OSError) as error:
+        raise WriteError(
+            f"cannot write LMDB {path}: {error} (disk full or limited?). What was committed before is whole; free "
+            "space, then run the same command again"
+        ) from error
     finally:
         environment.close()
     return written
@@ -278,7 +413,7 @@ def tensor_names(record: bytes) -> frozenset[str]:
 def _header_names(header: bytes, size: int) -> frozenset[str]:
     try:
         return frozenset(parse_header(header, size))
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return frozenset()
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from sarwmix.data.io.geotiff import GeoTiffError, driver_of
+from sarwmix.data.io.geotiff import GeoTiffError, open_raster
 from sarwmix.data.spec import SAR_BANDS
 
 SAME_PIXEL = 0.5
@@ -96,27 +94,19 @@ def read_raster(path: str | Path, *, numbers: Sequence[int] | None = None) -> Ra
     Raises:
         GeoTiffError: The file is missing, truncated, or lacks a band.
     """
-    import rasterio
-    from rasterio.errors import NotGeoreferencedWarning, RasterioError
-
-    if not os.path.exists(path):
-        raise GeoTiffError("file does not exist")
-    try:
-        with warnings.catch_warnings(), rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR"):
-            warnings.simplefilter("ignore", NotGeoreferencedWarning)
-            with rasterio.open(path, driver=driver_of(path)) as source:
-                chosen = list(numbers) if numbers is not None else list(range(1, source.count + 1))
-                if max(chosen) > source.count:
-                    raise GeoTiffError(f"has {source.count} band(s), band {max(chosen)} is needed")
-                values = source.read(chosen)
-                valid = source.read_masks(chosen) != 0
-                scales = np.array([source.scales[k - 1] for k in chosen])[:, None, None]
-                offsets = np.array([source.offsets[k - 1] for k in chosen])[:, None, None]
-                names = tuple(source.descriptions[k - 1] or "" for k in chosen)
-                crs = source.crs.to_wkt() if source.crs else ""
-                grid = Grid(source.height, source.width, crs, tuple(source.transform)[:6])
-    except RasterioError as error:
-        raise GeoTiffError(f"cannot be read (truncated or damaged?): {error}") from error
+    with open_raster(path) as source:
+        chosen = list(numbers) if numbers is not None else list(range(1, source.count + 1))
+        if max(chosen) > source.count:
+            raise GeoTiffError(f"has {source.count} band(s), band {max(chosen)} is needed")
+        if any("complex" in source.dtypes[k - 1] for k in chosen):
+            raise GeoTiffError(f"holds {source.dtypes[chosen[0] - 1]} values, expected real numbers")
+        values = source.read(chosen)
+        valid = source.read_masks(chosen) != 0
+        scales = np.array([source.scales[k - 1] for k in chosen])[:, None, None]
+        offsets = np.array([source.offsets[k - 1] for k in chosen])[:, None, None]
+        names = tuple(source.descriptions[k - 1] or "" for k in chosen)
+        crs = source.crs.to_wkt() if source.crs else ""
+        grid = Grid(source.height, source.width, crs, tuple(source.transform)[:6])
     if not ((scales == 1) & (offsets == 0)).all():
         values = values * scales + offsets
     return Raster(values, valid, names, grid)
@@ -239,6 +229,6 @@ def whole_number(name: str, value: Any) -> int:
     """
     from util.errors import UserError
 
-    if not str(value).isdigit():
+    if not str(value).isdecimal() or len(str(value)) > 18:
         raise UserError(f"option {name} must be a whole number of 0 or more, not {value!r}")
     return int(value)
