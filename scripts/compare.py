@@ -27,8 +27,8 @@ from sarwmix.reports.comparison import (
     as_records,
     build_tables,
     read_published,
-    read_run,
 )
+from sarwmix.reports.run import read_run
 from util.args import Parser
 from util.cli import run_cli
 from util.files import atomic_write, make_directory

@@ -15,39 +15,22 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from sarwmix.reports.run import read_run
 from sarwmix.tasks.selection import selected_text
 from util.args import Parser
 from util.cli import run_cli
-from util.errors import UserError
-from util.files import read_json
 
 METRICS = ("ap_macro", "ap_micro", "miou", "iou", "acc", "aacc", "f1_macro", "f1_micro", "accuracy", "f1")
 FACTS = ("protocol", "initialisation", "dataset", "statistics", "seed")
 
 
-def read_run(folder: Path) -> dict[str, Any]:
-    """metrics.json of a run, flattened to what a line shows.
-
-    Raises:
-        UserError: the folder holds no finished run.
-    """
-    path = folder if folder.suffix == ".json" else folder / "metrics.json"
-    if not path.is_file() and (folder / "metrics_eval.json").is_file():
-        path = folder / "metrics_eval.json"  # --eval with a folder of its own
-    if not path.is_file():
-        raise UserError(f"{path} does not exist: the run is not finished, or it is no run of main_finetune.py")
-    content = read_json(path)
-    try:
-        result = next(iter(content["results"].values()))
-        row = {name: content.get(name, "-") for name in FACTS}
-        row["train"] = content.get("samples", {}).get("train", "-")
-        row["selected_on"] = selected_text(content, epoch=True)
-        return {"run": folder.name, **row, **result.get("test", {}).get("scalars", {})}
-    except (KeyError, TypeError, AttributeError, StopIteration) as error:
-        raise UserError(
-            f"{path} is not the metrics.json of a fine-tuning run: it holds no results; give output folders of "
-            "main_finetune.py"
-        ) from error
+def describe(folder: Path) -> dict[str, Any]:
+    """A finished run, flattened to what a line shows."""
+    run = read_run(folder)
+    row = {name: run.metrics.get(name, "-") for name in FACTS}
+    row["train"] = run.metrics.get("samples", {}).get("train", "-")
+    row["selected_on"] = selected_text(run.metrics, epoch=True)
+    return {"run": folder.name, **row, **run.scalars}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -66,7 +49,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = Parser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("runs", nargs="+", type=Path, metavar="DIR", help="output folders of main_finetune.py")
-    print(table([read_run(folder) for folder in parser.parse_args().runs]))
+    print(table([describe(folder) for folder in parser.parse_args().runs]))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from sarwmix.reports.ablation import (
     parse_axis,
     plan,
 )
+from sarwmix.reports.run import score_of
 from sarwmix.tasks.metrics import multilabel_report
 from scripts import ablate
 from util.errors import UserError
@@ -185,26 +186,27 @@ def test_table_by_hand(tmp_path: Path) -> None:
     metric, rows = collect(cells, None)
     assert metric == "ap_macro"
     assert [row.values for row in rows] == [{"weight_mode": "none"}, {"weight_mode": "per_channel"}]
-    assert rows[0].scores == (0.1, 0.2, 0.3)
+    first = rows[0].score
+    assert first is not None
     assert rows[1].missing == 1
-    assert rows[0].mean == pytest.approx(0.2)
-    assert rows[0].half_width == pytest.approx(4.302653 * 0.1 / math.sqrt(3), rel=1e-6)  # t of 2 degrees of freedom
-    assert "| none | 0.2000 | +-0.2484 | 3 |" in as_markdown(metric, rows)
-    assert "| per_channel | 0.6000 | +-1.2706 | 2 of 3 |" in as_markdown(metric, rows)
-    assert r"per\_channel & 0.6000" in as_latex(metric, rows)
+    assert (first.mean, first.count) == (pytest.approx(0.2), 3)
+    half = 4.302653 * 0.1 / math.sqrt(3)  # t of 2 degrees of freedom
+    assert (first.low, first.high) == (pytest.approx(0.2 - half, rel=1e-6), pytest.approx(0.2 + half, rel=1e-6))
+    assert "| none | 0.200 [-0.048, 0.448] (3) | 3 |" in as_markdown(metric, rows)
+    assert "| per_channel | 0.600 [-0.671, 1.871] (2) | 2 of 3 |" in as_markdown(metric, rows)
+    assert r"per\_channel & 0.600 [" in as_latex(metric, rows)
     lines = as_csv(cells).splitlines()
     assert lines[0] == "weight_mode,seed,ap_macro,f1_macro,folder"
     assert lines[1] == "none,0,0.1,0.05,weight_mode-none_seed-0"
     assert len(lines) == 6
-    assert collect(cells, "f1_macro")[1][0].mean == pytest.approx(0.1)
+    assert collect(cells, "f1_macro")[1][0].score.mean == pytest.approx(0.1)  # type: ignore[union-attr]
     with pytest.raises(UserError, match="no test metric 'f2'"):
         collect(cells, "f2")
 
 
 def test_one_seed_has_no_interval() -> None:
-    assert math.isnan(Row({}, (0.5,), 0).half_width)
-    assert "| 0.5000 | - | 1 |" in as_markdown("acc", [Row({}, (0.5,), 0)])
-    assert "| - | - | 0 of 2 |" in as_markdown("acc", [Row({}, (), 2)])
+    assert "| 0.500 | 1 |" in as_markdown("acc", [Row({}, score_of([0.5]), 0)])
+    assert "| - | 0 of 2 |" in as_markdown("acc", [Row({}, None, 2)])
 
 
 def test_a_folder_of_other_settings_is_not_mistaken_for_a_result(tmp_path: Path) -> None:
@@ -254,7 +256,7 @@ def test_logs_are_named_when_every_job_failed(tmp_path: Path, monkeypatch: pytes
 
 
 def test_latex_escapes_braces(tmp_path: Path) -> None:
-    assert r"a\_\{b\} & 0.5000" in as_latex("acc", [Row({"x": "a_{b}"}, (0.5,), 0)])
+    assert r"a\_\{b\} & 0.500" in as_latex("acc", [Row({"x": "a_{b}"}, score_of([0.5]), 0)])
 
 
 def command(demo: Path, out: Path, *more: str) -> subprocess.CompletedProcess[str]:
@@ -279,7 +281,7 @@ def test_a_grid_end_to_end_continues_and_names_what_failed(demo_root: Path, tmp_
     assert broken.returncode == 2, broken.stderr
     assert "4 jobs, 4 to run" in broken.stdout
     assert "2 jobs failed" in broken.stderr
-    assert "| per_channel | knn | - | - | 0 of 1 |" in (out / "table.md").read_text()
+    assert "| per_channel | knn | - | 0 of 1 |" in (out / "table.md").read_text()
     blocked.unlink()
     whole = command(demo_root, out)
     assert whole.returncode == 0, whole.stderr

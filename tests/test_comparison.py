@@ -11,8 +11,6 @@ import pytest
 
 import main_finetune
 from sarwmix.reports.comparison import (
-    FACT_ARGS,
-    IRRELEVANT_ARGS,
     METRIC_LABELS,
     NOT_OURS,
     Published,
@@ -21,8 +19,8 @@ from sarwmix.reports.comparison import (
     as_records,
     build_tables,
     read_published,
-    read_run,
 )
+from sarwmix.reports.run import FACT_ARGS, IRRELEVANT_ARGS, read_run
 from tests.conftest import Runner
 from util.errors import UserError
 
@@ -51,16 +49,19 @@ def write_run(folder: Path, *, args: dict[str, Any] | None = None, value: float 
     return folder
 
 
-def test_seeds_become_mean_and_deviation(tmp_path: Path) -> None:
+def test_seeds_become_mean_and_interval(tmp_path: Path) -> None:
     runs = [read_run(write_run(tmp_path / str(seed), seed=seed, value=0.4 + 0.1 * seed)) for seed in range(3)]
     (table,) = build_tables(runs)
     (row,) = table.rows
-    assert row.cells["linear"].value("ap_macro") == pytest.approx((0.5, 0.1))
+    score = row.cells["linear"].score("ap_macro")
+    assert score is not None
+    assert (score.mean, score.deviation, score.count) == (pytest.approx(0.5), pytest.approx(0.1), 3)
     assert not table.notes
     text = as_markdown([table])
-    assert "| mixmim_tiny | random | 0.500 ± 0.100 (3) |" in text
+    # t(0.975, 2 degrees of freedom) = 4.3027, times 0.1 / sqrt(3)
+    assert "| mixmim_tiny | random | 0.500 [0.252, 0.748] (3) |" in text
     assert NOT_OURS not in text
-    assert r"0.500 $\pm$ 0.100 (3)" in as_latex([table])
+    assert "0.500 [0.252, 0.748] (3)" in as_latex([table])
     assert r"mixmim\_tiny" in as_latex([table])
 
 
@@ -122,7 +123,7 @@ def test_every_flag_counts_unless_it_is_listed(tmp_path: Path, flag: str, value:
     runs = [write_run(tmp_path / str(seed), seed=seed) for seed in range(2)]
     runs.append(write_run(tmp_path / "other", seed=2, args={flag: value}))
     (table,) = build_tables([read_run(run) for run in runs])
-    assert [row.cells["linear"].seeds for row in table.rows] == [[0, 1], [2]]
+    assert [row.cells["linear"].seeds for row in table.rows] == ["0, 1", "2"]
     assert note in table.notes.values()
 
 
@@ -151,7 +152,7 @@ def test_what_the_run_measured_replaces_what_was_asked_for(tmp_path: Path) -> No
         write_run(tmp_path / "d", seed=3, args={"amp": "auto"}, precision="float32", effective_batch=512),
     ]
     (table,) = build_tables([read_run(run) for run in runs])
-    assert [row.cells["linear"].seeds for row in table.rows] == [[0, 1], [2], [3]]
+    assert [row.cells["linear"].seeds for row in table.rows] == ["0, 1", "2", "3"]
     assert {"amp bfloat16 instead of float32", "effective_batch 512 instead of 64"} <= set(table.notes.values())
 
 
@@ -170,7 +171,7 @@ def test_other_labels_or_samples_never_share_a_cell_or_a_row(tmp_path: Path) -> 
     ]
     (table,) = build_tables([read_run(run) for run in runs])
     found = [{name: cell.seeds for name, cell in row.cells.items()} for row in table.rows]
-    assert found == [{"linear": [0, 1]}, {"linear": [2], "finetune": [0]}, {"linear": [3]}, {"linear": [4]}]
+    assert found == [{"linear": "0, 1"}, {"linear": "2", "finetune": "0"}, {"linear": "3"}, {"linear": "4"}]
     notes = table.notes.values()
     assert "data_options label_set igbp, no_savanna 0 instead of label_set dfc, no_savanna 0" in notes
     assert len([note for note in notes if note.startswith("splits ")]) == 2
@@ -189,10 +190,10 @@ def test_poolings_are_encoders_of_their_own(tmp_path: Path) -> None:
     ]
     (table,) = build_tables([read_run(run) for run in runs])
     assert [(row.encoder, row.cells["linear"].seeds) for row in table.rows] == [
-        ("vit", [0, 1]),
-        ("vit + avg", [2]),
-        ("old + token", [0]),
-        ("old + avg", [1]),
+        ("vit", "0, 1"),
+        ("vit + avg", "2"),
+        ("old + token", "0"),
+        ("old + avg", "1"),
     ]
 
 
@@ -204,9 +205,9 @@ def test_starts_are_told_apart_by_content(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / f"run{i}", seed=i, initialisation=start) for i, start in enumerate(starts)]
     (table,) = build_tables([read_run(run) for run in runs])
     assert [(row.start, row.cells["linear"].seeds) for row in table.rows] == [
-        ("A/pretrain/checkpoint.pth", [0, 2]),  # C is a copy
-        ("B/pretrain/checkpoint.pth", [1]),
-        ("gone/pretrain/checkpoint.pth", [3]),
+        ("A/pretrain/checkpoint.pth", "0, 2"),  # C is a copy
+        ("B/pretrain/checkpoint.pth", "1"),
+        ("gone/pretrain/checkpoint.pth", "3"),
     ]
     alone = build_tables([read_run(runs[0])])
     assert alone[0].rows[0].start == "pretrain/checkpoint.pth"
@@ -297,8 +298,7 @@ def test_the_repository_s_published_numbers_can_be_read() -> None:
     assert by_key["benv2", "s1", "frozen", "CROMA-B", "CROMA", 0.05, "ap_micro"] == 0.708
     # a metric that no run has and that has no name could be mistaken for another one
     assert {row.metric for row in rows} <= METRIC_LABELS.keys()
-    # as our runs report them: accuracy of pairs in %, everything else as a fraction
-    assert all((row.value > 1) == (row.dataset == "sen12flood") for row in rows)
+    assert all(0 < row.value < 1 for row in rows)
 
 
 @pytest.mark.parametrize(
@@ -341,7 +341,7 @@ def test_missing_unfinished_damaged_and_doubled_runs_are_named(tmp_path: Path) -
     with pytest.raises(UserError, match="not the result of a finished fine-tuning run"):
         read_run(begun)
     run = read_run(whole)
-    with pytest.raises(UserError, match="same run with the same seed 0"):
+    with pytest.raises(UserError, match=r"whole/metrics.json is given twice"):
         build_tables([run, run])
     with pytest.raises(UserError, match=r"no run on benv2 has the metric miou; there are: ap_macro, ap_micro"):
         build_tables([run], metric="miou")
@@ -378,3 +378,77 @@ def test_numbers_that_were_selected_on_test_are_marked_and_never_averaged_with_o
     assert "Best epoch by: ap_macro on test (selected on test: optimistic)." in as_markdown([alone])
     assert {record["selected_on"] for record in as_records([alone])} == {runs[0].selected}
     assert read_run(write_run(tmp_path / "old")).selected == "not recorded"
+
+
+def test_the_three_tools_agree(tmp_path: Path) -> None:
+    """Runs that differ in seeds (their own, or of their pretraining), device and --compile: one n, mean, interval."""
+    from sarwmix.reports import page
+    from sarwmix.reports.ablation import Axis, collect, plan
+
+    values = (0.4, 0.5, 0.6)
+    flags = "--dataset demo --data_path d --model mixmim_tiny --epochs 2 --warmup_epochs 0"
+    grid = plan([Axis("seed", ("0", "1", "2"))], flags, f"{flags} --protocol linear", tmp_path)
+    speeds: tuple[dict[str, Any], ...] = (
+        {"device": "cpu"},
+        {"device": "cuda", "compile": True},
+        {"device": "cuda", "cuda_graph": True, "memory_budget": 0.5, "num_workers": 3},
+    )
+    runs = []
+    for cell, value, speed in zip(grid, values, speeds, strict=True):
+        assert cell.pretrain is not None
+        cell.pretrain.folder.mkdir(parents=True)
+        (cell.pretrain.folder / "args.json").write_text(json.dumps({**cell.pretrain.settings, **speed}))
+        start = str(cell.pretrain.folder / "checkpoint.pth")
+        Path(start).write_bytes(f"weights {value}".encode())
+        args = {**cell.finetune.settings, **speed}
+        runs.append(write_run(cell.finetune.folder, seed=args["seed"], value=value, initialisation=start, args=args))
+    (table,) = build_tables([read_run(run) for run in runs])
+    (row,) = table.rows
+    compared = row.cells["linear"].score("ap_macro")
+    assert compared is not None
+    (paper,) = page.paper_rows(page.load_runs(runs))
+    _, (ablated,) = collect(grid, "ap_macro")
+    assert compared == paper.cells["ap_macro"] == ablated.score
+    assert compared.text() == "0.500 [0.252, 0.748] (3)"  # 4.3027 * 0.1 / sqrt(3) = 0.2484
+    assert paper.setting[6] == row.cells["linear"].seeds == "0, 1, 2"
+
+    # one fine-tuning seed on three pretraining seeds: three runs, too
+    for run in runs:
+        content = json.loads((run / "metrics.json").read_text())
+        (run / "metrics.json").write_text(json.dumps({**content, "seed": 7}))
+    (table,) = build_tables([read_run(run) for run in runs])
+    assert table.rows[0].cells["linear"].score("ap_macro") == compared
+    assert table.rows[0].cells["linear"].seeds == "7 (pretraining 0), 7 (pretraining 1), 7 (pretraining 2)"
+
+    # another recipe of the pretraining is another start, however the files are called
+    args_file = grid[0].pretrain.folder / "args.json"  # type: ignore[union-attr]
+    args_file.write_text(json.dumps({**json.loads(args_file.read_text()), "mask_ratio": 0.25}))
+    (table,) = build_tables([read_run(run) for run in runs])
+    assert [len(row.cells["linear"].runs) for row in table.rows] == [1, 2]
+
+
+def test_the_same_settings_and_seed_twice_are_not_averaged(tmp_path: Path) -> None:
+    runs = [read_run(write_run(tmp_path / name, value=value)) for name, value in (("a", 0.4), ("b", 0.6))]
+    (table,) = build_tables(runs)
+    assert [row.cells["linear"].score("ap_macro").mean for row in table.rows] == [0.4, 0.6]  # type: ignore[union-attr]
+    assert list(table.notes.values()) == ["has the settings and the seed of a; it is not averaged with that run"]
+
+
+def test_weights_that_were_replaced_are_not_described_by_what_lies_there_now(tmp_path: Path) -> None:
+    """The run recorded what it read; args.json beside another file's content says nothing about it."""
+    folder = tmp_path / "pretrain"
+    folder.mkdir()
+    (folder / "args.json").write_text('{"mask_ratio": 0.5, "seed": 3}')
+    (folder / "checkpoint.pth").write_bytes(b"new")
+    start = str(folder / "checkpoint.pth")
+    old = read_run(write_run(tmp_path / "old", initialisation=start, initialisation_sha256="0" * 64))
+    new = read_run(write_run(tmp_path / "new", initialisation=start))
+    assert (old.pretraining, old.origin) == (None, "0" * 64)
+    assert new.pretraining is not None
+    assert new.seeds == (0, "3")
+
+
+def test_a_pretraining_run_is_no_unfinished_fine_tuning(tmp_path: Path) -> None:
+    (tmp_path / "args.json").write_text('{"mask_ratio": 0.5}')
+    with pytest.raises(UserError, match=r"is a run of main_pretrain.py, which has no test result"):
+        read_run(tmp_path)

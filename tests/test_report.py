@@ -142,7 +142,7 @@ def test_page_of_all_kinds(tmp_path: Path) -> None:
     assert "Inland &lt;waters&gt;" not in text  # class names are in the pictures only
     assert "heights of their losses do not compare" in text
     assert text.count("<img ") == 2 + 1 + 1 + 2 * 3  # curves, per class, reconstruction, three of each fine-tuning
-    assert "60.00 [56.00, 64.00]" in text
+    assert "0.600 [0.560, 0.640]" in text
     names = {path.name for path in (tmp_path / "out" / "figures").iterdir()}
     assert {"pretraining_curves.png", "fine-tuning_curves.png", "average_precision.png", "ft_roc.png"} <= names
     assert r'<tr class="differs"><td>weight_mode</td><td>per_channel</td><td>none</td>' in text
@@ -154,13 +154,13 @@ def test_seeds_are_averaged_with_an_interval(tmp_path: Path) -> None:
     runs.append(finetune_run(tmp_path / "other", value=0.3, start="pre/checkpoint_8.pth"))
     rows = report.paper_rows(report.load_runs(runs))
     assert [row.setting for row in rows] == [
-        ("s0 and 2 more", "demo", "finetune", "random", "100 %", "0, 1, 2", "not recorded"),
-        ("other", "demo", "finetune", "pre/checkpoint_8.pth", "100 %", "0", "not recorded"),
+        ("s0 and 2 more", "demo", "mixmim_tiny", "finetune", "random", "100 %", "0, 1, 2", "not recorded"),
+        ("other", "demo", "mixmim_tiny", "finetune", "pre/checkpoint_8.pth", "100 %", "0", "not recorded"),
     ]
     cell = rows[0].cells["ap_macro"]
     # t(0.975, 2 degrees of freedom) = 4.3027; standard error = 0.0361 / sqrt(3) = 0.02082
     assert t.ppf(0.975, 2) == pytest.approx(4.3027, abs=1e-4)
-    assert cell.value == pytest.approx(0.53)
+    assert cell.mean == pytest.approx(0.53)
     assert cell.low == pytest.approx(0.53 - 4.3027 * 0.020817, abs=1e-4)
     assert "loss" not in rows[0].cells
 
@@ -170,14 +170,17 @@ def test_tables_for_a_paper(tmp_path: Path) -> None:
     rows = report.paper_rows(report.load_runs([run]))
     markdown = report.markdown_table(rows).splitlines()
     assert markdown[0].startswith(
-        "| run | data | protocol | initial weights | labels | seeds | best epoch by | AP macro | F1 macro |"
+        "| run | data | model | protocol | initial weights | labels | seeds | best epoch by | AP macro | F1 macro |"
     )
     assert markdown[2] == (
-        "| a_b | demo | finetune | pre_x/checkpoint_8.pth | 12.5 % | 0 | not recorded | 51.23 [47.23, 55.23] | 25.61 |"
+        "| a_b | demo | mixmim_tiny | finetune | pre_x/checkpoint_8.pth | 12.5 % | 0 | not recorded "
+        "| 0.512 [0.472, 0.552] | 0.256 |"
     )
     latex = report.latex_table(rows)
-    assert r"a\_b & demo & finetune & pre\_x/checkpoint\_8.pth & 12.5 \% & 0 & not recorded & 51.23 & 25.61 \\" in latex
-    assert r"{\scriptsize [47.23, 55.23]}" in latex
+    assert (
+        r"mixmim\_tiny & finetune & pre\_x/checkpoint\_8.pth & 12.5 \% & 0 & not recorded & 0.512 & 0.256 \\" in latex
+    )
+    assert r"{\scriptsize [0.472, 0.552]}" in latex
 
 
 def test_transfer_curves(tmp_path: Path) -> None:
@@ -211,19 +214,19 @@ def change(run: Path, *, scalars: dict[str, float] | None = None, **facts: Any) 
     (run / "metrics.json").write_text(json.dumps(content))
 
 
-def test_accuracy_of_pairs_is_in_percent_already(tmp_path: Path) -> None:
+def test_accuracy_of_pairs_in_percent_of_earlier_versions(tmp_path: Path) -> None:
     pair, single = finetune_run(tmp_path / "pair"), finetune_run(tmp_path / "single")
     change(pair, dataset="sen12flood", scalars={"acc": 55.5556, "f1": 0.7})
     change(single, dataset="eurosat_sar", scalars={"acc": 0.25})
     log = {"epoch": 0, "train_loss": 1.0, "test_acc": 55.0, "test_f1": 0.5}
     (pair / "log.txt").write_text(json.dumps(log) + "\n")
     runs = report.load_runs([pair, single])
-    assert [round(row.cells["acc"].value, 4) for row in report.paper_rows(runs)] == [0.5556, 0.25]
+    assert [round(row.cells["acc"].mean, 4) for row in report.paper_rows(runs)] == [0.5556, 0.25]
     assert runs[0].column("test_acc")[1].tolist() == [pytest.approx(0.55)]
     text = report.write_report([pair, single], tmp_path / "out").read_text()
-    assert "ACC 55.56 % on test" in text
-    assert "ACC 25.00 % on test" in text
-    assert "| 55.56 |" in (tmp_path / "out" / "table.md").read_text()
+    assert "ACC 0.556 on test" in text
+    assert "ACC 0.250 on test" in text
+    assert "| 0.556 |" in (tmp_path / "out" / "table.md").read_text()
 
 
 def test_encoders_are_told_apart_by_their_pretraining(tmp_path: Path) -> None:
@@ -235,7 +238,7 @@ def test_encoders_are_told_apart_by_their_pretraining(tmp_path: Path) -> None:
     for name in ("x", "y"):  # nothing is known about these
         runs.append(finetune_run(tmp_path / name / "probe", start=str(tmp_path / name / "pretrain" / "checkpoint.pth")))
     rows = report.paper_rows(report.load_runs(runs))
-    assert [(row.setting[3], row.setting[5]) for row in rows] == [
+    assert [(row.setting[4], row.setting[6]) for row in rows] == [
         ("a0/pretrain/checkpoint.pth and 1 more", "0, 1"),
         ("b0/pretrain/checkpoint.pth", "0"),
         ("x/pretrain/checkpoint.pth", "0"),
@@ -245,7 +248,7 @@ def test_encoders_are_told_apart_by_their_pretraining(tmp_path: Path) -> None:
 
 def test_equal_seeds_are_not_averaged(tmp_path: Path) -> None:
     runs = report.load_runs([finetune_run(tmp_path / "a"), finetune_run(tmp_path / "b")])
-    assert [row.setting[5] for row in report.paper_rows(runs)] == ["0", "0"]
+    assert [row.setting[6] for row in report.paper_rows(runs)] == ["0", "0"]
     assert runs[1].notes == ["has the settings and the seed of a; it is not averaged with that run"]
 
 
@@ -258,11 +261,11 @@ def test_evaluation_in_a_folder_of_its_own(tmp_path: Path) -> None:
     content["results"] = {str(run / "checkpoint_best.pth"): content["results"]["checkpoint_best.pth"]}
     (evaluated / "metrics_eval.json").write_text(json.dumps(content))
     (row,) = report.paper_rows(report.load_runs([evaluated]))
-    assert row.setting[3] == "pre/checkpoint_4.pth"
-    assert "AP macro 50.00 % on test" in report.write_report([evaluated], tmp_path / "out").read_text()
+    assert row.setting[4] == "pre/checkpoint_4.pth"
+    assert "AP macro 0.500 on test" in report.write_report([evaluated], tmp_path / "out").read_text()
     (run / "args.json").unlink()
     (row,) = report.paper_rows(report.load_runs([evaluated]))
-    assert row.setting[3] == "unknown"
+    assert row.setting[4] == "unknown"
 
 
 def test_runs_without_epochs_and_settings_of_both_scripts(tmp_path: Path) -> None:

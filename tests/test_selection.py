@@ -7,8 +7,10 @@ import json
 import pytest
 
 from sarwmix.tasks.selection import (
+    BEST,
     SIX_METRICS,
     Selector,
+    in_fractions,
     most_best_results,
     multilabel_rules,
     selection_rules,
@@ -146,3 +148,15 @@ def test_runs_of_earlier_versions_selected_by_the_published_rules() -> None:
 def test_two_rules_with_one_file_are_refused() -> None:
     with pytest.raises(ValueError, match="distinct"):
         Selector([weighted_sum_rule("x", "a.pth", {"x": 1.0}), weighted_sum_rule("y", "a.pth", {"y": 1.0})])
+
+
+def test_accuracy_in_percent_of_earlier_versions_becomes_a_fraction() -> None:
+    """A flood run of an earlier version goes on: 80 % is not better than .9 of a new epoch."""
+    selector = Selector(selection_rules("acc", ["acc", "f1"]))
+    entry = {"rule": "acc", "epoch": 3, "score": 80.0, "metrics": {"acc": 80.0, "f1": 0.5}}
+    selector.load_state_dict({BEST: entry})
+    assert selector.best[BEST] == {"rule": "acc", "epoch": 3, "score": 0.8, "metrics": {"acc": 0.8, "f1": 0.5}}
+    assert selector.update(4, {"acc": 0.9, "f1": 0.4}) == [BEST]
+    by_f1 = in_fractions({"rule": "f1", "epoch": 0, "score": 0.5, "metrics": {"acc": 55.0, "f1": 0.5}})
+    assert (by_f1["score"], by_f1["metrics"]["acc"]) == (0.5, 0.55)
+    assert in_fractions({"epoch": 0, "score": 1.0, "metrics": {"acc": 1.0}})["score"] == 1.0

@@ -116,9 +116,9 @@ def test_loss_is_cross_entropy() -> None:
 
 def test_metrics_by_hand() -> None:
     truth, predicted = np.array([1, 1, 1, 0, 0, 0, 0, 0]), np.array([1, 1, 0, 1, 0, 0, 0, 0])
-    wanted = {"acc": 75.0, "precision": 2 / 3, "recall": 2 / 3, "f1": 2 / 3}
+    wanted = {"acc": 0.75, "precision": 2 / 3, "recall": 2 / 3, "f1": 2 / 3}
     assert pair_metrics(truth, predicted) == pytest.approx(wanted)
-    assert pair_metrics(np.zeros(3), np.zeros(3)) == {"acc": 100.0, "precision": 0.0, "recall": 0.0, "f1": 0.0}
+    assert pair_metrics(np.zeros(3), np.zeros(3)) == {"acc": 1.0, "precision": 0.0, "recall": 0.0, "f1": 0.0}
     # Weights count samples several times.
     twice = pair_metrics(np.repeat(truth, 2), np.repeat(predicted, 2))
     assert pair_metrics(truth, predicted, np.full(8, 2)) == pytest.approx(twice)
@@ -133,11 +133,11 @@ def gathered(truth: list[int], flood: list[float]) -> dict[str, np.ndarray]:
 def test_report_and_printing() -> None:
     task = PairTask(CLASSES, select_on="test")
     report = task.report(gathered([1, 1, 0, 0], [0.9, 0.4, 0.2, 0.5]))
-    assert report.scalars["acc"] == 75.0  # a tie is no flood
+    assert report.scalars["acc"] == 0.75  # a tie is no flood
     assert report.scalars["loss"] == pytest.approx(-np.log([0.9, 0.4, 0.8, 0.5]).mean())
     assert [row["support"] for row in report.per_class] == [2, 2]
     assert report.per_class[1]["ap"] == pytest.approx((1 + 2 / 3) / 2)
-    best = {"epoch": 3, "score": 75.0}
+    best = {"epoch": 3, "score": 0.75}
     assert task.epoch_lines(best, report, improved=True) == [
         "Accuracy of the network on the 4 test images: 75.0000%",
         "Precision: 1.0000",
@@ -352,7 +352,7 @@ def test_a_run_prints_logs_and_draws_what_the_contract_says(
     # --eval prints the same and exits.
     best = tmp_path / "run" / "checkpoint_best.pth"
     finetune(monkeypatch, *common, "--eval", "--resume", best, "--output_dir", tmp_path / "eval", "--bootstrap", 20)
-    assert f"Accuracy of the network on the {count} test images: {scalars['acc']:.4f}%" in capsys.readouterr().out
+    assert f"Accuracy of the network on the {count} test images: {100 * scalars['acc']:.4f}%" in capsys.readouterr().out
     # intervals are over places, which the kept predictions name
     places = {name.split("__")[0] for name in open_pairs(prepared["store"]).names}
     assert len(places) == 2
@@ -360,7 +360,7 @@ def test_a_run_prints_logs_and_draws_what_the_contract_says(
     assert evaluated["clusters"] == {"test": 2}
     assert evaluated["selected_on"] == result["selected_on"]
     low, high = evaluated["results"][str(best)]["test"]["intervals_95"]["acc"]
-    assert 0 <= low < scalars["acc"] < high <= 100
+    assert 0 <= low < scalars["acc"] < high <= 1
     with np.load(tmp_path / "eval" / "predictions_test.npz") as arrays:
         assert set(arrays["clusters"]) == places
     with pytest.raises(UserError, match="was trained with patch_op avg, not max"):

@@ -31,7 +31,7 @@ def write_run(folder: Path, start: str, value: float, split: str = "val") -> Pat
 
 
 def test_one_line_a_run(tmp_path: Path) -> None:
-    rows = [show_results.read_run(write_run(tmp_path / name, name, v)) for name, v in (("a", 0.25), ("b", 0.5))]
+    rows = [show_results.describe(write_run(tmp_path / name, name, v)) for name, v in (("a", 0.25), ("b", 0.5))]
     lines = show_results.table(rows).splitlines()
     assert lines[0].split() == [
         "run", "protocol", "initialisation", "dataset", "statistics", "seed", "train", "selected_on",
@@ -41,24 +41,24 @@ def test_one_line_a_run(tmp_path: Path) -> None:
         " ".join(lines[1].split())
         == "a finetune a demo demo 0 464 ap_macro on val, epoch 3 0.2500 0.3500 0.5000 0.6000"
     )
-    on_test = show_results.read_run(write_run(tmp_path / "c", "c", 0.5, split="test"))
+    on_test = show_results.describe(write_run(tmp_path / "c", "c", 0.5, split="test"))
     assert "ap_macro on test, epoch 3 (selected on test: optimistic)" in show_results.table([on_test])
     assert "0.5000" in lines[2]
 
 
 def test_unfinished_and_foreign_folders_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="not finished"):
-        show_results.read_run(tmp_path)
+    with pytest.raises(UserError, match="no run of main_finetune.py"):
+        show_results.describe(tmp_path)
     for content in ("[]", "{}", '{"results": 5}', '{"results": ["a"]}', '{"results": {}}', '{"results": {"a": 1}}'):
         (tmp_path / "metrics.json").write_text(content)
-        with pytest.raises(UserError, match="not the metrics.json"):
-            show_results.read_run(tmp_path)
+        with pytest.raises(UserError, match="not the result of a finished"):
+            show_results.describe(tmp_path)
 
 
 def test_evaluation_in_a_folder_of_its_own(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", "random", 0.25)
     (run / "metrics.json").rename(run / "metrics_eval.json")
-    assert show_results.read_run(run)["ap_macro"] == 0.25
+    assert show_results.describe(run)["ap_macro"] == 0.25
 
 
 def test_finished_runs_of_the_demo_are_not_repeated(

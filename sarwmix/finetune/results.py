@@ -21,8 +21,8 @@ from sarwmix.heads import TaskModel
 from sarwmix.models.loading import load_trained
 from sarwmix.tasks.base import Task, per_class_text
 from sarwmix.tasks.intervals import cluster_numbers, metric_intervals
-from sarwmix.tasks.metrics import PERCENT, Report, evaluator
-from sarwmix.tasks.selection import BEST, ON_TEST, Selector
+from sarwmix.tasks.metrics import Report, evaluator
+from sarwmix.tasks.selection import BEST, ON_TEST, Selector, in_fractions
 from util.checkpoint import load_checkpoint, read_info
 from util.errors import UserError
 from util.files import atomic_write, make_directory, write_json
@@ -138,7 +138,7 @@ def best_on_disk(
         again = resumed is not None and info.run == resumed.run_id and info.epoch >= resumed.epoch
         if info.epoch != entry["epoch"] and not again:
             get_logger().warning("%s holds epoch %d, not %d", folder / name, info.epoch, entry["epoch"])
-            entry = load_checkpoint(folder / name)["best"][name]
+            entry = in_fractions(load_checkpoint(folder / name)["best"][name])
         found[name] = entry
     return found
 
@@ -197,8 +197,7 @@ class Results:
         count = self.facts.setdefault("clusters", {})[evaluation.split] = int(numbers.max()) + 1
         if count < 2:
             get_logger().warning("no interval for split %s: it has one %s", evaluation.split, self.facts["cluster"])
-        percent = PERCENT.get(task.name, ())
-        return metric_intervals(evaluate, numbers, draws=self.bootstrap, seed=self.seed, percent=percent)
+        return metric_intervals(evaluate, numbers, draws=self.bootstrap, seed=self.seed)
 
     def show(self, name: str, evaluation: Evaluation, data: SarDataset, *, epoch: int | None = None) -> Report:
         """`add`, and the tables on the console and the pictures beside the run; `data` is the evaluated split."""

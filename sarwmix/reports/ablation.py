@@ -14,7 +14,6 @@ import csv
 import importlib
 import io
 import itertools
-import math
 import re
 import shlex
 import statistics
@@ -23,8 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sarwmix.reports.comparison import METRICS, Run, read_run
 from sarwmix.reports.differences import Compared, correct
+from sarwmix.reports.run import INTERVALS, IRRELEVANT_ARGS, MAIN_METRICS, RunRecord, Score, read_run, score
 from sarwmix.tasks.intervals import difference_of_runs
 from util.args import args_to_dict
 from util.errors import UserError
@@ -36,8 +35,7 @@ ARM = "arm"
 RANDOM = "random"
 # Flags that the grid sets itself, and those that change how a run is carried out but not what comes out of it.
 RESERVED = ("output_dir", "finetune", "resume", "inference", "eval")
-INCIDENTAL = ("output_dir", "log_dir", "resume", "finetune", "device", "num_workers", "cache", "keep_checkpoints",
-              "save_minutes", "hang_timeout", "feature_cache", "port", "dist_url", "data_path", "flops")  # fmt: skip
+INCIDENTAL = (IRRELEVANT_ARGS - {"seed"}) | {"finetune", "feature_cache", "data_path"}
 
 
 @dataclass(frozen=True)
@@ -252,30 +250,15 @@ class Row:
 
     Attributes:
         values: of the grid, without the seed.
-        scores: of each finished seed.
+        score: of the finished seeds together; None while there is none.
         missing: how many seeds have no result.
         selected: what chose the epochs, on which split.
     """
 
     values: Mapping[str, str]
-    scores: tuple[float, ...]
+    score: Score | None
     missing: int
     selected: tuple[str, ...] = ()
-
-    @property
-    def mean(self) -> float:
-        """Mean over the seeds."""
-        return statistics.fmean(self.scores)
-
-    @property
-    def half_width(self) -> float:
-        """Half of the 95 % confidence interval of the mean (Student's t); NaN with fewer than two seeds."""
-        if len(self.scores) < 2:
-            return math.nan
-        from scipy.stats import t
-
-        count = len(self.scores)
-        return float(t.ppf(0.975, count - 1)) * statistics.stdev(self.scores) / math.sqrt(count)
 
 
 def collect(combinations: Sequence[Combination], metric: str | None) -> tuple[str, list[Row]]:
@@ -291,24 +274,30 @@ def collect(combinations: Sequence[Combination], metric: str | None) -> tuple[st
     Raises:
         UserError: no run has finished, or the metric does not exist.
     """
-    runs: dict[int, Run] = {i: read_run(c.finetune.folder) for i, c in enumerate(combinations) if c.finetune.finished}
+    finished = [(i, c) for i, c in enumerate(combinations) if c.finetune.finished]
+    runs: dict[int, RunRecord] = {i: read_run(c.finetune.folder) for i, c in finished}
     if not runs:
         raise UserError("no run of the grid has finished yet; there is nothing to put into a table")
     first = next(iter(runs.values()))
-    metric = metric or next((name for name in METRICS if name in first.scalars), min(first.scalars))
+    metric = metric or next((name for name in MAIN_METRICS if name in first.scalars), min(first.scalars))
     groups: dict[tuple[tuple[str, str], ...], list[int]] = {}
     for i, combination in enumerate(combinations):
         key = tuple((name, value) for name, value in combination.values.items() if name != "seed")
         groups.setdefault(key, []).append(i)
     rows = []
     for key, members in groups.items():
-        scores = []
-        for i in members:
-            if i in runs and metric not in runs[i].scalars:
-                raise UserError(f"{runs[i].path} has no test metric {metric!r}; it has: {', '.join(runs[i].scalars)}")
-            scores += [runs[i].scalars[metric]] if i in runs else []
-        selected = dict.fromkeys(runs[i].selected for i in members if i in runs)
-        rows.append(Row(dict(key), tuple(scores), len(members) - len(scores), tuple(selected)))
+        done = [runs[i] for i in members if i in runs]
+        for run in done:
+            if metric not in run.scalars:
+                raise UserError(f"{run.path} has no test metric {metric!r}; it has: {', '.join(run.scalars)}")
+        for run in done[1:]:  # the grid says that they differ in the seed alone; the files may say otherwise
+            if (run.data, run.recipe, run.selected) != (done[0].data, done[0].recipe, done[0].selected):
+                raise UserError(
+                    f"{done[0].path} and {run.path} stand for one row of the grid, but differ in more than the seed "
+                    "(scripts/compare.py with the two says in what); make one of them again"
+                )
+        selected = dict.fromkeys(run.selected for run in done)
+        rows.append(Row(dict(key), score(done, metric), len(members) - len(done), tuple(selected)))
     return metric, rows
 
 
@@ -349,31 +338,30 @@ def differences(combinations: Sequence[Combination], metric: str, reference: str
     return correct(arms)
 
 
-def _cells(row: Row, plus_minus: str) -> tuple[str, str, str]:
-    if not row.scores:
-        return "-", "-", f"0 of {row.missing}"
-    seeds = str(len(row.scores)) if not row.missing else f"{len(row.scores)} of {len(row.scores) + row.missing}"
-    interval = "-" if math.isnan(row.half_width) else f"{plus_minus}{row.half_width:.4f}"
-    return f"{row.mean:.4f}", interval, seeds
+def _cells(row: Row) -> tuple[str, str]:
+    done = 0 if row.score is None else row.score.count
+    return (
+        "-" if row.score is None else row.score.text(),
+        str(done) if not row.missing else f"{done} of {done + row.missing}",
+    )
 
 
 def as_markdown(metric: str, rows: Sequence[Row]) -> str:
     """The table for a README, with what its columns mean."""
     names = list(rows[0].values)
-    lines = [f"| {' | '.join([*names, metric, '95 %', 'seeds'])} |", "|" + "---|" * (len(names) + 3)]
-    lines += [f"| {' | '.join([*row.values.values(), *_cells(row, '+-')])} |" for row in rows]
-    note = f"{metric} on test, mean over seeds; 95 %: confidence interval of that mean over seeds (Student's t)"
+    lines = [f"| {' | '.join([*names, metric, 'seeds'])} |", "|" + "---|" * (len(names) + 2)]
+    lines += [f"| {' | '.join([*row.values.values(), *_cells(row)])} |" for row in rows]
     selected = ", ".join(dict.fromkeys(text for row in rows for text in row.selected))
+    note = f"{metric} on test, mean over seeds. {INTERVALS}"
     return "\n".join([*lines, "", note, f"Best epoch by: {selected or 'not recorded'}", ""])
 
 
 def as_latex(metric: str, rows: Sequence[Row]) -> str:
     """The same with booktabs."""
     names = list(rows[0].values)
-    lines = [f"\\begin{{tabular}}{{{'l' * len(names)}rrr}}", r"\toprule"]
-    lines += [" & ".join(tex(name) for name in [*names, metric, "95 %", "seeds"]) + r" \\", r"\midrule"]
-    lines += [" & ".join(map(tex, row.values.values())) + (" & " if names else "")
-              + " & ".join(_cells(row, r"\ensuremath{\pm}")) + r" \\" for row in rows]  # fmt: skip
+    lines = [f"\\begin{{tabular}}{{{'l' * len(names)}rr}}", r"\toprule"]
+    lines += [" & ".join(tex(name) for name in [*names, metric, "seeds"]) + r" \\", r"\midrule"]
+    lines += [" & ".join(map(tex, [*row.values.values(), *_cells(row)])) + r" \\" for row in rows]
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
 
 

@@ -13,17 +13,26 @@ import re
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sarwmix.data import registry
 from sarwmix.figures import base as pictures
-from sarwmix.tasks.selection import selected_text
+from sarwmix.reports.run import (
+    INTERVALS,
+    IRRELEVANT_ARGS,
+    RunRecord,
+    Score,
+    group_runs,
+    load_run,
+    score,
+    seed_text,
+    start_names,
+)
 from util.errors import UserError
-from util.files import atomic_write, make_directory, read_json, read_jsonl
+from util.files import atomic_write, make_directory
 from util.text import tex
 
 METRIC_NAMES = {
@@ -33,14 +42,9 @@ METRIC_NAMES = {
     "miou": "mean IoU", "iou": "IoU", "acc": "ACC", "aacc": "aACC", "recall_macro": "recall macro",
     "f1": "F1", "precision": "precision", "recall": "recall",
 }  # fmt: skip
-PERCENT = {"pair": ("acc",)}
-"""Metrics that a task gives in percent, as the published code prints them; all others are fractions of 1."""
 CURVES = ("ap_macro", "f1_macro", "accuracy", "acc", "aacc", "f1", "miou", "iou")
 """Metrics that are drawn against the epoch, of val and of test, where log.txt has them."""
 EPOCH_NAMES = {"train_loss": "training loss", "train_lr": "learning rate", "images_per_s": "images/s"}
-# Places, and how a run is carried out: they change nothing about what comes out of it.
-NOT_A_SETTING = ("output_dir", "log_dir", "resume", "port", "dist_url", "world_size", "num_workers", "keep_checkpoints",
-                 "save_minutes", "hang_timeout", "feature_cache", "flops", "eval", "export")  # fmt: skip
 OWN_FIGURES = re.compile(
     r"((pretraining|fine-tuning)_curves|average_precision|(pretraining_epochs|label_fractions)"
     r"|.+_(precision_recall|roc|confusion))\.png"
@@ -50,174 +54,7 @@ RECONSTRUCTIONS = 6
 """Reconstruction pictures of a run that the page shows; the others stay in the run's folder."""
 
 
-@dataclass
-class Run:
-    """One finished or stopped run.
-
-    Attributes:
-        name: Folder name, made unique.
-        path: Folder.
-        kind: "pretrain" or "finetune".
-        args: Settings.
-        epochs: Lines of log.txt, by epoch.
-        metrics: Content of metrics.json, or of metrics_eval.json; empty without either.
-        notes: What is odd about the files.
-    """
-
-    name: str
-    path: Path
-    kind: str
-    args: dict[str, Any]
-    epochs: list[dict[str, Any]]
-    metrics: dict[str, Any]
-    notes: list[str] = field(default_factory=list)
-
-    def column(self, key: str) -> tuple[np.ndarray, np.ndarray]:
-        """Finished epochs (1, 2, ...) and the values of a key; epochs without a number are left out."""
-        pairs = [(line["epoch"] + 1, line[key]) for line in self.epochs if isinstance(line.get(key), (int, float))]
-        scale = self.scale(key.removeprefix("val_").removeprefix("test_"))
-        return np.array([x for x, _ in pairs], dtype=float), scale * np.array([y for _, y in pairs], dtype=float)
-
-    def scale(self, metric: str) -> float:
-        """What a metric of this run is multiplied with to be a fraction of 1."""
-        name = str(self.metrics.get("dataset") or self.args.get("dataset") or "")
-        task = registry.get_spec(name).task if name in registry.names() else ""
-        return 0.01 if metric in PERCENT.get(task, ()) else 1.0
-
-    def scalars(self) -> dict[str, float]:
-        """Metrics of `result` but the loss, as fractions of 1; those without a number are left out."""
-        found = self.result()
-        values = {} if found is None else found[2]["scalars"]
-        return {name: self.scale(name) * float(value) for name, value in values.items()
-                if name != "loss" and value is not None}  # fmt: skip
-
-    def interval(self, metric: str) -> tuple[float, float] | None:
-        """95 % interval of a metric of `result` as fractions of 1, where the run has one."""
-        found = self.result()
-        ends = None if found is None else found[2].get("intervals_95", {}).get(metric)
-        return None if ends is None else (self.scale(metric) * ends[0], self.scale(metric) * ends[1])
-
-    def result(self) -> tuple[str, str, dict[str, Any]] | None:
-        """Checkpoint, split and metrics that the tables show: the first rule, on test where it was evaluated."""
-        for checkpoint, entry in self.metrics.get("results", {}).items():
-            for split in ("test", "val", *entry) if isinstance(entry, dict) else ():
-                if isinstance(entry.get(split), dict) and "scalars" in entry[split]:
-                    return checkpoint, split, entry[split]
-        return None
-
-    def start(self) -> str:
-        """Where the weights come from: "random", "timm ...", a checkpoint's path, or "unknown" of an evaluation."""
-        if "initialisation" not in self.metrics and not self.args:  # evaluated somewhere else than it was trained
-            return "unknown"
-        return str(self.metrics.get("initialisation") or self.args.get("finetune") or "random")
-
-    def initialisation(self, parts: int = 2) -> str:
-        """`start` for a table: of a path the last parts."""
-        start = self.start()
-        return "/".join(Path(start).parts[-parts:]) if _is_path(start) else start
-
-    def pretraining(self) -> dict[str, Any] | None:
-        """Settings of the pretraining that gave the weights, from args.json beside them; None where it is not there."""
-        file = Path(self.start()).parent / "args.json"
-        if not _is_path(self.start()) or not file.is_file():
-            return None
-        try:
-            content = read_json(file)
-        except UserError:  # damaged: the path has to do
-            return None
-        return content if isinstance(content, dict) else None
-
-    def origin(self) -> str:
-        """What tells encoders apart, but for the seed: settings of the pretraining and the checkpoint's name.
-
-        Without these settings, the checkpoint's path.
-        """
-        settings = self.pretraining()
-        if settings is None:
-            return self.start()
-        return json.dumps([Path(self.start()).name, _plain_settings(settings)])
-
-    def seeds(self) -> tuple[str, str]:
-        """Seed of the run, and of its pretraining ("" where that is not known)."""
-        before = self.pretraining() or {}
-        return str(self.args.get("seed", self.metrics.get("seed", "?"))), str(before.get("seed", ""))
-
-
-def _is_path(start: str) -> bool:
-    return start not in ("random", "unknown") and not start.startswith("timm ")
-
-
-def _plain_settings(args: Mapping[str, Any]) -> str:
-    """All settings but the seed, places and the like, as text that can be compared."""
-    skipped = (*NOT_A_SETTING, "seed", "finetune")
-    return json.dumps({key: value for key, value in sorted(args.items()) if key not in skipped}, default=str)
-
-
-def load_run(folder: str | Path) -> Run:
-    """Read a run's folder.
-
-    Raises:
-        UserError: No such folder, no run in it, or no epoch was finished.
-    """
-    path = Path(folder)
-    if not path.is_dir():
-        raise UserError(f"run {path} does not exist; give the --output_dir of main_pretrain.py or main_finetune.py")
-    notes: list[str] = []
-    if (path / "args.json").is_file():
-        args = _settings_of(path)
-    elif (path / "metrics_eval.json").is_file():  # --eval with an --output_dir of its own
-        args = _evaluated_settings(path / "metrics_eval.json")
-        if not args:
-            notes.append("evaluation without the settings of its training: args.json is not beside the checkpoint")
-    else:
-        near = sorted(str(one.parent) for one in path.glob("*/args.json"))[:5]
-        hint = f"; runs below it: {', '.join(near)}" if near else ""
-        raise UserError(f"{path} is no run: args.json is missing; give the --output_dir of a run{hint}")
-    epochs: list[dict[str, Any]] = []
-    log = path / "log.txt"
-    if log.is_file():
-        lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-        records = read_jsonl(log)
-        if len(records) < len(lines):
-            notes.append(f"{len(lines) - len(records)} line(s) of log.txt are incomplete and left out")
-        # A resumed run may have written an epoch again: the last line counts.
-        by_epoch = {line["epoch"]: line for line in records if isinstance(line.get("epoch"), int)}
-        epochs = [by_epoch[epoch] for epoch in sorted(by_epoch)]
-    metrics: dict[str, Any] = {}
-    for name in ("metrics.json", "metrics_eval.json"):
-        if (path / name).is_file():
-            content = read_json(path / name)
-            if isinstance(content, dict) and isinstance(content.get("results"), dict):
-                metrics = content
-                break
-            notes.append(f"{name} has no results and is left out")
-    if not epochs and not metrics:
-        why = "log.txt holds no finished epoch" if log.is_file() else "there is neither log.txt nor metrics.json"
-        raise UserError(f"{path}: {why}; wait for the first epoch, or look into run.log for the reason")
-    kind = "pretrain" if "mask_ratio" in args else "finetune"
-    if kind == "finetune" and not metrics:
-        notes.append("metrics.json is missing: the run has not come to its end")
-    return Run(path.resolve().name, path, kind, args, epochs, metrics, notes)
-
-
-def _settings_of(folder: Path) -> dict[str, Any]:
-    args = read_json(folder / "args.json")
-    if not isinstance(args, dict):
-        raise UserError(f"{folder / 'args.json'} must hold an object with the settings of a run")
-    return args
-
-
-def _evaluated_settings(file: Path) -> dict[str, Any]:
-    """Settings of the run whose checkpoint was evaluated; empty where it is not there any more."""
-    content = read_json(file)
-    results = content.get("results") if isinstance(content, dict) else None
-    for checkpoint in results if isinstance(results, dict) else ():
-        if (Path(checkpoint).parent / "args.json").is_file():
-            return _settings_of(Path(checkpoint).parent)
-    return {}
-
-
-def load_runs(folders: Sequence[str | Path]) -> list[Run]:
+def load_runs(folders: Sequence[str | Path]) -> list[RunRecord]:
     """Read several runs and give them names of their own."""
     runs = [load_run(folder) for folder in folders]
     seen = [run.path.resolve() for run in runs]
@@ -245,7 +82,7 @@ class Picture:
     caption: str
 
 
-def _marks(runs: Sequence[Run]) -> dict[str, float]:
+def _marks(runs: Sequence[RunRecord]) -> dict[str, float]:
     """Powers of two, the end of warm-up and the cut, as vertical lines."""
     last = max((line["epoch"] + 1 for run in runs for line in run.epochs), default=0)
     marks: dict[str, float] = {}
@@ -265,7 +102,7 @@ def _marks(runs: Sequence[Run]) -> dict[str, float]:
     return marks
 
 
-def training_figure(runs: Sequence[Run], path: Path, *, title: str) -> Picture | None:
+def training_figure(runs: Sequence[RunRecord], path: Path, *, title: str) -> Picture | None:
     """Loss, learning rate, throughput and, of fine-tuning, what selects the epoch."""
     keys = ["train_loss", *(f"{split}_{name}" for name in CURVES for split in ("val", "test")), "train_lr",
             "images_per_s"]  # fmt: skip
@@ -287,7 +124,7 @@ def training_figure(runs: Sequence[Run], path: Path, *, title: str) -> Picture |
     return Picture(path, caption)
 
 
-def class_figure(runs: Sequence[Run], path: Path) -> Picture | None:
+def class_figure(runs: Sequence[RunRecord], path: Path) -> Picture | None:
     """Average precision of each class of up to four runs of the same classes."""
     rows: dict[str, list[dict[str, Any]]] = {}
     split = ""
@@ -310,7 +147,7 @@ def class_figure(runs: Sequence[Run], path: Path) -> Picture | None:
     return Picture(path, f"{left} more run(s) are in the table." if left else "")
 
 
-def prediction_figures(run: Run, folder: Path, slug: str) -> list[Picture]:
+def prediction_figures(run: RunRecord, folder: Path, slug: str) -> list[Picture]:
     """Precision-recall, ROC and confusion of a run that kept its predictions."""
     file = run.path / "predictions_test.npz"
     classes = run.metrics.get("classes")
@@ -345,7 +182,7 @@ def prediction_figures(run: Run, folder: Path, slug: str) -> list[Picture]:
     ]  # fmt: skip
 
 
-def _pixel_confusion(run: Run, path: Path, counts: np.ndarray, classes: Sequence[str]) -> list[Picture]:
+def _pixel_confusion(run: RunRecord, path: Path, counts: np.ndarray, classes: Sequence[str]) -> list[Picture]:
     """Confusion of the pixels of label maps."""
     if counts.shape != (len(classes), len(classes)):
         run.notes.append(f"predictions_test.npz does not fit the {len(classes)} classes of metrics.json; left out")
@@ -354,37 +191,49 @@ def _pixel_confusion(run: Run, path: Path, counts: np.ndarray, classes: Sequence
     return [Picture(pictures.confusion_counts_figure(path, counts, classes, unit="pixels", title=title), "")]
 
 
-def transfer_figures(runs: Sequence[Run], folder: Path) -> list[Picture]:
-    """Fine-tuned result against the epoch of pretraining, and against the share of labels."""
+def transfer_figures(runs: Sequence[RunRecord], folder: Path) -> list[Picture]:
+    """Fine-tuned result against the epoch of pretraining, and against the share of labels.
+
+    A curve joins runs that differ in that place and in seeds alone; another recipe is another curve.
+    """
     # Panel (data set, metric and split) -> curve -> points. Nothing else goes into one curve.
     by_epoch: dict[str, dict[str, list[tuple[float, float]]]] = {}
     by_share: dict[str, dict[str, list[tuple[float, float]]]] = {}
     flat: dict[str, dict[str, list[float]]] = {}
-    starts = _start_names(runs)
-    several = len({str(run.metrics.get("dataset")) for run in runs}) > 1
-    models = len({str(run.metrics.get("model")) for run in runs}) > 1
+    starts = start_names(runs)
+    several = len({run.dataset for run in runs}) > 1
+    models = len({run.model for run in runs}) > 1
+    recipes: dict[str, list[Any]] = {}  # of each curve's name
+
+    def curve(name: str, run: RunRecord, without: str) -> str:
+        """The name, with a number where runs of another recipe or on other data have it already."""
+        data = tuple(sorted((key, value) for key, value in run.data.items() if key not in (without, "samples")))
+        key = (data, tuple(sorted(run.recipe.items())), run.selected)
+        known = recipes.setdefault(name, [])
+        if key not in known:
+            known.append(key)
+        number = known.index(key)
+        return name if number == 0 else f"{name}, other settings {number}"
+
     for run in runs:
         found = run.result()
-        if found is None:
+        metric, value = next(iter(run.scalars.items()), ("", 0.0))
+        if found is None or not metric:
             continue
-        metric, value = next(iter(run.scalars().items()), ("", 0.0))
-        if not metric:
-            continue
-        data = str(run.metrics.get("dataset", ""))
-        panel = f"{data}: " * several + f"{METRIC_NAMES.get(metric, metric)} on {found[1]}"
-        protocol = str(run.metrics.get("protocol", "fine-tuning"))
-        model = f"{run.metrics.get('model')}, " * models
+        panel = f"{run.dataset}: " * several + f"{METRIC_NAMES.get(metric, metric)} on {found[1]}"
+        model = f"{run.model}, " * models
         share = float(run.metrics.get("train_frac") or 1.0)
-        start = starts[run.name]
+        start = starts[run.origin]
         number = re.fullmatch(r"(.*)/checkpoint_(\d+)\.pth", start)
         labels = "" if share == 1 else f", {100 * share:g} % of labels"
         if number:
-            name = f"{number[1]} ({model}{protocol}{labels})"
+            name = curve(f"{number[1]} ({model}{run.protocol}{labels})", run, "")
             by_epoch.setdefault(panel, {}).setdefault(name, []).append((float(number[2]), value))
         elif start == "random":
-            name = f"random initialisation ({model}{protocol}{labels})"
+            name = curve(f"random initialisation ({model}{run.protocol}{labels})", run, "")
             flat.setdefault(panel, {}).setdefault(name, []).append(value)
-        by_share.setdefault(panel, {}).setdefault(f"{start} ({model}{protocol})", []).append((100 * share, value))
+        name = curve(f"{start} ({model}{run.protocol})", run, "train_frac")
+        by_share.setdefault(panel, {}).setdefault(name, []).append((100 * share, value))
     written: list[Picture] = []
     grown = _curves(by_epoch)
     if grown:
@@ -416,23 +265,6 @@ def _curves(
     return {panel: curves for panel, curves in found.items() if curves}
 
 
-def _start_names(runs: Sequence[Run]) -> dict[str, str]:
-    """Name of a run -> what its initial weights are called: as little of the path as tells the origins apart.
-
-    Weights whose pretraining differs in the seed alone have one name.
-    """
-    groups: dict[tuple[str, str], list[Run]] = {}
-    for run in runs:
-        # Checkpoints of several epochs of one pretraining stay apart by their file name.
-        groups.setdefault((run.origin(), Path(run.start()).name), []).append(run)
-    shown: dict[tuple[str, str], str] = {}
-    for parts in range(2, 32):
-        shown = {key: min(one.initialisation(parts) for one in members) for key, members in groups.items()}
-        if len(set(shown.values())) == len(shown):
-            break
-    return {run.name: shown[key] for key, members in groups.items() for run in members}
-
-
 def _means(points: Sequence[tuple[float, float]]) -> tuple[np.ndarray, np.ndarray]:
     places = sorted({x for x, _ in points})
     return np.array(places), np.array([np.mean([y for x, y in points if x == place]) for place in places])
@@ -442,75 +274,29 @@ def _means(points: Sequence[tuple[float, float]]) -> tuple[np.ndarray, np.ndarra
 
 
 @dataclass(frozen=True)
-class Cell:
-    """A metric with its 95 % interval, as a fraction of 1."""
-
-    value: float
-    low: float | None = None
-    high: float | None = None
-
-
-@dataclass(frozen=True)
 class Row:
-    """One line of the table for a paper: a run, or the mean of runs that differ in the seed alone."""
+    """One line of the table for a paper: a run, or the mean of runs that differ in seeds alone."""
 
     setting: tuple[str, ...]
-    cells: Mapping[str, Cell]
+    cells: Mapping[str, Score]
 
 
-COLUMNS = ("run", "data", "protocol", "initial weights", "labels", "seeds", "best epoch by")
+COLUMNS = ("run", "data", "model", "protocol", "initial weights", "labels", "seeds", "best epoch by")
 
 
-def paper_rows(runs: Sequence[Run]) -> list[Row]:
-    """Group runs that differ only in the seed.
-
-    One run: its interval over clusters, where it has one. Several: mean and 95 % interval of Student's t over seeds.
-    """
-    groups: dict[tuple[str, ...], list[Run]] = {}
-    starts = _start_names(runs)
-    for run in runs:
-        if run.result() is not None:
-            facts = run.metrics
-            share = f"{100 * float(facts.get('train_frac') or 1.0):g} %"
-            shown = (str(facts.get("dataset", "")), str(facts.get("protocol", "")), starts[run.name], share,
-                     selected_text(facts))  # fmt: skip
-            key: tuple[str, ...] = (*shown, run.origin(), _plain_settings(run.args))
-            if not run.args:  # of an evaluation nothing more is known: it stands alone
-                key = (*key, run.name)
-            while any(run.seeds() == other.seeds() for other in groups.get(key, ())):
-                twin = groups[key][0]
-                run.notes.append(f"has the settings and the seed of {twin.name}; it is not averaged with that run")
-                key = (*key, run.name)
-            groups.setdefault(key, []).append(run)
-    rows = []
-    for key, members in groups.items():
-        name = members[0].name if len(members) == 1 else f"{members[0].name} and {len(members) - 1} more"
-        others = len({run.start() for run in members}) - 1
-        weights = f"{key[2]} and {others} more" if others else key[2]
-        cells = {}
-        results = [run.scalars() for run in members]
-        for metric in results[0]:
-            values = [one[metric] for one in results if metric in one]
-            if len(values) == len(results):
-                interval = members[0].interval(metric) if len(results) == 1 else _t_interval(values)
-                cells[metric] = Cell(float(np.mean(values)), *(interval or (None, None)))
-        rows.append(Row((name, *key[:2], weights, key[3], _seed_text(members), key[4]), cells))
+def paper_rows(runs: Sequence[RunRecord]) -> list[Row]:
+    """A line for each group of runs that differ in seeds alone (`sarwmix.reports.run.group_runs`)."""
+    rows, starts = [], start_names(runs)
+    for members in group_runs([run for run in runs if run.result() is not None]):
+        run = members[0]
+        name = run.name if len(members) == 1 else f"{run.name} and {len(members) - 1} more"
+        others = len({one.start for one in members}) - 1
+        weights = starts[run.origin] + (f" and {others} more" if others else "")
+        share = f"{100 * float(run.metrics.get('train_frac') or 1.0):g} %"
+        cells = {metric: found for metric in run.scalars if (found := score(members, metric)) is not None}
+        setting = (name, run.dataset, run.encoder, run.protocol, weights, share, seed_text(members), run.selected)
+        rows.append(Row(setting, cells))
     return rows
-
-
-def _seed_text(runs: Sequence[Run]) -> str:
-    """Seeds of the runs; with those of their pretraining where they are others."""
-    seeds = [run.seeds() for run in runs]
-    if all(before in ("", own) for own, before in seeds) or len({before for _, before in seeds}) == 1:
-        return ", ".join(own for own, _ in seeds)
-    return ", ".join(f"{own} (pretraining {before})" for own, before in seeds)
-
-
-def _t_interval(values: Sequence[float]) -> tuple[float, float]:
-    from scipy.stats import t
-
-    half = t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
-    return float(np.mean(values) - half), float(np.mean(values) + half)
 
 
 def _metric_names(rows: Sequence[Row]) -> list[str]:
@@ -518,44 +304,39 @@ def _metric_names(rows: Sequence[Row]) -> list[str]:
 
 
 def markdown_table(rows: Sequence[Row]) -> str:
-    """The table in Markdown, metrics in percent with their 95 % intervals."""
+    """The table in Markdown; metrics as fractions of 1 with their 95 % intervals."""
     metrics = _metric_names(rows)
     head = [*COLUMNS, *(METRIC_NAMES.get(name, name) for name in metrics)]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(COLUMNS) + "---:|" * len(metrics)]
     for row in rows:
-        cells = [_percent(row.cells.get(name), " [{low:.2f}, {high:.2f}]") for name in metrics]
+        cells = [_score(row, name) for name in metrics]
         lines.append("| " + " | ".join([*(text.replace("|", r"\|") for text in row.setting), *cells]) + " |")
     return "\n".join(lines) + "\n"
 
 
 def latex_table(rows: Sequence[Row]) -> str:
-    """The table in LaTeX (booktabs), metrics in percent; the interval's ends stand below the value."""
+    """The table in LaTeX (booktabs); the interval's ends stand below the value."""
     metrics = _metric_names(rows)
     head = [*COLUMNS, *(METRIC_NAMES.get(name, name) for name in metrics)]
     lines = [r"\begin{tabular}{" + "l" * len(COLUMNS) + "r" * len(metrics) + "}", r"\toprule",
              " & ".join(tex(text) for text in head) + r" \\", r"\midrule"]  # fmt: skip
     for row in rows:
-        lines.append(" & ".join([*(tex(text) for text in row.setting),
-                                 *(_percent(row.cells.get(name), "") for name in metrics)]) + r" \\")  # fmt: skip
-        if any(cell.low is not None for cell in row.cells.values()):
-            ends = [tex(_ends(row.cells.get(name))) for name in metrics]
-            lines.append(" & ".join([*("" for _ in COLUMNS), *(rf"{{\scriptsize {end}}}" for end in ends)]) + r" \\")
+        values, ends = [], []
+        for name in metrics:
+            found = row.cells.get(name)
+            text, _, rest = found.text().partition(" [") if found else ("-", "", "")
+            values.append(text)
+            ends.append(f"[{rest.split(']')[0]}]" if rest else "")
+        lines.append(" & ".join([*(tex(text) for text in row.setting), *values]) + r" \\")
+        if any(ends):
+            ends = [rf"{{\scriptsize {tex(end)}}}" for end in ends]
+            lines.append(" & ".join([*("" for _ in COLUMNS), *ends]) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
 
 
-def _percent(cell: Cell | None, interval: str) -> str:
-    if cell is None:
-        return "-"
-    text = f"{100 * cell.value:.2f}"
-    if cell.low is not None and cell.high is not None and interval:
-        text += interval.format(low=100 * cell.low, high=100 * cell.high)
-    return text
-
-
-def _ends(cell: Cell | None) -> str:
-    if cell is None or cell.low is None or cell.high is None:
-        return ""
-    return f"[{100 * cell.low:.2f}, {100 * cell.high:.2f}]"
+def _score(row: Row, metric: str) -> str:
+    found = row.cells.get(metric)
+    return "-" if found is None else found.text()
 
 
 # Page ------------------------------------------------------------------------------------------------------------
@@ -608,32 +389,32 @@ def _seconds(value: float) -> str:
     return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
 
 
-def _overview(runs: Sequence[Run]) -> str:
+def _overview(runs: Sequence[RunRecord]) -> str:
     head = ("run", "kind", "data", "model", "initial weights", "epochs", "last loss", "images/s", "training time",
             "result")  # fmt: skip
-    rows, starts = [], _start_names(runs)
+    rows, starts = [], start_names(runs)
     for run in runs:
         losses, speed = run.column("train_loss")[1], run.column("images_per_s")[1]
         seconds = run.metrics.get("training_seconds") or run.column("seconds")[1].sum()
         found = run.result()
         result = ""
-        for metric, value in list(run.scalars().items())[:1] if found else ():
-            result = f"{METRIC_NAMES.get(metric, metric)} {100 * value:.2f} % on {found[1] if found else ''}"
+        for metric, value in list(run.scalars.items())[:1] if found else ():
+            result = f"{METRIC_NAMES.get(metric, metric)} {value:.3f} on {found[1] if found else ''}"
         kind = run.kind if run.kind == "pretrain" else str(run.metrics.get("protocol", "fine-tuning"))
         planned = run.args.get("stop_epoch") or run.args.get("epochs")
         done = run.epochs[-1]["epoch"] + 1 if run.epochs else 0
         # Neighbours and L-BFGS finish without epochs, an evaluation has none.
         epochs = "none" if run.metrics and not done else f"{done} of {planned}"
         rows.append((run.name, kind, str(run.args.get("dataset", "")), str(run.args.get("model", "")),
-                     starts[run.name], epochs, f"{losses[-1]:.4f}" if len(losses) else "",
+                     starts[run.origin], epochs, f"{losses[-1]:.4f}" if len(losses) else "",
                      f"{np.median(speed):.1f}" if len(speed) else "", _seconds(float(seconds)), result))  # fmt: skip
     return _table(head, rows)
 
 
-def _settings(runs: Sequence[Run]) -> str:
+def _settings(runs: Sequence[RunRecord]) -> str:
     keys = list(dict.fromkeys(key for run in runs for key in run.args))
 
-    def text(run: Run, key: str) -> str:
+    def text(run: RunRecord, key: str) -> str:
         value = run.args.get(key, "-")
         return "" if value is None else json.dumps(value) if isinstance(value, (list, dict)) else str(value)
 
@@ -641,7 +422,8 @@ def _settings(runs: Sequence[Run]) -> str:
     for key in keys:
         rows.append((key, *(text(run, key) for run in runs)))
         # A flag that the other script lacks is no difference, and places differ always.
-        marked.append(key not in NOT_A_SETTING and len({text(run, key) for run in runs if key in run.args}) > 1)
+        matters = key == "seed" or key not in IRRELEVANT_ARGS
+        marked.append(matters and len({text(run, key) for run in runs if key in run.args}) > 1)
     order = sorted(range(len(rows)), key=lambda number: (not marked[number], rows[number][0]))
     head = ("setting", *(run.name for run in runs))
     table = _table(head, [rows[number] for number in order], marked=[marked[number] for number in order])
@@ -702,10 +484,9 @@ def write_report(folders: Sequence[str | Path], out: str | Path, *, title: str =
     if rows:
         metrics = _metric_names(rows)
         results += _table((*COLUMNS, *(METRIC_NAMES.get(name, name) for name in metrics)),
-                          [(*row.setting, *(_percent(row.cells.get(name), " [{low:.2f}, {high:.2f}]")
-                                            for name in metrics)) for row in rows], numbers=len(metrics))  # fmt: skip
-        results += ('<p class="note">Percent. Intervals are 95 %: over clusters of test samples for one run, '
-                    "Student's t over seeds for several. Without an interval, neither was there.</p>")  # fmt: skip
+                          [(*row.setting, *(_score(row, name) for name in metrics)) for row in rows],
+                          numbers=len(metrics))  # fmt: skip
+        results += f'<p class="note">Fractions of 1. {html.escape(INTERVALS)}</p>'
     per_class = class_figure(tuned, figures / "average_precision.png")
     results += _figure(per_class, "Average precision of each class") if per_class else ""
     transfer = "".join(_figure(one, one.path.stem) for one in transfer_figures(tuned, figures))

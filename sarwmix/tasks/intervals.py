@@ -14,7 +14,7 @@ Shapes: N samples, C clusters, D draws, S runs (seeds) of an arm.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,6 @@ def metric_intervals(
     *,
     draws: int = DRAWS,
     seed: int = 0,
-    percent: Collection[str] = (),
 ) -> dict[str, tuple[float, float]]:
     """95 % intervals of the metrics of one run; they cover what other clusters of the same kind would have given.
 
@@ -80,7 +79,6 @@ def metric_intervals(
         numbers: cluster of each sample, (N,), from `cluster_numbers`.
         draws: number of resamples D.
         seed: seed of the resampling; the same seed gives the same intervals.
-        percent: metrics in percent; all others lie in [0, 1].
 
     Returns:
         metric -> (low, high); without the metrics that are undefined in half of the draws, and empty where there are
@@ -96,11 +94,9 @@ def metric_intervals(
             drawn[name].append(value)
     found = {}
     for name, values in drawn.items():
-        scale = 100.0 if name in percent else 1.0
-        defined = np.asarray(values)[np.isfinite(values)] / scale
+        defined = np.asarray(values)[np.isfinite(values)]
         if 2 * len(defined) > draws and np.isfinite(whole[name]):
-            low, high = _between_0_and_1(whole[name] / scale, float(defined.std(ddof=1)), clusters)
-            found[name] = (scale * low, scale * high)
+            found[name] = _between_0_and_1(whole[name], float(defined.std(ddof=1)), clusters)
     return found
 
 

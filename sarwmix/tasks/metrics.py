@@ -19,8 +19,6 @@ from sklearn.metrics import average_precision_score, f1_score, precision_score
 from util.errors import UserError
 
 THRESHOLD = 0.5
-PERCENT = {"pair": ("acc",)}
-"""Metrics that a task gives in percent, as the published code prints them; all others are fractions of 1."""
 
 
 @dataclass(frozen=True)
@@ -188,7 +186,7 @@ def class_accuracy(
 
 
 def pair_metrics(truth: np.ndarray, predicted: np.ndarray, counts: np.ndarray | None = None) -> dict[str, float]:
-    """Accuracy in %, and precision, recall and F1 of class 1; 0 where nothing was predicted or is there to find.
+    """Accuracy, precision, recall and F1 of class 1; 0 where nothing was predicted or is there to find.
 
     Args:
         truth: (N,) of 0 and 1.
@@ -200,7 +198,7 @@ def pair_metrics(truth: np.ndarray, predicted: np.ndarray, counts: np.ndarray | 
     hits = float(weight[truth & predicted].sum())
     found, wanted = float(weight[predicted].sum()), float(weight[truth].sum())
     return {
-        "acc": 100.0 * float(weight[truth == predicted].sum()) / float(weight.sum()),
+        "acc": float(weight[truth == predicted].sum()) / float(weight.sum()),
         "precision": hits / found if found else 0.0,
         "recall": hits / wanted if wanted else 0.0,
         "f1": 2 * hits / (found + wanted) if found + wanted else 0.0,

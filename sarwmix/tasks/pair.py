@@ -153,7 +153,7 @@ class PairTask(SingleLabelTask):
                 del kept[row]
 
     def metrics(self, truth: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
-        """``acc`` in %, ``precision``, ``recall``, ``f1`` of flood as fractions."""
+        """``acc``, and ``precision``, ``recall``, ``f1`` of flood, as fractions."""
         return pair_metrics(truth, predicted)
 
     # Printing and pictures ---------------------------------------------------------------------------------------
@@ -162,36 +162,38 @@ class PairTask(SingleLabelTask):
         samples = sum(row["support"] for row in report.per_class)
         values = report.scalars
 
-        def interval(name: str) -> str:
-            low, high = report.intervals.get(name, (None, None))
-            return "" if low is None else f"  [{low:.4f}, {high:.4f}]"
+        def interval(name: str, scale: float = 1.0) -> str:
+            ends = report.intervals.get(name)
+            return "" if ends is None else f"  [{scale * ends[0]:.4f}, {scale * ends[1]:.4f}]"
 
         return (
-            f"Accuracy of the network on the {samples} test images: {values['acc']:.4f}%{interval('acc')}\n"
+            f"Accuracy of the network on the {samples} test images: {100 * values['acc']:.4f}%{interval('acc', 100)}\n"
             f"Precision: {values['precision']:.4f}{interval('precision')}\n"
             f"Recall: {values['recall']:.4f}{interval('recall')}\n"
             f"F1 Score: {values['f1']:.4f}{interval('f1')}"
         )
 
     def format_epoch(self, report: Report) -> str:
-        text = f"accuracy {report.scalars['acc']:.4f}%, F1 {report.scalars['f1']:.4f}"
+        text = f"accuracy {100 * report.scalars['acc']:.4f}%, F1 {report.scalars['f1']:.4f}"
         return f"{text}, loss {report.scalars['loss']:.4f}" if "loss" in report.scalars else text
 
     def epoch_lines(self, best: Mapping[str, Any], report: Report, *, improved: bool) -> list[str]:
         text = self.format_report(report)
         if self.select_on != "test":
             text = text.replace(" test images", " held-out training images")
-        name, unit = ("accuracy", "%") if self.select == "acc" else (self.select, "")
-        lines = [*text.splitlines(), f"Max {name}: {best['score']:.4f}{unit}"]
+        # As published: the accuracy in percent, here and nowhere else.
+        name, unit, score = (
+            ("accuracy", "%", 100 * best["score"]) if self.select == "acc" else (self.select, "", best["score"])
+        )
+        lines = [*text.splitlines(), f"Max {name}: {score:.4f}{unit}"]
         if improved:
-            lines.append(f"Best model saved at epoch {best['epoch']} with score {best['score']:.4f}")
+            lines.append(f"Best model saved at epoch {best['epoch']} with score {score:.4f}")
         return lines
 
     def summary(self, best: Mapping[str, Any], report: Report, samples: int) -> str:
-        name = "Accuracy" if self.select == "acc" else self.select
+        name, score = ("Accuracy", 100 * best["score"]) if self.select == "acc" else (self.select, best["score"])
         return (
-            f"Best Results Summary: Epoch {best['epoch']} Best {name} Score {best['score']:.4f}\n"
-            f"{self.format_report(report)}"
+            f"Best Results Summary: Epoch {best['epoch']} Best {name} Score {score:.4f}\n{self.format_report(report)}"
         )
 
     def write_pictures(

@@ -24,6 +24,18 @@ BEST = "checkpoint_best.pth"
 """File of the best epoch by the rule that was asked for: the run's main result."""
 
 
+def as_fraction(metric: str, value: float) -> float:
+    """A metric as a fraction of 1: earlier versions gave the accuracy of image pairs in percent."""
+    return value / 100 if metric == "acc" and value > 1 else value
+
+
+def in_fractions(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """A best epoch, as `Selector.state_dict` gives it, with its metrics as fractions."""
+    metrics = {name: as_fraction(name, value) for name, value in entry["metrics"].items()}
+    by_accuracy = metrics != dict(entry["metrics"]) and entry["score"] == entry["metrics"]["acc"]
+    return {**entry, "metrics": metrics, "score": metrics["acc"] if by_accuracy else entry["score"]}
+
+
 @dataclass(frozen=True)
 class Rule:
     """One selection rule.
@@ -191,7 +203,7 @@ class Selector:
                 "score": float(entry["score"]),
                 "metrics": dict(entry["metrics"]),
             }
-            for name, entry in state.items()
+            for name, entry in ((name, in_fractions(entry)) for name, entry in state.items())
             if name in mine
         }
 
