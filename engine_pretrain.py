@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models_mixmim import ERRORS, CellMask, MixMIM
+from models_mixmim import CellMask, MixMIM
+from sarwmix.cells import normalise_cells
+from sarwmix.plain_errors import NAMES
 from sarwmix.transforms import SarBatch, SarTransform, draw_flips
 from util.log import Progress
 from util.seeding import step_generator
@@ -68,7 +70,7 @@ def train_one_epoch(
         start_step=start_step,
         progress=progress,
         on_step=on_step,
-        beside=ERRORS,
+        beside=NAMES,
     )
 
 
@@ -111,7 +113,7 @@ def reconstruct(model: MixMIM, batch: dict[str, Any], *, transform: SarTransform
     rec = out.pred[: sar.images.shape[0]].float()
     if model.norm_pix_loss:
         valid = None if sar.valid is None else model.cells_of(sar.valid)
-        _, mean, std = model.normalise_cells(goal, valid)
+        _, mean, std = normalise_cells(goal, valid)
         rec = rec * std + mean
     shown = torch.where(hidden[None, :, None], rec, cells)
     mixed = torch.where(hidden[None, :, None], cells.flip(0), cells)

@@ -26,12 +26,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from sarwmix.cells import normalise_cells
+from sarwmix.plain_errors import plain_errors
 from sarwmix.sizes import CELL_STRIDE, tile_of
 from sarwmix.sizes import MODELS as MODELS
 from sarwmix.sizes import encoder_config as encoder_config
 from sarwmix.sizes import model_config as model_config
 from sarwmix.window_attention import gather_rows, window_attention
 from util.compilation import compile_methods, compile_modules
+from util.drop_path import draw_drop_path
 from util.errors import UserError
 from util.gelu import gelu
 from util.linear import Linear, linear
@@ -318,9 +321,7 @@ class MixMIMEncoder(nn.Module):
         """Pooled features: (B, 8 * embed_dim), the mean over the final tokens."""
         return self.encode(self.embed(images)).mean(dim=1)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Same as :meth:`forward_features`; subclasses replace it."""
-        return self.forward_features(images)
+    forward = forward_features  # subclasses replace it
 
     def recompute_blocks(self) -> None:
         """Keep only the encoder blocks' inputs for the backward pass, which computes the rest again."""
@@ -338,7 +339,8 @@ class MixMIMEncoder(nn.Module):
         """All stages; returns (B, L, 8C) row-major. ``maps`` collects the outputs of all but the last stage."""
         is_sorted = False
         stages = [cast(Stage, stage) for stage in self.layers]
-        kept = iter(self._draw_drop_path(x))
+        blocks = sum(len(stage.blocks) for stage in stages)
+        kept = iter(draw_drop_path(x, blocks, self.drop_path_rate if self.training else 0.0))
         for index, stage in enumerate(stages):
             cell_tokens = x.shape[1] // self.num_cells
             single_window = all(later.window == self.grid // 2 ** (index + i) for i, later in enumerate(stages[index:]))
@@ -362,18 +364,6 @@ class MixMIMEncoder(nn.Module):
             assert mask is not None
             position = torch.argsort(mask.order).index_select(0, position)
         return x.index_select(1, position)
-
-    def _draw_drop_path(self, x: Tensor) -> list[Tensor | None]:
-        """Stochastic depth (arXiv 1603.09382): a block's factors (2, B, 1, 1), 0 with its rate, else 1 / (1 - rate).
-
-        Rates grow linearly from 0 at the first block, whose factors are None. One draw for all blocks, not two a block.
-        """
-        blocks = sum(len(cast(Stage, stage).blocks) for stage in self.layers)
-        if not self.training or self.drop_path_rate == 0.0 or blocks == 1:
-            return [None] * blocks
-        keep = 1 - self.drop_path_rate * torch.arange(1, blocks, device=x.device) / (blocks - 1)
-        keep = keep.view(-1, 1, 1, 1, 1).expand(-1, 2, x.shape[0], 1, 1)
-        return [None, *(torch.bernoulli(keep) / keep).to(x.dtype).unbind()]
 
     def _attention_plan(
         self, stage: Stage, tokens: int, mask: CellMask | None, is_sorted: bool
@@ -422,9 +412,6 @@ def init_linear(module: nn.Module) -> None:
 # ---------------------------------------------------------------------- pretraining
 
 
-ERRORS = ("plain_error", "dark_error", "bright_error")  # unweighted: all cells, darkest tenth, brightest tenth
-
-
 class MixMIMOutput(NamedTuple):
     """Result of :meth:`MixMIM.forward`.
 
@@ -432,7 +419,7 @@ class MixMIMOutput(NamedTuple):
         loss: scalar, mean of weight * squared error (z-score units, or cell-standardised with ``norm_pix_loss``).
         mask: (L,) float, the mask that was used.
         pred: (2B, L, 32 * 32 * in_chans), last axis ordered row, column, band; None unless asked for.
-        losses: (4,) the loss again, then :data:`ERRORS`; see :meth:`MixMIM.losses`.
+        losses: (4,) the loss again, then the errors of :mod:`sarwmix.plain_errors`; see :meth:`MixMIM.losses`.
     """
 
     loss: Tensor
@@ -441,53 +428,36 @@ class MixMIMOutput(NamedTuple):
     losses: Tensor
 
 
-def _tenths(level: Tensor, error: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean error per valid pixel: of all cells, of the darkest and of the brightest tenth of them.
-
-    Args:
-        level, error, pixels: (cells,) sums over valid pixels of what is seen and of the error; number of these pixels.
-    """
-    mean, count = level / pixels.clamp(min=1), max(1, round(len(level) / 10))
-    found = [error.sum() / pixels.sum().clamp(min=1)]
-    for sign in (-1.0, 1.0):  # cells without a valid pixel come last in either order
-        chosen = torch.where(pixels > 0, sign * mean, -torch.inf).topk(count).indices
-        found.append(error[chosen].sum() / pixels[chosen].sum().clamp(min=1))
-    return found[0], found[1], found[2]
-
-
 class MixMIM(MixMIMEncoder):
     """Mixed masked autoencoder (arXiv 2205.13137, Section 3) with weighted reconstruction (arXiv 2503.01181).
 
     Args:
-        img_size, patch_size, in_chans, embed_dim, depths, num_heads, window_size: see :class:`MixMIMEncoder`.
         decoder_dim: width of the decoder.
         decoder_depth: number of its blocks.
         decoder_num_heads: heads of each.
         norm_pix_loss: standardise each 32 x 32 x bands cell of the target (mean, unbiased variance, eps 1e-6).
+        encoder: see :class:`MixMIMEncoder`.
     """
 
     def __init__(
         self,
-        img_size: int = 128,
-        patch_size: int = 4,
-        in_chans: int = 2,
-        embed_dim: int = 128,
-        depths: tuple[int, ...] = (2, 2, 18, 2),
-        num_heads: tuple[int, ...] = (4, 8, 16, 32),
-        window_size: tuple[int, ...] = (8, 8, 8, 4),
+        *,
         decoder_dim: int = 512,
         decoder_depth: int = 8,
         decoder_num_heads: int = 16,
         norm_pix_loss: bool = False,
+        **encoder: Any,
     ) -> None:
-        super().__init__(img_size, patch_size, in_chans, embed_dim, depths, num_heads, window_size)
+        super().__init__(**encoder)
         self.norm_pix_loss = norm_pix_loss
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
-        self.decoder_pos_embed = nn.Parameter(sincos_table(decoder_dim, img_size // CELL_STRIDE), requires_grad=False)
+        self.decoder_pos_embed = nn.Parameter(
+            sincos_table(decoder_dim, self.img_size // CELL_STRIDE), requires_grad=False
+        )
         self.decoder_embed = Linear(self.num_features, decoder_dim)
         self.decoder_blocks = nn.ModuleList(MixMIMBlock(decoder_dim, decoder_num_heads) for _ in range(decoder_depth))
         self.decoder_norm = nn.LayerNorm(decoder_dim)
-        self.decoder_pred = Linear(decoder_dim, CELL_STRIDE**2 * in_chans)
+        self.decoder_pred = Linear(decoder_dim, CELL_STRIDE**2 * self.in_chans)
         for part in (self.decoder_embed, self.decoder_blocks, self.decoder_pred):
             part.apply(init_linear)
         nn.init.normal_(self.mask_token, std=0.02)
@@ -571,32 +541,9 @@ class MixMIM(MixMIMEncoder):
         first, second = pred.chunk(2)
         return torch.where(hidden, first, second.flip(0))
 
-    def normalise_cells(self, target: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Standardise each cell: (normalised, mean, standard deviation).
-
-        Args:
-            target: (B, L, P).
-            valid: (B, L, P) bool; invalid values do not enter mean and variance.
-        """
-        if valid is None:
-            mean = target.mean(dim=-1, keepdim=True)
-            var = target.var(dim=-1, keepdim=True)
-        else:
-            count = valid.sum(dim=-1, keepdim=True)
-            mean = (target * valid).sum(dim=-1, keepdim=True) / count.clamp(min=1)
-            var = (((target - mean) * valid) ** 2).sum(dim=-1, keepdim=True) / (count - 1).clamp(min=1)
-        std = (var + 1e-6).sqrt()
-        return (target - mean) / std, mean, std
-
-    def reconstruction_loss(self, rec: Tensor, images: Tensor, weights: Tensor | None) -> Tensor:
-        """The weighted loss alone; see :meth:`losses`."""
-        return self.losses(rec, images, weights)[0]
-
     def losses(self, rec: Tensor, images: Tensor, weights: Tensor | None) -> Tensor:
-        """Squared errors of reconstructed cells: (4,) the weighted loss, then :data:`ERRORS`, which carry no gradient.
-
-        The errors are means over valid pixels without weights, of all cells and of the darkest and the brightest tenth
-        of the batch's cells (by their mean z-score over the bands): numbers by which two weightings can be compared.
+        """Squared errors of reconstructed cells: (4,) the weighted loss, then
+        :data:`sarwmix.plain_errors.NAMES`, which carry no gradient.
 
         Args:
             rec: (B, L, P) predictions.
@@ -612,11 +559,11 @@ class MixMIM(MixMIMEncoder):
         valid = torch.ones_like(target) if weights is None else (weights > 0).to(target.dtype)
         level, pixels = (target * valid).sum(-1), valid.sum(-1)  # (B, L) each
         if self.norm_pix_loss:
-            target, _, _ = self.normalise_cells(target, None if weights is None else weights > 0)
+            target, _, _ = normalise_cells(target, None if weights is None else weights > 0)
         error = (rec - target) ** 2
         loss = error.mean() if weights is None else (weights * error).sum() / (weights > 0).sum().clamp(min=1)
         sums = (error.detach() * valid).sum(-1).flatten()
-        return torch.stack([loss, *_tenths(level.flatten(), sums, pixels.flatten())])
+        return torch.stack([loss, *plain_errors(level.flatten(), sums, pixels.flatten())])
 
     def forward(  # type: ignore[override]
         self,

@@ -33,6 +33,7 @@ FLOORS = {
     "engine_pretrain": 6,
     "engine_finetune": 6,
     "sarwmix.inference": 6,
+    "sarwmix.pretraining": 7,
     "sarwmix.finetune": 7,
     "sarwmix.reports": 7,
     "main_pretrain": 8,
@@ -124,3 +125,20 @@ def test_index_names_every_page() -> None:
     index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
     pages = {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"}
     assert set(re.findall(r"\]\(([^)]+)\)", index)) == pages
+
+
+def longest_function(path: Path) -> tuple[int, str]:
+    found = [
+        node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.FunctionDef)
+    ]
+    return max(((node.end_lineno or 0) - node.lineno + 1, node.name) for node in found)
+
+
+@pytest.mark.parametrize(("name", "most", "function"), [("main_pretrain.py", 280, 100), ("main_finetune.py", 280, 100),
+                                                        ("models_mixmim.py", 600, 100)])  # fmt: skip
+def test_contents_pages_stay_short(name: str, most: int, function: int) -> None:
+    """The files that readers open first: what they leave to the rooms stays there."""
+    lines = len((ROOT / name).read_text(encoding="utf-8").splitlines())
+    assert lines <= most
+    length, which = longest_function(ROOT / name)
+    assert length <= function, f"{which} has {length} lines"

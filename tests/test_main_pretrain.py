@@ -16,6 +16,7 @@ import torch
 from conftest import Runner
 
 import main_pretrain
+from sarwmix.pretraining import picture_paths
 from util.checkpoint import find_latest, load_checkpoint
 from util.errors import UserError
 from util.files import read_jsonl
@@ -355,7 +356,7 @@ def test_inference_draws_each_checkpoint(pretrain: Main, capsys: pytest.CaptureF
     pretrain("--split", "test", "--batch_size", 2, "--inference", out / "checkpoint_1.pth", out="other")
     assert re.findall(r"loss (\S+), 2 samples drawn", capsys.readouterr().out) == losses_drawn[:1]
     twins = [str(out / "a" / "run" / "x.pth"), str(out / "b" / "run" / "x.pth")]
-    assert [p.name for p in main_pretrain.picture_paths(twins, out)] == ["a_run_x.png", "b_run_x.png"]
+    assert [p.name for p in picture_paths(twins, out)] == ["a_run_x.png", "b_run_x.png"]
     with pytest.raises(UserError, match="was trained with mean"):
         pretrain("--statistics", "benv2", "--split", "test", "--batch_size", 2, "--inference", out / "checkpoint.pth")
     import matplotlib.image

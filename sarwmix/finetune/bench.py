@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from engine_finetune import Evaluation, evaluate, extract_features
+from engine_finetune import Augmentation, Evaluation, evaluate, extract_features
 from sarwmix.data import registry
 from sarwmix.data.base import IGNORED, MaskDataset, SarDataset, UnreadableSample
 from sarwmix.data.fraction import take_fraction
@@ -29,6 +30,7 @@ from sarwmix.finetune.probes import (
     save_features,
 )
 from sarwmix.finetune.probes import whole_split as all_of
+from sarwmix.mixup import Mixup
 from sarwmix.tasks.base import Task
 from sarwmix.transforms import SarTransform
 from util.distributed import Processes
@@ -36,6 +38,9 @@ from util.errors import UserError
 from util.files import make_directory
 from util.flops import count_flops
 from util.log import get_logger
+from util.optim import build_adamw, build_sgd, parameter_groups
+from util.precision import precision
+from util.run import TEST_RUN_STEPS
 
 # options that say where names and labels stand, or how thoroughly files are checked
 PLACES = ("metadata", "id_col", "lists", "labels", "check")
@@ -320,3 +325,82 @@ class Workbench:
         scores = knn_scores(train.features, labels, queries.features, k=k, device=self.device)
         outputs: dict[str, Any] = {"scores": scores, "target": self.task.target(all_of(queries), cpu).numpy()}
         return Evaluation(split, outputs, queries.names, clusters=queries.clusters)
+
+
+def open_bench(
+    args: argparse.Namespace,
+    task: Task,
+    spec: registry.DatasetSpec,
+    options: Mapping[str, Any],
+    processes: Processes,
+) -> Workbench:
+    """The workbench of a command line.
+
+    Args:
+        args: flags of main_finetune.py.
+        task: kind of label.
+        spec: of the data set, with the chosen bands.
+        options: of the data set.
+        processes: all of the run.
+
+    Raises:
+        UserError: a protocol, rule or head that the task does not have, or data that cannot be used.
+    """
+    task.rules()  # refuses an unknown --select before any data is read
+    check_protocol(task, args.protocol, head=args.head)
+    splits = open_splits(
+        args.dataset,
+        args.data_path,
+        ([*spec.extra_splits] if args.eval else ["train"]) + [task.select_on, "test"],
+        options=options,
+        train_frac=args.train_frac,
+        seed=args.seed,
+        output_dir=args.output_dir,
+        limit=TEST_RUN_STEPS * args.batch_size if args.test_run else None,
+    )
+    statistics = splits["test"].statistics
+    transform = SarTransform(
+        size=args.input_size,
+        mean=statistics.mean,
+        std=statistics.std,
+        preprocessing=spec.preprocessing,
+        all_finite=all(data.all_finite for data in splits.values()),
+    )
+    return Workbench(
+        task=task,
+        splits=splits,
+        transform=transform,
+        processes=processes,
+        group=processes,
+        batch_size=args.batch_size,
+        amp_dtype=precision(args.amp, processes.device)[0],
+        seed=args.seed,
+        num_workers=args.num_workers,
+        pin_memory=args.pin_mem and processes.device.type == "cuda",
+        cache=args.cache,
+        options=options,
+    )
+
+
+def make_augmentation(args: argparse.Namespace, task: Task) -> Augmentation:
+    """Mixing, erasing and smoothing of a command line.
+
+    Raises:
+        UserError: mixing of labels that cannot be mixed.
+    """
+    augmentation = Augmentation(
+        Mixup(args.mixup, args.cutmix, args.mixup_prob, args.mixup_switch_prob, args.mixup_mode),
+        erase_prob=args.reprob,
+        smoothing=args.smoothing,
+    )
+    if augmentation.mixup.active and not task.mixable:
+        raise UserError(f"--mixup and --cutmix do not work with the {task.name} task")
+    return augmentation
+
+
+def make_optimizer(args: argparse.Namespace, module: nn.Module, *, lr: float) -> tuple[torch.optim.Optimizer, str]:
+    """Optimizer of what is trained, and its name: SGD for a linear probe, else AdamW, unless --optimizer says so."""
+    layer_decay = args.layer_decay if args.protocol == "finetune" else None
+    groups = parameter_groups(module, weight_decay=args.weight_decay, layer_decay=layer_decay)
+    name = args.optimizer or ("sgd" if args.protocol == "linear" else "adamw")
+    return (build_sgd(groups, lr=lr) if name == "sgd" else build_adamw(groups, lr=lr)), name

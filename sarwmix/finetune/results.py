@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
 import io
-import os
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,7 +15,7 @@ from torch import nn
 
 from engine_finetune import Evaluation
 from sarwmix.data.base import SarDataset
-from sarwmix.finetune.bench import Workbench
+from sarwmix.finetune.bench import Workbench, data_facts
 from sarwmix.finetune.probes import fit_logistic_probe
 from sarwmix.heads import TaskModel
 from sarwmix.models.loading import load_trained
@@ -23,6 +23,7 @@ from sarwmix.tasks.base import Task, per_class_text
 from sarwmix.tasks.intervals import cluster_numbers, metric_intervals
 from sarwmix.tasks.metrics import Report, evaluator
 from sarwmix.tasks.selection import BEST, ON_TEST, Selector, in_fractions
+from util.args import args_to_dict
 from util.checkpoint import load_checkpoint, read_info
 from util.errors import UserError
 from util.files import atomic_write, make_directory, write_json
@@ -50,23 +51,65 @@ def evaluation_folder(output_dir: str, checkpoint: str) -> str:
     return str(wanted / name)
 
 
+def facts_of(args: argparse.Namespace, bench: Workbench, model: TaskModel) -> dict[str, Any]:
+    """What every result line and metrics.json name about a run."""
+    task, splits = bench.task, bench.splits
+    spec, statistics = splits["test"].spec, splits["test"].statistics
+    return {
+        "task": task.name,
+        "cluster": spec.cluster[0] if spec.cluster else "image",  # what intervals are computed over
+        "protocol": args.protocol if args.probe_solver == "sgd" else f"{args.protocol} ({args.probe_solver})",
+        "dataset": spec.name,
+        "model": args.model,
+        "head": args.head or task.heads[0],
+        "pool": getattr(model, "pool_used", None),
+        "bands": list(spec.bands),
+        "classes": list(spec.classes),
+        "statistics": args.statistics or spec.default_statistics,
+        "statistics_origin": statistics.origin,
+        "seed": args.seed,
+        "train_frac": args.train_frac,
+        "samples": {name: len(data) for name, data in splits.items()},
+        "sample_size": list(splits["test"].shape[1:]),
+        "precision": str(bench.amp_dtype or "float32").removeprefix("torch."),
+        **data_facts(splits, bench.options),
+    }
+
+
+def export_result(results: Results, folder: str, *, evaluated: bool, repository: str | None) -> None:
+    """Export the evaluated checkpoint, or the best one of the run that has just ended.
+
+    Args:
+        results: of the run.
+        folder: a new one.
+        evaluated: whether the run was an evaluation.
+        repository: of the hub, which gets the export, too.
+    """
+    from sarwmix.inference.export import export_model, push_to_hub
+
+    name, entry = next(iter(results.entries.items()))
+    checkpoint = Path(name) if evaluated else results.output_dir / BEST
+    export_model(checkpoint, folder, metrics=entry if evaluated else results.entries[BEST])
+    if repository:
+        get_logger().info("pushed to %s", push_to_hub(folder, repository))
+
+
 class EpochJournal:
     """One line a training epoch in log.txt, the same numbers in TensorBoard, and a sentence on the console."""
 
     def __init__(
         self,
         output_dir: Path,
-        log_dir: str | os.PathLike[str] | None,
+        args: argparse.Namespace,
         *,
         task: Task,
         is_main: bool,
         start_epoch: int,
-        tracker: Tracker | None = None,
     ) -> None:
         self._task = task
-        self._tracker = tracker
+        self._tracker = Tracker(output_dir, args_to_dict(args)) if args.use_wandb and is_main else None
         self._log = EpochLog(output_dir, start_epoch=start_epoch) if is_main else None
-        folder = (log_dir or output_dir / "tensorboard") if is_main else None
+        folder = (args.log_dir or output_dir / "tensorboard") if is_main else None
         self._scalars = ScalarWriter(folder, start=1000 * start_epoch)
 
     def write(
