@@ -10,9 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models_mixmim import CellMask, MixMIM
-from sarwmix.cells import normalise_cells
+from models_mixmim import MixMIM
+from sarwmix.cells import join, normalise_cells
+from sarwmix.models.mae import MaskedViT
 from sarwmix.plain_errors import NAMES
+from sarwmix.sizes import CELL_STRIDE
 from sarwmix.transforms import SarBatch, SarTransform, draw_flips
 from util.log import Progress
 from util.seeding import step_generator
@@ -38,26 +40,26 @@ def train_one_epoch(
     nothing.
 
     Args:
-        trainer: of a :class:`MixMIM`.
+        trainer: of a `MixMIM` or a `MaskedViT`.
         batches: from ``start_step`` on; dicts with ``image`` (B, bands, H, W) dB, ``name``, ``replaced``.
         transform: device transform with weighting.
-        mask_ratio: share of the cells that show the partner.
+        mask_ratio: share of the cells that show the partner, or of the patches that are hidden.
         seed: of masks and flips.
         epoch, steps, start_step, progress, on_step: see `util.training.Trainer.run_epoch`; errors, too.
     """
     device, rank = trainer.device, trainer.processes.rank
     inner = bare(trainer.model)
-    assert isinstance(inner, MixMIM)
+    assert isinstance(inner, MixMIM | MaskedViT)
 
     def prepare(batch: dict[str, Any], step: int) -> tuple[Any, dict[str, Tensor]]:
         image = batch["image"].to(device, non_blocking=True)
         flips = draw_flips(image.shape[0], step_generator(seed, epoch, step, rank, "flips"))
         sar = transform(image, flips, transform.draw_order(step_generator(seed, epoch, step, rank, "weights")))
-        mask = inner.draw_mask(mask_ratio, step_generator(seed, epoch, step, rank, "mask"))
+        mask = inner.draw_mask(mask_ratio, step_generator(seed, epoch, step, rank, "mask"), samples=len(image))
         inputs = (sar.images, sar.weights, inner.prepare_mask(mask), sar.target)
         return inputs, {"invalid_pixels": sar.num_invalid}
 
-    def loss_of(inputs: tuple[Tensor, Tensor | None, CellMask, Tensor | None]) -> Tensor:
+    def loss_of(inputs: tuple[Tensor, Tensor | None, Any, Tensor | None]) -> Tensor:
         images, weights, mask, target = inputs
         return trainer.model(images, weights, mask=mask, target=target).losses
 
@@ -79,7 +81,8 @@ class Reconstruction:
     """Arrays for pictures, all numpy; dB maps are (B, bands, H, W).
 
     Attributes:
-        original, mixed, reconstruction: dB; ``mixed`` shows the partner in masked cells, ``reconstruction`` the model's
+        original, mixed, reconstruction: dB; ``mixed`` shows the partner in masked cells (a plain autoencoder has none:
+            the data set's mean), ``reconstruction`` the model's
             answer in the cells where the sample was hidden and the sample itself elsewhere.
         mask: (cells,) 1 = hidden (partner shown).
         weights: the run's loss weights as a map; ones without weighting.
@@ -97,7 +100,9 @@ class Reconstruction:
 
 
 @torch.no_grad()
-def reconstruct(model: MixMIM, batch: dict[str, Any], *, transform: SarTransform, mask: Tensor) -> Reconstruction:
+def reconstruct(
+    model: MixMIM | MaskedViT, batch: dict[str, Any], *, transform: SarTransform, mask: Tensor
+) -> Reconstruction:
     """Reconstruct one batch.
 
     With ``norm_pix_loss`` the model predicts standardised cells; they are brought back with the mean and deviation of
@@ -107,7 +112,7 @@ def reconstruct(model: MixMIM, batch: dict[str, Any], *, transform: SarTransform
     device = model.mask_token.device
     sar: SarBatch = transform(batch["image"].to(device))
     out = model(sar.images, sar.weights, mask=mask, return_pred=True, target=sar.target)
-    hidden = out.mask > 0.5
+    hidden = out.mask.view(-1) > 0.5  # one mask for all samples
     cells = model.cells_of(sar.images)
     goal = cells if sar.target is None else model.cells_of(sar.target)
     rec = out.pred[: sar.images.shape[0]].float()
@@ -116,10 +121,11 @@ def reconstruct(model: MixMIM, batch: dict[str, Any], *, transform: SarTransform
         _, mean, std = normalise_cells(goal, valid)
         rec = rec * std + mean
     shown = torch.where(hidden[None, :, None], rec, cells)
-    mixed = torch.where(hidden[None, :, None], cells.flip(0), cells)
+    partner = cells.flip(0) if isinstance(model, MixMIM) else torch.zeros_like(cells)  # z-score 0: the mean of the data
+    mixed = torch.where(hidden[None, :, None], partner, cells)
     weights = torch.ones_like(sar.images) if sar.weights is None else sar.weights
     if weights.ndim == 3:
-        weights = model.images_of(weights.repeat(1, 1, cells.shape[-1] // weights.shape[-1]))
+        weights = join(weights.repeat(1, 1, CELL_STRIDE**2), CELL_STRIDE, weights.shape[-1])
 
     def as_db(z: Tensor) -> np.ndarray:
         return transform.to_db(model.images_of(z)).cpu().numpy()
@@ -128,7 +134,7 @@ def reconstruct(model: MixMIM, batch: dict[str, Any], *, transform: SarTransform
         original=sar.db.cpu().numpy(),
         mixed=as_db(mixed),
         reconstruction=as_db(shown),
-        mask=out.mask.cpu().numpy(),
+        mask=hidden.float().cpu().numpy(),
         weights=weights.cpu().numpy(),
         names=list(batch["name"]),
         loss=float(out.loss),

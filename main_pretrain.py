@@ -37,6 +37,7 @@ from util.errors import EXIT_PREEMPTED, UserError
 if TYPE_CHECKING:
     from models_mixmim import MixMIM
     from sarwmix.data.base import SarDataset
+    from sarwmix.models.mae import MaskedViT
     from sarwmix.transforms import SarTransform
     from util.distributed import Processes
 
@@ -79,6 +80,8 @@ def check_args(args: argparse.Namespace) -> None:
     if args.finetune and args.resume not in ("", "auto"):  # a job that is submitted again may name both
         raise UserError("--resume continues a run and --finetune starts a new one from its weights; give one of them")
     groups.check_training(args)
+    if args.mask_ratio is None:
+        args.mask_ratio = 0.75 if args.model in groups.MAE_NAMES else 0.5  # as published for each
     for path in [args.finetune, *args.inference]:
         if path and not Path(path).is_file():
             raise UserError(f"checkpoint {path} does not exist; give the path of a .pth file")
@@ -118,7 +121,11 @@ def main() -> int | None:
 
 
 def train(
-    args: argparse.Namespace, processes: Processes, dataset: SarDataset, transform: SarTransform, model: MixMIM
+    args: argparse.Namespace,
+    processes: Processes,
+    dataset: SarDataset,
+    transform: SarTransform,
+    model: MixMIM | MaskedViT,
 ) -> bool:
     """Everything from the loader to the last checkpoint; whether it was stopped on request before its end."""
     from engine_pretrain import train_one_epoch

@@ -26,8 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sarwmix.cells import normalise_cells
-from sarwmix.plain_errors import plain_errors
+from sarwmix.cells import cut, join, weighted_errors
 from sarwmix.sizes import CELL_STRIDE, tile_of
 from sarwmix.sizes import MODELS as MODELS
 from sarwmix.sizes import encoder_config as encoder_config
@@ -467,8 +466,8 @@ class MixMIM(MixMIMEncoder):
         super().compile_blocks(backend)
         compile_methods(self, ("predict_cells", "finish"), backend)
 
-    def draw_mask(self, mask_ratio: float = 0.5, generator: torch.Generator | None = None) -> Tensor:
-        """One random mask on the CPU: (L,) float with exactly ``int(L * mask_ratio)`` ones.
+    def draw_mask(self, mask_ratio: float = 0.5, generator: torch.Generator | None = None, samples: int = 1) -> Tensor:
+        """One random mask on the CPU for all samples: (L,) float with exactly ``int(L * mask_ratio)`` ones.
 
         Raises:
             UserError: a ratio that hides nothing or everything.
@@ -485,17 +484,11 @@ class MixMIM(MixMIMEncoder):
 
     def cells_of(self, images: Tensor) -> Tensor:
         """(B, bands, H, W) -> (B, L, 32 * 32 * bands), cells row-major, last axis ordered row, column, band."""
-        batch, bands, height, width = images.shape
-        rows, cols = height // CELL_STRIDE, width // CELL_STRIDE
-        grid = images.reshape(batch, bands, rows, CELL_STRIDE, cols, CELL_STRIDE)
-        return grid.permute(0, 2, 4, 3, 5, 1).reshape(batch, rows * cols, -1)
+        return cut(images, CELL_STRIDE)
 
     def images_of(self, cells: Tensor) -> Tensor:
         """Inverse of :meth:`cells_of`."""
-        batch = cells.shape[0]
-        side = self.img_size // CELL_STRIDE
-        grid = cells.reshape(batch, side, side, CELL_STRIDE, CELL_STRIDE, self.in_chans)
-        return grid.permute(0, 5, 1, 3, 2, 4).reshape(batch, self.in_chans, self.img_size, self.img_size)
+        return join(cells, CELL_STRIDE, self.in_chans)
 
     def decode(self, latent: Tensor, mask: CellMask, *, both: bool) -> Tensor:
         """Predict cell contents.
@@ -551,19 +544,11 @@ class MixMIM(MixMIMEncoder):
             weights: None, (B, bands, H, W) or (B, L, bands); 0 marks invalid pixels, which count in neither numerator
                 nor denominator.
         """
-        target = self.cells_of(images)
         if weights is not None and weights.ndim == 3:
             weights = weights.repeat(1, 1, CELL_STRIDE**2)  # last axis ordered row, column, band
         elif weights is not None:
             weights = self.cells_of(weights)
-        valid = torch.ones_like(target) if weights is None else (weights > 0).to(target.dtype)
-        level, pixels = (target * valid).sum(-1), valid.sum(-1)  # (B, L) each
-        if self.norm_pix_loss:
-            target, _, _ = normalise_cells(target, None if weights is None else weights > 0)
-        error = (rec - target) ** 2
-        loss = error.mean() if weights is None else (weights * error).sum() / (weights > 0).sum().clamp(min=1)
-        sums = (error.detach() * valid).sum(-1).flatten()
-        return torch.stack([loss, *plain_errors(level.flatten(), sums, pixels.flatten())])
+        return weighted_errors(rec, self.cells_of(images), weights, standardise=self.norm_pix_loss)
 
     def forward(  # type: ignore[override]
         self,

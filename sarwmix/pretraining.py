@@ -17,6 +17,7 @@ from util.files import make_directory
 if TYPE_CHECKING:
     from models_mixmim import MixMIM
     from sarwmix.data.base import SarDataset
+    from sarwmix.models.mae import MaskedViT
     from sarwmix.transforms import SarTransform
     from sarwmix.weighting import WeightOptions
 
@@ -80,19 +81,24 @@ def make_transform(
     )
 
 
-def make_model(args: argparse.Namespace, *, bands: int) -> MixMIM:
+def make_model(args: argparse.Namespace, *, bands: int) -> MixMIM | MaskedViT:
     from models_mixmim import MixMIM, model_config
+    from sarwmix.models.mae import MaskedViT
+    from sarwmix.sizes import MAE_VITS
 
-    model = MixMIM(
-        img_size=args.input_size, in_chans=bands, norm_pix_loss=args.norm_pix_loss, **model_config(args.model)
-    )
+    inputs = {"img_size": args.input_size, "in_chans": bands, "norm_pix_loss": args.norm_pix_loss}
+    model: MixMIM | MaskedViT
+    if args.model in MAE_VITS:
+        model = MaskedViT(args.model, **inputs)
+    else:
+        model = MixMIM(**inputs, **model_config(args.model))
     model.draw_mask(args.mask_ratio)  # refuses a ratio that leaves nothing to do at this input size
     if args.activation_checkpointing:
         model.recompute_blocks()
     return model
 
 
-def show_flops(model: MixMIM, size: int) -> None:
+def show_flops(model: MixMIM | MaskedViT, size: int) -> None:
     import torch
 
     from util.flops import count_flops
@@ -103,7 +109,7 @@ def show_flops(model: MixMIM, size: int) -> None:
     get_logger().info("forward pass of one sample: %.2f GFLOP (2 a multiply-add)\n%s", total / 1e9, table)
 
 
-def load_weights(model: MixMIM, path: str) -> dict[str, Any]:
+def load_weights(model: MixMIM | MaskedViT, path: str) -> dict[str, Any]:
     """Load a pretraining checkpoint strictly; returns the whole checkpoint."""
     from util.checkpoint import load_checkpoint, load_model_state
 
@@ -112,7 +118,7 @@ def load_weights(model: MixMIM, path: str) -> dict[str, Any]:
     return checkpoint
 
 
-def start_from(model: MixMIM, path: str) -> None:
+def start_from(model: MixMIM | MaskedViT, path: str) -> None:
     """The initial weights of --finetune, a path, or those that the model was made with where it is empty."""
     from util.log import get_logger
 
@@ -159,7 +165,9 @@ def check_statistics(checkpoint: Mapping[str, Any], dataset: SarDataset, path: s
             )
 
 
-def draw_reconstructions(args: argparse.Namespace, model: MixMIM, dataset: SarDataset, transform: SarTransform) -> None:
+def draw_reconstructions(
+    args: argparse.Namespace, model: MixMIM | MaskedViT, dataset: SarDataset, transform: SarTransform
+) -> None:
     """Pictures of the same batch and mask for each checkpoint of --inference."""
     import torch
 

@@ -31,6 +31,25 @@ MODELS: dict[str, dict[str, Any]] = {
     "mixmim_huge": _sizes(352, (2, 2, 18, 2), 11, (512, 8, 16)),
 }
 
+# Plain masked autoencoders: the encoder by timm's name, patches of 16 px. Decoder of "base" as published.
+MAE_VITS: dict[str, dict[str, Any]] = {
+    "mae_vit_tiny": {
+        "timm": "vit_tiny_patch16_224", "decoder_dim": 128, "decoder_depth": 2, "decoder_num_heads": 4,
+    },
+    "mae_vit_small": {
+        "timm": "vit_small_patch16_224", "decoder_dim": 256, "decoder_depth": 4, "decoder_num_heads": 8,
+    },
+    "mae_vit_base": {
+        "timm": "vit_base_patch16_224", "decoder_dim": 512, "decoder_depth": 8, "decoder_num_heads": 16,
+    },
+}  # fmt: skip
+
+
+def timm_name(name: str) -> str:
+    """timm's name of an encoder; those of this project's plain autoencoders are timm's under another name."""
+    return str(MAE_VITS[name]["timm"]) if name in MAE_VITS else name
+
+
 _ENCODER_KEYS = ("embed_dim", "depths", "num_heads", "window_size")
 
 

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 from util.errors import UserError
 
 MIXMIM_NAMES = ("mixmim_tiny", "mixmim_base", "mixmim_large", "mixmim_huge")
+MAE_NAMES = ("mae_vit_tiny", "mae_vit_small", "mae_vit_base")
 AMP_MODES = ("auto", "bf16", "fp16", "off")
 WEIGHT_MODES = ("none", "per_channel", "shared_avg", "shared_intensity", "noise")
 TARGET_LOOKS = (1, 2, 4, 8, 16, 32)
@@ -255,11 +256,16 @@ def add_data_args(parser: argparse.ArgumentParser, *, datasets: Sequence[str], d
                             "more than N in a run end it")  # fmt: skip
 
 
-def add_model_args(parser: argparse.ArgumentParser, *, models: Sequence[str] = MIXMIM_NAMES,
+def add_model_args(parser: argparse.ArgumentParser, *, models: Sequence[str] = MIXMIM_NAMES + MAE_NAMES,
                    default: str = "mixmim_base") -> None:  # fmt: skip
     """Model size and input size."""
     group = parser.add_argument_group("model")
-    group.add_argument("--model", choices=tuple(models), default=default, help="model size")
+    group.add_argument(
+        "--model",
+        choices=tuple(models),
+        default=default,
+        help="the method's encoder by size; mae_vit_*: plain masked autoencoders to compare with",
+    )
     _add_input_size(group)
 
 
@@ -269,8 +275,8 @@ def _add_input_size(group: argparse._ArgumentGroup) -> None:
         type=positive_int,
         default=128,
         metavar="PX",
-        help="side of the model's input in pixels; mixmim_*: a multiple of 128, ViTs: of their patch; "
-        "patches are resized to it",
+        help="side of the model's input in pixels; mixmim_*: a multiple of 128, mae_vit_*: of 32, other ViTs: of their "
+        "patch; patches are resized to it",
     )
 
 
@@ -281,7 +287,7 @@ def add_backbone_args(parser: argparse.ArgumentParser, *, default: str = "mixmim
         "--model",
         default=default,
         metavar="NAME",
-        help=f"{', '.join(MIXMIM_NAMES)}, or any timm model: resnet50, vit_small_patch16_224, ...",
+        help=f"{', '.join(MIXMIM_NAMES + MAE_NAMES)}, or any timm model: resnet50, vit_small_patch16_224, ...",
     )
     _add_input_size(group)
     group.add_argument(
@@ -308,9 +314,10 @@ def add_pretrain_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--mask_ratio",
         type=open_fraction,
-        default=0.5,
+        default=None,
         metavar="R",
-        help="share of the 32x32-pixel cells that show the partner: int(cells * R), e.g. 16 * 0.5 = 8",
+        help="share of the 32x32-pixel cells that show the partner: int(cells * R), e.g. 16 * 0.5 = 8; of mae_vit_*: "
+        "of the 16x16-pixel patches that are hidden (not given: 0.5, mae_vit_*: 0.75)",
     )
     group.add_argument("--norm_pix_loss", action="store_true",
                        help="standardise each target cell over its own values")  # fmt: skip

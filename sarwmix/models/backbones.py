@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from models_mixmim import MODELS, MixMIMEncoder, encoder_config
 from models_mixmim_ft import MixMIMClassifier
 from sarwmix.heads import Classifier, Segmenter, TaskModel, make_head, make_segmentation_head, resize
+from sarwmix.sizes import MAE_VITS, timm_name
 from util.compilation import compile_methods
 from util.errors import UserError
 from util.log import get_logger
@@ -124,7 +126,7 @@ class TimmEncoder(nn.Module):
         super().__init__()
         self.name, self.pool = settings.name, settings.pool
         self.in_chans = settings.in_chans
-        self.encoder = create_encoder(settings)
+        self.encoder = create_encoder(replace(settings, name=timm_name(settings.name)))
         _check_input_size(self.encoder, settings)
         self.num_features = int(getattr(self.encoder, "head_hidden_size", self.encoder.num_features))
         self.channels, reductions = _intermediate_outputs(self.encoder)
@@ -311,15 +313,15 @@ def check_timm_name(name: str) -> None:
     """
     import timm
 
-    architecture, _, tag = name.partition(".")
+    architecture, _, tag = timm_name(name).partition(".")
     if timm.is_model(architecture):
         tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{architecture}.*")]
         if tag and tag not in tags:
             raise UserError(f"timm's {architecture} has no weights {tag!r}; there are: {', '.join(tags) or 'none'}")
         return
-    close = difflib.get_close_matches(name, [*MODELS, *timm.list_models()], n=5, cutoff=0.5)
+    close = difflib.get_close_matches(name, [*MODELS, *MAE_VITS, *timm.list_models()], n=5, cutoff=0.5)
     hint = f"; did you mean {', '.join(close)}?" if close else "; timm.list_models() lists all"
-    raise UserError(f"unknown model {name!r}: neither one of {', '.join(MODELS)} nor a timm model{hint}")
+    raise UserError(f"unknown model {name!r}: neither one of {', '.join([*MODELS, *MAE_VITS])} nor a timm model{hint}")
 
 
 def _check_input_size(encoder: Any, settings: ModelSettings) -> None:
