@@ -15,7 +15,7 @@ from util.errors import UserError
 
 HEAD_STD = 2e-5  # the head starts almost silent, so that the first steps do not shake the pretrained encoder
 CLASSIFICATION_HEADS = ("linear", "bn_linear")
-SEGMENTATION_HEADS = ("upernet", "fused")
+SEGMENTATION_HEADS = ("upernet", "fused", "bn_linear")
 DECODER_WIDTH = 256
 POOL_SIDES = (1, 2, 3, 6)  # of the pyramid pooling module, arXiv 1612.01105
 
@@ -86,7 +86,13 @@ class Classifier(TaskModel):
 
 
 class Segmenter(TaskModel):
-    """One class per pixel: subclasses give ``feature_pyramid`` and ``last_blocks``, the head takes one of them."""
+    """One class per pixel: subclasses give ``feature_pyramid`` and ``last_blocks``, the head takes one of them.
+
+    Attributes:
+        pyramid_channels: of the four maps of ``feature_pyramid``.
+    """
+
+    pyramid_channels: Sequence[int]
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, in_chans, H, W) standardised -> logits (B, K, H, W), float32."""
@@ -148,9 +154,12 @@ def make_head(features: int, num_classes: int, *, name: str | None = None, drop_
 
 
 def use_probe(model: TaskModel) -> None:
-    """Replace a classifier's head by a fresh linear probe on the same features."""
+    """Replace a model's head by a fresh linear probe: on its features, or of pixels on its pyramid."""
     device = next(model.parameters()).device
-    model.head = LinearProbe(model.num_features, model.num_classes).to(device)
+    if isinstance(model, Segmenter):
+        model.head = PixelProbe(model.pyramid_channels, model.num_classes).to(device)
+    else:
+        model.head = LinearProbe(model.num_features, model.num_classes).to(device)
 
 
 class ConvNormAct(nn.Sequential):
@@ -216,6 +225,35 @@ class UPerNetHead(nn.Module):
         size = maps[0].shape[-2:]
         joined = self.join(torch.cat([resize(level, size) for level in reversed([top, *smoothed])], dim=1))
         return self.classifier(self.dropout(joined))
+
+
+class PixelProbe(nn.Module):
+    """Linear probe of label maps: each pixel's class from the values that the four maps have there, standardised.
+
+    BatchNorm without affine parameters and a 1x1 layer on each map, summed: the same as one linear layer on all maps
+    brought to the size of the finest, because a linear layer and bilinear interpolation change places.
+
+    Args:
+        channels: C_i of the four maps, finest first.
+        num_classes: K.
+    """
+
+    def __init__(self, channels: Sequence[int], num_classes: int) -> None:
+        super().__init__()
+        self.norm = nn.ModuleList(nn.BatchNorm2d(count, affine=False, eps=1e-6) for count in channels)
+        self.linear = nn.ModuleList(nn.Conv2d(count, num_classes, 1, bias=i == 0) for i, count in enumerate(channels))
+        for layer in self.linear:
+            nn.init.trunc_normal_(layer.weight, std=0.01)  # type: ignore[arg-type]
+        nn.init.zeros_(self.linear[0].bias)  # type: ignore[arg-type]
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        """Four maps, finest first -> logits (B, K, H_0, W_0)."""
+        size = maps[0].shape[-2:]
+        parts = [
+            resize(layer(norm(level.float())), size)
+            for layer, norm, level in zip(self.linear, self.norm, maps, strict=True)
+        ]
+        return torch.stack(parts).sum(dim=0)
 
 
 class UnitConv1x1(nn.Module):
@@ -286,7 +324,7 @@ def make_segmentation_head(
         block_channels: channels of `last_blocks`.
         features: D.
         num_classes: K.
-        name: ``upernet`` (also for None) or ``fused``.
+        name: ``upernet`` (also for None), ``fused`` or ``bn_linear``.
         drop_rate: dropout before the classifier.
 
     Raises:
@@ -296,6 +334,8 @@ def make_segmentation_head(
         return UPerNetHead(pyramid_channels, num_classes, drop_rate=drop_rate)
     if name == "fused":
         return FusedHead(block_channels, features, num_classes, drop_rate=drop_rate)
+    if name == "bn_linear":
+        return PixelProbe(pyramid_channels, num_classes)
     raise UserError(f"--head {name} does not label pixels; choose one of {', '.join(SEGMENTATION_HEADS)}")
 
 

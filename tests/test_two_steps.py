@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 import main_finetune
+from sarwmix.heads import PixelProbe
 from sarwmix.synthetic.neighbours import make_neighbour_data
 from util.checkpoint import load_checkpoint
 from util.errors import UserError
@@ -63,7 +65,50 @@ def test_satlas_then_sen1floods11(
     assert result["results"]["checkpoint_best.pth"]["test"]["scalars"]["iou"] >= 0
 
 
-@pytest.mark.parametrize("protocol", ["linear", "knn"])
-def test_probes_of_whole_images_do_not_label_pixels(script: Callable[..., None], tmp_path: Path, protocol: str) -> None:
-    with pytest.raises(UserError, match=f"--protocol {protocol} works on one vector per image.*--protocol frozen"):
-        script("--dataset", "satlas", "--data_path", tmp_path, "--protocol", protocol, "--output_dir", tmp_path / "x")
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--protocol", "knn"), "--protocol knn works on one vector per image.*--protocol linear"),
+        (("--protocol", "linear", "--probe_solver", "lbfgs"), "lbfgs fits vectors of whole images"),
+        (("--protocol", "linear"), "not --head fused; use --protocol frozen"),
+    ],
+    ids=str,
+)
+def test_probes_that_do_not_label_pixels(
+    script: Callable[..., None], tmp_path: Path, flags: tuple[str, ...], said: str
+) -> None:
+    with pytest.raises(UserError, match=said):
+        script("--dataset", "satlas", "--data_path", tmp_path, *flags, "--output_dir", tmp_path / "x")
+
+
+def test_linear_probe_of_label_maps(
+    script: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Only one layer on the frozen maps is trained; an evaluation of its checkpoint gives the same numbers."""
+    make_neighbour_data("sen1floods11", tmp_path / "data", samples=3)
+    data = ("--dataset", "sen1floods11", "--data_path", tmp_path / "data", "--model", "mixmim_tiny")
+    data += ("--input_size", 128, "--head", "bn_linear")
+    script(*data, "--protocol", "linear", "--output_dir", tmp_path / "run")
+    found = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    maps = (32, 64, 128, 256)  # of mixmim_tiny
+    assert (found["trainable_parameters"], found["head"]) == (2 * sum(maps) + 2, "bn_linear")
+    saved = load_checkpoint(tmp_path / "run" / "checkpoint_best.pth")
+    assert saved["model"]["head.linear.3.weight"].shape == (2, 256, 1, 1)
+    script(*data, "--eval", "--resume", tmp_path / "run" / "checkpoint_best.pth", "--output_dir", tmp_path / "eval")
+    again = json.loads((tmp_path / "eval" / "metrics_eval.json").read_text())
+    (evaluated,) = again["results"].values()
+    assert evaluated["test"]["scalars"] == pytest.approx(found["results"]["checkpoint_best.pth"]["test"]["scalars"])
+
+
+def test_probe_of_pixels_is_one_linear_layer_on_upsampled_maps() -> None:
+    torch.manual_seed(0)
+    maps = [torch.randn(2, channels, side, side) for channels, side in ((3, 16), (5, 8), (7, 4), (4, 2))]
+    probe = PixelProbe([3, 5, 7, 4], 3)
+    found = probe(maps)
+    probe.eval()
+    whole = [F.interpolate(level, size=(16, 16), mode="bilinear", align_corners=False) for level in
+             [(m - m.mean((0, 2, 3), keepdim=True)) / (m.var((0, 2, 3), keepdim=True, unbiased=False) + 1e-6).sqrt()
+              for m in maps]]  # fmt: skip
+    weight = torch.cat([layer.weight for layer in probe.linear], dim=1)  # type: ignore[list-item]
+    wanted = F.conv2d(torch.cat(whole, dim=1), weight, probe.linear[0].bias)  # type: ignore[arg-type]
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)

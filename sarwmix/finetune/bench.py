@@ -52,11 +52,13 @@ def check_protocol(task: Task, protocol: str, *, head: str | None) -> None:
     Raises:
         UserError: says what fits.
     """
-    if task.dense and protocol in ("linear", "knn"):
+    if task.dense and protocol == "knn":
         raise UserError(
-            f"--protocol {protocol} works on one vector per image, the labels are per pixel; use --protocol frozen, "
-            "which trains the head alone, or finetune"
+            "--protocol knn works on one vector per image, the labels are per pixel; use --protocol linear, a linear "
+            "layer on the frozen maps, frozen, which trains a whole head, or finetune"
         )
+    if task.dense and protocol == "linear" and head not in (None, "bn_linear"):
+        raise UserError(f"--protocol linear is a linear layer on frozen maps, not --head {head}; use --protocol frozen")
     if head is not None and head not in task.heads:
         raise UserError(f"--head {head} does not fit the {task.name} task; choose one of {', '.join(task.heads)}")
 

@@ -61,7 +61,7 @@ def facts_of(args: argparse.Namespace, bench: Workbench, model: TaskModel) -> di
         "protocol": args.protocol if args.probe_solver == "sgd" else f"{args.protocol} ({args.probe_solver})",
         "dataset": spec.name,
         "model": args.model,
-        "head": args.head or task.heads[0],
+        "head": "bn_linear" if task.dense and args.protocol == "linear" else args.head or task.heads[0],
         "pool": getattr(model, "pool_used", None),
         "bands": list(spec.bands),
         "classes": list(spec.classes),

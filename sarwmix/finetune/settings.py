@@ -35,7 +35,11 @@ PROTOCOLS: dict[str, dict[str, float]] = {
     "knn": {},
 }
 # ... and on the task. linear on classes of whole images: FG-MAE's lr 0.1 at batch 256 for EuroSAT-SAR.
-TASK_DEFAULTS: dict[tuple[str, str], dict[str, float]] = {("linear", "multiclass"): {"blr": 0.1, "weight_decay": 0.001}}
+# linear on label maps: few images a step, each with thousands of pixels (chosen on generated flood chips).
+TASK_DEFAULTS: dict[tuple[str, str], dict[str, float]] = {
+    ("linear", "multiclass"): {"blr": 0.1, "weight_decay": 0.001},
+    ("linear", "segmentation"): {"blr": 1.0},
+}
 # What a resumed run must not change, beside data, model and schedule.
 RECIPE = (
     "weight_decay", "layer_decay", "drop_path", "drop_rate", "clip_grad", "smoothing", "mixup", "cutmix", "mixup_prob",
@@ -169,6 +173,10 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError(f"--drop_rate has no place in --protocol {args.protocol}; leave it out")
     if args.probe_solver == "lbfgs" and args.protocol != "linear":
         raise UserError(f"--probe_solver lbfgs belongs to --protocol linear, not to {args.protocol}")
+    if args.probe_solver == "lbfgs" and kind == "segmentation":
+        raise UserError(
+            "--probe_solver lbfgs fits vectors of whole images; the linear probe of label maps is trained by SGD"
+        )
     if args.probe_solver == "lbfgs" and args.select_on == "test":
         raise UserError("--probe_solver lbfgs chooses C on samples that are not tested; leave out --select_on test")
     if args.protocol == "knn" and args.select:

@@ -92,7 +92,7 @@ class MixMIMSegmenter(Segmenter, MixMIMEncoder):
             **encoder_config(settings.name),
         )
         self.num_classes = num_classes
-        channels = [self.embed_dim * 2**stage for stage in range(4)]
+        channels = self.pyramid_channels = [self.embed_dim * 2**stage for stage in range(4)]
         self.head = make_segmentation_head(
             channels,
             channels,
@@ -255,8 +255,9 @@ class TimmSegmenter(Segmenter, TimmEncoder):
     def __init__(self, settings: ModelSettings, num_classes: int) -> None:
         super().__init__(settings, for_pixels=True)
         self.num_classes = num_classes
+        self.pyramid_channels = [self.channels[index] for index in self.stages]
         self.head = make_segmentation_head(
-            [self.channels[index] for index in self.stages],
+            self.pyramid_channels,
             [self.channels[index] for index in self.blocks],
             int(self.encoder.num_features),
             num_classes,

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from models_mixmim import MODELS
-from sarwmix.heads import LinearProbe, TaskModel, use_probe
+from sarwmix.heads import LinearProbe, PixelProbe, TaskModel, use_probe
 from util.checkpoint import load_checkpoint
 from util.errors import UserError
 from util.log import get_logger
@@ -335,7 +335,8 @@ def load_trained(
     known = checkpoint.get("classes")
     if known is not None and classes is not None and len(known) == len(classes) and list(known) != list(classes):
         raise UserError(f"{source} knows the classes {', '.join(known)}; the data set has {', '.join(classes)}")
-    if "head.linear.weight" in state and not isinstance(model.head, LinearProbe):
+    is_probe = "head.linear.weight" in state or "head.linear.0.weight" in state
+    if is_probe and not isinstance(model.head, LinearProbe | PixelProbe):
         use_probe(model)
     _load_strictly(model, state, source)
 
