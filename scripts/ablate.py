@@ -10,6 +10,10 @@ Named arms are lists of any flags; --reference compares all of them with one, pa
     python scripts/ablate.py --out runs/arms --grid seed=0,1,2 --reference plain --arm "plain=--weight_mode none" \\
         --arm "dB=--weight_domain db --weight_norm dataset" --arm "scratch=random" --pretrain "..." --finetune "..."
 
+Several checkpoints of each pretraining: --grid checkpoint=checkpoint_16.pth,checkpoint.pth with --save_epochs 16 among
+the flags. Several commands side by side, or a job array: each with --share K/N takes every Nth pretraining and what
+starts from it; then once --table_only.
+
 Runs that are finished are not repeated, and one that was stopped continues: give the same command again. A flag that
 has no value, such as --norm_pix_loss, takes the values on and off. A flag of main_finetune.py alone is finetune.NAME.
 """
@@ -41,6 +45,7 @@ from sarwmix.reports.ablation import (
     parse_arms,
     parse_axis,
     plan,
+    share_of,
     split_words,
 )
 from sarwmix.reports.differences import as_markdown as differences_table
@@ -91,6 +96,12 @@ def get_parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="an arm, or AXIS=VALUE: differences.md and .png show all others against it, with intervals",
     )
+    parser.add_argument(
+        "--share",
+        default=None,
+        metavar="K/N",
+        help="run the Kth of N parts of the grid, beside commands with the others",
+    )
     parser.add_argument("--dry_run", action="store_true", help="print the commands and leave")
     parser.add_argument("--table_only", action="store_true", help="make the table from the runs that are finished")
     return parser
@@ -106,7 +117,7 @@ def main() -> int:
     if args.reference is not None and args.reference not in {*arms, *(f"{a.name}={v}" for a in axes for v in a.values)}:
         raise UserError(f"--reference {args.reference!r} is no arm or AXIS=VALUE of this grid")
     combinations = plan(axes, args.pretrain, args.finetune, out, arms)
-    jobs = list({job.folder: job for job in _jobs(combinations)}.values())
+    jobs = list({job.folder: job for job in _jobs(share_of(combinations, args.share))}.values())
     unfinished = [job for job in jobs if not job.finished]  # refuses folders with runs of other settings
     todo = [] if args.table_only else unfinished
     if args.dry_run:
@@ -114,10 +125,17 @@ def main() -> int:
             print(shlex.join(command(job, args.launcher)))
         return EXIT_OK
     print(f"{len(combinations)} combinations, {len(jobs)} jobs, {len(todo)} to run", flush=True)
-    with FolderLock(out, "running ablations"):
+    # Parts of a grid share nothing: each run has a lock of its own, too.
+    with FolderLock(
+        out if args.share is None else out / f"share_{args.share.replace('/', '_of_')}", "running ablations"
+    ):
         failed = run(todo, args.launcher)
-    names = "\n".join(f"  {job.folder}: {job.folder / 'ablation.log'}" for job in failed)
-    trouble = UserError(f"{len(failed)} jobs failed, see the end of their logs; the same command tries again:\n{names}")
+    if args.share is not None:
+        print(f"part {args.share} is done; when all are: the same command with --table_only instead of --share")
+        if failed:
+            raise _trouble(failed)
+        return EXIT_OK
+    trouble = _trouble(failed)
     if failed and not any(combination.finetune.finished for combination in combinations):
         raise trouble
     metric, rows = collect(combinations, args.metric)
@@ -140,6 +158,11 @@ def main() -> int:
     if failed:
         raise trouble
     return EXIT_OK
+
+
+def _trouble(failed: list[Job]) -> UserError:
+    names = "\n".join(f"  {job.folder}: {job.folder / 'ablation.log'}" for job in failed)
+    return UserError(f"{len(failed)} jobs failed, see the end of their logs; the same command tries again:\n{names}")
 
 
 def _jobs(combinations: list[Combination]) -> list[Job]:

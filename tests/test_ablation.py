@@ -23,6 +23,7 @@ from sarwmix.reports.ablation import (
     parse_arms,
     parse_axis,
     plan,
+    share_of,
 )
 from sarwmix.reports.run import score_of
 from sarwmix.tasks.metrics import multilabel_report
@@ -291,3 +292,31 @@ def test_a_grid_end_to_end_continues_and_names_what_failed(demo_root: Path, tmp_
     assert json.loads((out / "pretrain" / "weight_mode-none" / "args.json").read_text())["weight_mode"] == "none"
     assert "0 to run" in command(demo_root, out).stdout
     assert command(demo_root, out, "--dry_run").stdout == ""
+
+
+def test_several_checkpoints_of_one_pretraining(tmp_path: Path) -> None:
+    cells = plan(
+        axes("checkpoint=checkpoint_1.pth,checkpoint.pth", "seed=0"), f"{PRETRAIN} --save_epochs 1", FINETUNE, tmp_path
+    )
+    assert len({cell.pretrain.folder for cell in cells if cell.pretrain}) == 1
+    starts = [cell.finetune.settings["finetune"] for cell in cells]
+    assert [Path(start).name for start in starts] == ["checkpoint_1.pth", "checkpoint.pth"]
+    assert len({cell.finetune.folder for cell in cells}) == 2
+    with pytest.raises(UserError, match=r"checkpoint=checkpoint_9.pth: the pretraining leaves checkpoint.pth"):
+        plan(axes("checkpoint=checkpoint_9.pth"), PRETRAIN, FINETUNE, tmp_path)
+    with pytest.raises(UserError, match="but there is no --pretrain"):
+        plan(axes("checkpoint=checkpoint.pth"), "", FINETUNE, tmp_path)
+
+
+def test_shares_are_disjoint_and_whole(tmp_path: Path) -> None:
+    """What starts from one pretraining is run by the command that runs it."""
+    cells = plan(axes("seed=0,1,2,3,4", "finetune.protocol=linear,knn"), PRETRAIN, FINETUNE, tmp_path)
+    parts = [share_of(cells, f"{k}/3") for k in (1, 2, 3)]
+    assert sorted(len(part) for part in parts) == [2, 4, 4]
+    folders = [{cell.pretrain.folder for cell in part if cell.pretrain} for part in parts]
+    assert sum(len(f) for f in folders) == len(set().union(*folders)) == 5
+    assert share_of(cells, "0/3") == parts[2]  # as job arrays count
+    assert share_of(cells, None) == cells
+    for wrong in ("4/3", "1", "a/b", "0/0"):
+        with pytest.raises(UserError, match="is not K/N"):
+            share_of(cells, wrong)

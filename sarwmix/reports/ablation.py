@@ -2,9 +2,10 @@
 
 A grid names flags of the entry scripts and their values. Flags of main_pretrain.py come first in each combination; a
 pretraining whose settings several combinations share runs once. ``finetune.NAME`` is a flag of main_finetune.py alone,
-``seed`` is the seed of both. Arms are named lists of any flags of main_pretrain.py, for what is no product of values;
-the arm that is ``random`` starts fine-tuning from scratch. Runs lie in folders named by their arm and values, so that
-another arm, axis value or seed leaves what is finished as it is.
+``seed`` is the seed of both, ``checkpoint`` the file of the pretraining that is fine-tuned. Arms are named lists of any
+flags of main_pretrain.py, for what is no product of values; the arm that is ``random`` starts fine-tuning from scratch.
+Runs lie in folders named by their arm and values, so that another arm, axis value or seed leaves what is finished as it
+is.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from util.text import tex
 
 FINETUNE = "finetune."
 ARM = "arm"
+CHECKPOINT = "checkpoint"
 RANDOM = "random"
 # Flags that the grid sets itself, and those that change how a run is carried out but not what comes out of it.
 RESERVED = ("output_dir", "finetune", "resume", "inference", "eval")
@@ -164,6 +166,8 @@ def plan(
         for name in RESERVED:
             if f"--{name}" in given:
                 raise UserError(f"{option} contains --{name}, which the grid sets itself; leave it out")
+    if not common and any(axis.name == CHECKPOINT for axis in axes):
+        raise UserError(f"--grid {CHECKPOINT} names files of a pretraining, but there is no --pretrain")
     if not common and any(not axis.name.startswith(FINETUNE) and axis.name != "seed" for axis in axes):
         wrong = next(axis.name for axis in axes if not axis.name.startswith(FINETUNE) and axis.name != "seed")
         raise UserError(f"--grid {wrong} is a flag of pretraining, but there is no --pretrain; or did you mean "
@@ -172,17 +176,56 @@ def plan(
     combinations = []
     for values in itertools.product(*(axis.values for axis in axes)):
         cell = dict(zip(names, values, strict=True))
-        before = {axis.flag: cell[axis.name] for axis in axes if not axis.name.startswith(FINETUNE)}
+        file = cell.get(CHECKPOINT, "checkpoint.pth")
+        before = {a.flag: cell[a.name] for a in axes if not a.name.startswith(FINETUNE) and a.name != CHECKPOINT}
         after = {axis.flag: cell[axis.name] for axis in axes if axis.name.startswith(FINETUNE) or axis.name == "seed"}
         folder = out / "pretrain" / folder_name(before)
         arm = before.pop(ARM, "") if arms else ""
         job = None
         if common and not (arms and arms[arm] == RANDOM):
             job = _job("main_pretrain.py", [*common, *extra.get(arm, ())], before, folder, cell)
-        start = ["--finetune", str(job.folder / "checkpoint.pth")] if job else []
+        if job:
+            _check_written(job, file)
+        start = ["--finetune", str(job.folder / file)] if job else []
         last = _job("main_finetune.py", [*own, *start], after, out / "finetune" / folder_name(cell), cell)
         combinations.append(Combination(cell, job, last))
     return combinations
+
+
+def _check_written(job: Job, file: str) -> None:
+    """Refuse a checkpoint that the pretraining will not leave, before hours are spent on it.
+
+    Raises:
+        UserError: says which ones it leaves.
+    """
+    end = min(job.settings["epochs"], job.settings["stop_epoch"] or job.settings["epochs"])
+    written = ["checkpoint.pth", *(f"checkpoint_{n}.pth" for n in job.settings["save_epochs"] if n <= end)]
+    if file not in written:
+        raise UserError(
+            f"--grid {CHECKPOINT}={file}: the pretraining leaves {', '.join(written)}; give it --save_epochs with the "
+            "epochs that are wanted"
+        )
+
+
+def share_of(combinations: Sequence[Combination], share: str | None) -> list[Combination]:
+    """What one of several commands side by side runs: every Nth pretraining, with all that starts from it.
+
+    Args:
+        combinations: of `plan`.
+        share: ``K/N`` with K from 1 to N, or from 0 to N - 1 as job arrays count; None: everything.
+
+    Raises:
+        UserError: another text.
+    """
+    if share is None:
+        return list(combinations)
+    found = re.fullmatch(r"(\d+)/(\d+)", share)
+    if found is None or not int(found[1]) <= int(found[2]) > 0:
+        raise UserError(f"--share {share!r} is not K/N with K up to N, such as 2/8 or $SLURM_ARRAY_TASK_ID/8")
+    chains = {(c.pretrain or c.finetune).folder: None for c in combinations}
+    number = {folder: i for i, folder in enumerate(chains)}
+    mine = int(found[1]) % int(found[2])
+    return [c for c in combinations if number[(c.pretrain or c.finetune).folder] % int(found[2]) == mine]
 
 
 def split_words(text: str, option: str) -> list[str]:
