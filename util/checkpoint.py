@@ -18,7 +18,7 @@ import threading
 import time
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -27,7 +27,16 @@ import numpy as np
 import torch
 
 from util.errors import UserError
-from util.files import atomic_write, link_file, make_directory, remove_partial_files, safe_join, sha256_file
+from util.files import (
+    atomic_write,
+    link_file,
+    make_directory,
+    open_file,
+    parse_json,
+    remove_partial_files,
+    safe_join,
+    sha256_file,
+)
 from util.log import get_logger
 
 FORMAT = "sarwmix/1"
@@ -110,7 +119,7 @@ class _HashingWriter:
 
 def read_info(path: str | os.PathLike[str]) -> CheckpointInfo | None:
     """Footer of a checkpoint of ours; `None` for any other file (or one cut short)."""
-    with open(path, "rb") as stream:
+    with open_file(path) as stream:
         size = stream.seek(0, os.SEEK_END)
         stream.seek(max(0, size - _FOOTER_SPACE))
         tail = stream.read()
@@ -124,7 +133,7 @@ def read_info(path: str | os.PathLike[str]) -> CheckpointInfo | None:
 def _hash_of_content(path: Path, info: CheckpointInfo) -> str:
     digest = hashlib.sha256()
     left = info.covered
-    with open(path, "rb") as stream:
+    with open_file(path) as stream:
         while left > 0:
             block = stream.read(min(_CHUNK, left))
             if not block:
@@ -171,13 +180,14 @@ def verify_checkpoint(path: str | os.PathLike[str]) -> CheckpointInfo | None:
             raise _refuse(path, "it is not a regular file")
         if path.stat().st_size == 0:
             raise _refuse(path, "it is empty (0 bytes)")
-        with open(path, "rb") as stream:
+        with open_file(path) as stream:
             magic = stream.read(4)
         if magic != b"PK\x03\x04":
             raise _refuse(
                 path, "it is not a torch.save archive (zip); other pickles are not read because they can run code"
             )
         info = read_info(path)
+        _check_records(path)
         if info is not None:
             if _hash_of_content(path, info) != info.sha256:
                 raise _refuse(path, "its content does not match the SHA-256 stored in it; the file is damaged")
@@ -196,14 +206,31 @@ def verify_checkpoint(path: str | os.PathLike[str]) -> CheckpointInfo | None:
     return None
 
 
-def _check_archive(path: Path) -> None:
-    """CRC of every record. torch does not check them; records are stored, so a compressed one is foreign or a bomb."""
+_NOT_A_ZIP = (zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError, RuntimeError, ValueError, EOFError,
+              struct.error)  # fmt: skip
+
+
+def _check_records(path: Path) -> None:
+    """Whether the records are as torch.save writes them: stored, and together no longer than the file. A checksum in
+    the file says that it is whole, not that it is harmless."""
+    size = path.stat().st_size
     try:
         with zipfile.ZipFile(path) as archive:
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                raise _refuse(path, "its records are compressed, which torch.save never does")
+            entries = archive.infolist()
+    except _NOT_A_ZIP as error:
+        raise _refuse(path, f"the archive is truncated or damaged ({error})") from error
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise _refuse(path, "its records are compressed, which torch.save never does")
+    if sum(entry.file_size for entry in entries) > size:
+        raise _refuse(path, f"its records say that they have more than the {size:,} bytes of the file")
+
+
+def _check_archive(path: Path) -> None:
+    """CRC of every record, which torch does not check."""
+    try:
+        with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
-    except (zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError, RuntimeError, ValueError, EOFError) as error:
+    except _NOT_A_ZIP as error:
         raise _refuse(path, f"the archive is truncated or damaged ({error})") from error
     if broken is not None:
         raise _refuse(path, f"the record {broken} is damaged (CRC-32)")
@@ -247,15 +274,145 @@ def load_checkpoint(
     if not isinstance(content, dict):
         raise _refuse(path, f"it holds a {type(content).__name__}, expected a dict with at least the key 'model'")
     try:
-        plain = _plain(content, "checkpoint")
-    except (TypeError, RecursionError) as error:
+        plain = _plain(content, "checkpoint", [_MOST_VALUES])
+        _check_tensors(plain, path.stat().st_size)
+    except (TypeError, RecursionError, OSError) as error:
         raise _refuse(path, f"{error}; {_NAMESPACE_NOTE}") from error
+    _check_entries(plain, path)
     if verify and info is None and plain.get("format") == FORMAT:
         raise _refuse(path, "this program wrote it, but its checksum is missing: the end of the file is damaged")
     for name in ("model", "state_dict", "model_state_dict"):
         if isinstance(plain.get(name), dict):
             plain[name] = checked_weights(plain[name], path)
     return plain
+
+
+def _check_tensors(content: Any, size: int) -> None:
+    """Refuse tensors that a file of `size` bytes cannot hold: views that repeat a few numbers, and unusual kinds.
+
+    Raises:
+        TypeError: says what is wrong.
+    """
+    total = 0
+    for tensor in _tensors(content):
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type == "meta" or tensor.is_nested:
+            raise TypeError(f"it holds a tensor of an unusual kind ({tensor.layout}, {tensor.dtype})")
+        total += tensor.numel() * tensor.element_size()
+        if total > 8 * size + (1 << 20):
+            raise TypeError(f"its tensors say that they hold more than a file of {size:,} bytes can")
+
+
+# What entries of our checkpoints are; those of other programs are looked at where they are used.
+_ENTRIES: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(
+        ("model", "optimizer", "scaler", "rng", "counted", "sampler", "batch", "data", "model_config", "schedule",
+         "recipe", "selection", "weighting", "args", "best"), dict,
+    ),
+    **dict.fromkeys(("epoch", "step", "skipped_steps", "world_size", "seed"), int),
+    **dict.fromkeys(("kind", "task", "protocol", "run_id", "format"), str),
+    **dict.fromkeys(("classes", "lineage", "names"), (list, tuple)),
+    **{"test_run": bool, "seconds": (int, float)},
+}  # fmt: skip
+
+
+def _check_entries(content: dict[str, Any], path: Path) -> None:
+    """Compare the types of our entries with what they have to be; of other programs those that are not are left out.
+
+    Raises:
+        CheckpointError: names the entry.
+    """
+    ours = content.get("format") == FORMAT or content.get("kind") in ("pretrain", "finetune")
+    for name, kind in _ENTRIES.items():
+        value = content.get(name)
+        if value is None:
+            continue
+        good = isinstance(value, kind) and (kind is not int or not isinstance(value, bool))
+        if good and kind == (list, tuple):
+            good = all(isinstance(item, str) for item in value)
+        if good and name in ("epoch", "step", "skipped_steps"):
+            good = -1 <= value < 1 << 40
+        if good:
+            continue
+        if ours:
+            raise _refuse(path, f"its entry {name!r} is {_short(value)}, which this program never writes")
+        if not isinstance(value, torch.Tensor):  # a file of weights alone may have any names
+            del content[name]
+    if not ours:
+        return
+    model = content.get("model")
+    if model is not None and not all(isinstance(tensor, torch.Tensor) for tensor in model.values()):
+        raise _refuse(path, "its 'model' holds something other than weights")
+    config = content.get("model_config") or {}
+    check_model_config(config, model or {}, str(path))
+    data = content.get("data") or {}
+    bands = data.get("bands", [])
+    if not isinstance(data.get("statistics", {}), dict) or not isinstance(bands, (list, tuple)):
+        raise _refuse(path, "its entry 'data' does not say which bands and statistics it was trained with")
+
+
+def _short(value: Any) -> str:
+    return f"a {type(value).__name__}" if isinstance(value, (torch.Tensor, dict, list, tuple)) else repr(value)[:60]
+
+
+LARGEST_INPUT = 4096  # side of what a model may take, px
+_MOST_BANDS = 64
+
+
+def check_model_config(config: Any, state: Mapping[str, Any], source: str) -> None:
+    """Compare what a file says about its model with what a model can be, and with its weights, before it is built.
+
+    Args:
+        config: `model_config` of a checkpoint or an export: name, img_size, in_chans, ...
+        state: weights by name.
+        source: what the message calls the file.
+
+    Raises:
+        CheckpointError: names the value.
+    """
+
+    def refuse(why: str) -> CheckpointError:
+        return CheckpointError(f"{source}: its model_config {why}; give a file written by this program")
+
+    if not isinstance(config, Mapping) or not all(isinstance(key, str) for key in config):
+        raise refuse(f"is {_short(config)}, expected a table")
+    for name in ("name", "head", "pool"):
+        value = config.get(name, "")
+        if not isinstance(value, str) and (name == "name" or value is not None):
+            raise refuse(f"says {name} {_short(value)}, expected text")
+    for name, most in {"img_size": LARGEST_INPUT, "in_chans": _MOST_BANDS}.items():
+        value = config.get(name, 1)
+        if type(value) is not int or not 1 <= value <= most:
+            raise refuse(f"says {name} {_short(value)}, expected a whole number from 1 to {most}")
+    for key, position in state.items():
+        if key.endswith("absolute_pos_embed") and "img_size" in config:
+            weight = state.get(key.removesuffix("absolute_pos_embed") + "patch_embed.proj.weight")
+            sides = getattr(weight, "shape", ())
+            places = getattr(position, "shape", ())
+            # The pair model's are of a tile, not of the whole image; they are never more.
+            if (
+                len(sides) == 4
+                and len(places) == 3
+                and sides[-1]
+                and (config["img_size"] // sides[-1]) ** 2 < places[1]
+            ):
+                raise refuse(f"says img_size {config['img_size']}, but its weights have {places[1]} places")
+
+
+@contextlib.contextmanager
+def taking_apart(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Around code that uses stored entries: what does not fit there is the file's fault.
+
+    Raises:
+        CheckpointError: instead of the errors that wrong types, missing keys and other shapes cause.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, OverflowError) as error:
+        lines = (str(error).strip() or type(error).__name__).splitlines()
+        why = f"{type(error).__name__}: {lines[0][:200]}"
+        raise _refuse(Path(path), f"its entries do not fit this run or one another ({why})") from error
 
 
 def checked_weights(state: dict[str, Any], path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -291,6 +448,23 @@ def checked_weights(state: dict[str, Any], path: str | os.PathLike[str]) -> dict
     return found
 
 
+def check_safetensors(path: str | os.PathLike[str]) -> None:
+    """Whether a safetensors file is a regular file, as long as its header says.
+
+    Raises:
+        OSError: missing, no regular file.
+        ValueError: its header is longer than the file, or no JSON.
+    """
+    with open_file(path) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        length = int.from_bytes(stream.read(8), "little")
+        if not 2 <= length <= min(size - 8, 100 << 20):
+            raise ValueError(f"its header says that it has {length:,} bytes, the file has {size:,}")
+        header = parse_json(stream.read(length))
+    if not isinstance(header, dict):
+        raise ValueError("its header is no table of tensors")
+
+
 def load_model_state(model: torch.nn.Module, checkpoint: dict[str, Any], *, path: str | os.PathLike[str]) -> None:
     """Load a checkpoint's `model` into a module of the same kind; every key and shape must fit.
 
@@ -319,8 +493,17 @@ def load_model_state(model: torch.nn.Module, checkpoint: dict[str, Any], *, path
     model.load_state_dict(state)
 
 
-def _plain(value: Any, where: str) -> Any:
-    """Copy of a nested value with Namespaces as dicts; `TypeError` names the place of anything that is not plain."""
+_MOST_VALUES = 4_000_000  # entries of a checkpoint; a list of itself, many times over, would have no end
+
+
+def _plain(value: Any, where: str, left: list[int]) -> Any:
+    """Copy of a nested value with Namespaces as dicts; `TypeError` names the place of anything that is not plain.
+
+    `left` holds how many values may still come.
+    """
+    left[0] -= 1
+    if left[0] < 0:
+        raise TypeError(f"it holds more than {_MOST_VALUES:,} values")
     if value is None or isinstance(value, (bool, int, float, str, bytes)):
         return value
     if isinstance(value, torch.Tensor):
@@ -332,10 +515,10 @@ def _plain(value: Any, where: str) -> Any:
         for key, item in value.items():
             if not isinstance(key, (str, int, float, bool, tuple)):
                 raise TypeError(f"{where} has a key of type {type(key).__name__}")
-            copy[key] = _plain(item, f"{where}[{key!r}]")
+            copy[key] = _plain(item, f"{where}[{key!r}]", left)
         return copy
     if type(value) in (list, tuple):
-        return type(value)(_plain(item, f"{where}[{index}]") for index, item in enumerate(value))
+        return type(value)(_plain(item, f"{where}[{index}]", left) for index, item in enumerate(value))
     if isinstance(value, (torch.device, torch.dtype, torch.Size)):
         return str(value)
     raise TypeError(f"{where} is of type {type(value).__name__}")
@@ -353,7 +536,7 @@ def save_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> None
         WriteError: disk full, no permission...; the older file is untouched.
         TypeError: `state` holds something that could not be loaded again safely.
     """
-    plain = _plain(state, "state")
+    plain = _plain(state, "state", [_MOST_VALUES])
     # Saved from the CPU, so that plain torch.load reads the file on a machine without a GPU.
     plain = _replaced(plain, (tensor.cpu() for tensor in list(_tensors(plain))))
     with atomic_write(path) as stream:
@@ -486,7 +669,7 @@ class CheckpointManager:
         if self._error is not None and self._failures >= self._max_failures:
             raise self._error
         self._write_again()
-        plain = _plain(state, "state")
+        plain = _plain(state, "state", [_MOST_VALUES])
         if self._asynchronous and not wait:
             on_device = [tensor for tensor in _tensors(plain) if tensor.is_cuda]
             needed = sum(tensor.numel() * tensor.element_size() for tensor in on_device)

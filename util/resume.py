@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from util.checkpoint import find_latest, load_checkpoint, resolve_resume, set_aside
+from util.checkpoint import find_latest, load_checkpoint, resolve_resume, set_aside, taking_apart
 from util.distributed import Processes
 from util.errors import UserError
 from util.log import get_logger
@@ -291,11 +291,37 @@ def resume_run(
         UserError: the checkpoint belongs to another run.
     """
     checkpoint = load_verified(path, processes)
+    with taking_apart(path):
+        return _restore(
+            checkpoint, path, run, processes=processes, load_model=load_model, optimizer=optimizer, scaler=scaler,
+            batch=batch, steps=steps, allow_mismatch=allow_mismatch, is_branch=is_branch,
+        )  # fmt: skip
+
+
+def _restore(
+    checkpoint: dict[str, Any],
+    path: Path,
+    run: Mapping[str, Any],
+    *,
+    processes: Processes,
+    load_model: Callable[[dict[str, Any]], None],
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler | None,
+    batch: Batch,
+    steps: int,
+    allow_mismatch: bool,
+    is_branch: bool,
+) -> Resumed:
+    """`resume_run` on entries that have been read."""
     if isinstance(checkpoint.get("weighting"), Mapping):
         checkpoint["weighting"] = {**_BEFORE, **checkpoint["weighting"]}
     check_same_run(checkpoint, _comparable(run, checkpoint, batch), path=str(path), allow_mismatch=allow_mismatch)
     load_model(checkpoint)
     optimizer.load_state_dict(checkpoint["optimizer"])
+    for parameter, entries in optimizer.state.items():
+        for name, value in entries.items():
+            if isinstance(value, torch.Tensor) and value.numel() not in (1, parameter.numel()):
+                raise ValueError(f"the optimizer's {name} has shape {tuple(value.shape)}")
     if scaler is not None and checkpoint.get("scaler"):
         scaler.load_state_dict(checkpoint["scaler"])
     restore_rng(checkpoint, processes)

@@ -27,7 +27,14 @@ from sarwmix.models.loading import load_trained
 from sarwmix.models.settings import ModelSettings
 from sarwmix.tasks.base import Task, build_task, task_class
 from sarwmix.transforms import transform_of
-from util.checkpoint import CheckpointError, load_checkpoint
+from util.checkpoint import (
+    CheckpointError,
+    check_model_config,
+    check_safetensors,
+    checked_weights,
+    load_checkpoint,
+    taking_apart,
+)
 from util.errors import UserError
 from util.files import read_json
 from util.optim import stage_depths
@@ -264,7 +271,8 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
-        return load_file(path)
+        check_safetensors(path)
+        return checked_weights(load_file(path), path)
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing; the exported folder is not complete, export it again") from error
     except (SafetensorError, OSError, ValueError) as error:
@@ -318,6 +326,7 @@ def _assemble(
         unit = str(data["unit"])
         statistics = Statistics.from_dict(data["statistics"], source=f"statistics of {source}")
         config = {"in_chans": len(bands), "head": None, **config}
+        check_model_config(config, state, source)
         settings = ModelSettings.from_config(config)
         classes = tuple(str(name) for name in record.get("classes") or ())
         if len(statistics.mean) != len(bands):
@@ -329,18 +338,21 @@ def _assemble(
         ) from error
     task: Task | None = None
     model: nn.Module
-    if kind == "pretrain":
-        model = MixMIMEncoder(img_size=settings.input_size, in_chans=len(bands), **encoder_config(settings.name))
-        _load_encoder(model, state, source)
-    elif kind == "finetune":
-        name = str(record.get("task"))
-        options = {key: config[key] for key in task_class(name).options if key in config}
-        task = build_task(name, classes, options)
-        model = task.build_model(settings)
-        load_trained(model, {**record, "model": state}, source=source, classes=classes)
-    else:
-        raise UserError(f"{source} is of kind {kind!r}; expected finetune or pretrain")
-    size = record.get("sample_size") or _registered_size(data.get("dataset"), settings.input_size)
+    with taking_apart(source):
+        if kind == "pretrain":
+            model = MixMIMEncoder(img_size=settings.input_size, in_chans=len(bands), **encoder_config(settings.name))
+            _load_encoder(model, state, source)
+        elif kind == "finetune":
+            name = str(record.get("task"))
+            options = {key: config[key] for key in task_class(name).options if key in config}
+            task = build_task(name, classes, options)
+            model = task.build_model(settings)
+            load_trained(model, {**record, "model": state}, source=source, classes=classes)
+        else:
+            raise UserError(f"{source} is of kind {kind!r}; expected finetune or pretrain")
+        size = record.get("sample_size") or _registered_size(data.get("dataset"), settings.input_size)
+        if any(type(side) is not int or not 0 < side <= 1 << 15 for side in size):
+            raise ValueError(f"sample_size is {size}")
     return Pretrained(
         model=model,
         kind=kind,

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from models_mixmim import MODELS
 from sarwmix.heads import LinearProbe, PixelProbe, TaskModel, use_probe
-from util.checkpoint import load_checkpoint
+from util.checkpoint import check_safetensors, load_checkpoint
 from util.errors import UserError
 from util.log import get_logger
 from util.optim import stage_depths
@@ -196,8 +196,9 @@ def _read_safetensors(path: str) -> dict[str, Any]:
     from safetensors.torch import load_file
 
     try:
+        check_safetensors(path)
         return dict(load_file(path))
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"cannot load {path}: {error}; give an intact .safetensors file") from error
 
 

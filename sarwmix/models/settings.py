@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from util.checkpoint import check_model_config
+
 
 @dataclass(frozen=True)
 class ModelSettings:
@@ -41,5 +43,10 @@ class ModelSettings:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModelSettings:
-        """Inverse of `as_config`, for evaluation: nothing is dropped."""
+        """Inverse of `as_config`, for evaluation: nothing is dropped.
+
+        Raises:
+            CheckpointError: sizes that no model has.
+        """
+        check_model_config(config, {}, "the file")
         return cls(config["name"], config["img_size"], config["in_chans"], head=config["head"], pool=config.get("pool"))
