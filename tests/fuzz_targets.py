@@ -79,7 +79,7 @@ def _other_codec(rng: random.Random, folder: Path) -> None:
     content = json.loads(path.read_text())
     if content["zarr_format"] == 2:
         content |= rng.choice(
-            [{"dtype": "|O"}, {"filters": [{"id": "pickle"}]}, {"compressor": {"id": "pickle"}}, {"chunks": [10**6] * 2},
+            [{"dtype": "|O"}, {"filters": [{"id": "pickle"}]}, {"compressor": {"id": "pickle"}}, {"chunks": [10**6, 9]},
              {"dtype": "|O", "filters": [{"id": "json2"}]}, {"compressor": {"id": "zlib"}}, {"shape": [10**6, 10**6]},
              {"compressor": {"id": "blosc"}}, {"dtype": [["a", "<f4"]]}, {"chunks": [1, 1]}, {"fill_value": "x"}]
         )  # fmt: skip
@@ -228,7 +228,6 @@ def _other_entry(rng: random.Random, folder: Path) -> None:
 
 def _export(folder: Path) -> None:
     from sarwmix.inference.export import export_model
-    from sarwmix.inference.model import from_checkpoint
     from tests.prediction_fixtures import write_finetuned
 
     source = write_finetuned(folder.parent / "x.pth")
@@ -356,17 +355,17 @@ TARGETS = (
            ("*.json", "*.csv", "train/*.npy")),
     Target("pairs, store", _pairs(True), lambda folder: _everything("sen12flood", folder, "train"),
            ("*.json", "*.csv", "*.npy")),
-    Target("checkpoints", _checkpoint, _open_both, ("*.pth",), (_other_entry,)),
+    Target("checkpoints", _checkpoint, _open_both, ("*.pth",), (_other_entry,), 0.5),
     Target("export", _export, _use_export, ("config.json", "model.safetensors")),
-    Target("run", _run, _use_run, ("run/*", "features.npy")),
+    Target("run", _run, _use_run, ("run/*", "features.npy"), share=0.4),
     Target("SEN12-FLOOD raw", _raw, _use_raw, ("*",)),
     Target("scenes", _scenes, lambda folder: _everything("s1_scenes", folder, "train", unit="dB"), ("*.tif",)),
     Target("eurosat_sar", _neighbour("eurosat_sar", 3), lambda folder: _everything("eurosat_sar", folder, "train"),
            ("**/*.tif",)),
     Target("dfc2020", _neighbour("dfc2020", 3), lambda folder: _everything("dfc2020", folder, "train"), ("**/*.tif",)),
     Target("sen1floods11", _neighbour("sen1floods11", 3), lambda folder: _everything("sen1floods11", folder, "train"),
-           ("**/*.tif", "**/*.csv")),
+           ("**/*.tif", "**/*.csv"), share=0.4),
     Target("satlas", _neighbour("satlas", 3), lambda folder: _everything("satlas", folder, "train"),
-           ("**/*.png", "**/*.json")),
+           ("**/*.png", "**/*.json"), share=0.5),
     Target("ombria", _ombria, lambda folder: _everything("ombria", folder, "train"), ("**/*.png",)),
 )  # fmt: skip

@@ -386,8 +386,8 @@ def check_model_config(config: Any, state: Mapping[str, Any], source: str) -> No
     for key, position in state.items():
         if key.endswith("absolute_pos_embed") and "img_size" in config:
             weight = state.get(key.removesuffix("absolute_pos_embed") + "patch_embed.proj.weight")
-            sides = getattr(weight, "shape", ())
-            places = getattr(position, "shape", ())
+            sides: tuple[int, ...] = tuple(getattr(weight, "shape", ()))
+            places: tuple[int, ...] = tuple(getattr(position, "shape", ()))
             # The pair model's are of a tile, not of the whole image; they are never more.
             if (
                 len(sides) == 4
@@ -461,8 +461,13 @@ def check_safetensors(path: str | os.PathLike[str]) -> None:
         if not 2 <= length <= min(size - 8, 100 << 20):
             raise ValueError(f"its header says that it has {length:,} bytes, the file has {size:,}")
         header = parse_json(stream.read(length))
-    if not isinstance(header, dict):
-        raise ValueError("its header is no table of tensors")
+    try:
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        fits = max(ends, default=0) == size - 8 - length
+    except (AttributeError, KeyError, TypeError, IndexError) as error:
+        raise ValueError("its header is no table of tensors") from error
+    if not fits:
+        raise ValueError(f"its header does not say that it has the {size:,} bytes of the file")
 
 
 def load_model_state(model: torch.nn.Module, checkpoint: dict[str, Any], *, path: str | os.PathLike[str]) -> None:

@@ -29,7 +29,7 @@ from sarwmix.data.spec import SAR_BANDS, DatasetSpec, EmptySplit, Statistics, pa
 from util.errors import UserError
 from util.files import parse_json, read_bytes
 from util.log import get_logger
-from util.text import read_text, separator_of
+from util.text import first_line, read_text, separator_of
 
 DATASETS_DIR = Path(__file__).resolve().parents[2] / "datasets"
 SCENE_PARTS = 5  # S1A_IW_GRDH_1SDV_20170613T165043_33UUP_61_39: the first five parts name the scene
@@ -115,7 +115,7 @@ def read_metadata(
         except UserError:
             raise
         except (OSError, ValueError, KeyError) as error:  # pandas and pyarrow errors derive from ValueError
-            raise UserError(f"metadata file {path} cannot be read: {error}") from error
+            raise UserError(f"metadata file {path} cannot be read: {first_line(error)}") from error
     labelled = [table.labels is not None for table in tables]
     if any(labelled) and not all(labelled):
         raise UserError(f"some of {', '.join(map(str, paths))} have labels and some have not")

@@ -8,6 +8,7 @@ stand in cells of their own, and a letter says what is different from the most f
 from __future__ import annotations
 
 import csv
+import io
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
@@ -27,7 +28,7 @@ from sarwmix.reports.run import (
 )
 from sarwmix.tasks.selection import ON_TEST
 from util.errors import UserError
-from util.text import tex
+from util.text import read_text, tex
 
 PUBLISHED_FILE = Path(__file__).resolve().parents[1] / "tables" / "published_results.csv"
 NOT_OURS = "published, not ours"
@@ -77,7 +78,7 @@ def read_published(path: str | Path = PUBLISHED_FILE) -> list[Published]:
     """
     rows = []
     try:
-        with open(path, encoding="utf-8", newline="") as stream:
+        with io.StringIO(read_text(Path(path)), newline="") as stream:
             for number, row in enumerate(csv.DictReader(stream), start=2):
                 try:
                     values: dict[str, Any] = {
@@ -89,8 +90,9 @@ def read_published(path: str | Path = PUBLISHED_FILE) -> list[Published]:
                     )
                 except (KeyError, ValueError, TypeError) as error:
                     raise UserError(f"{path}, line {number}: {type(error).__name__} {error}") from error
-    except OSError as error:
-        raise UserError(f"cannot read the published numbers in {path}: {error.strerror}") from error
+    except (OSError, csv.Error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot read the published numbers in {path}: {reason}") from error
     return rows
 
 

@@ -10,8 +10,6 @@ import base64
 import html
 import json
 import re
-import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +29,7 @@ from sarwmix.reports.run import (
     seed_text,
     start_names,
 )
+from util.arrays import load_npz
 from util.errors import UserError
 from util.files import atomic_write, make_directory
 from util.text import tex
@@ -154,17 +153,20 @@ def prediction_figures(run: RunRecord, folder: Path, slug: str) -> list[Picture]
     if not file.is_file() or not classes:
         return []
     try:
-        with np.load(file, allow_pickle=False) as arrays:
-            if "confusion" in arrays:  # label maps: counted for each sample
-                counts = np.asarray(arrays["confusion"]).sum(axis=0)
-                return _pixel_confusion(run, folder / f"{slug}_confusion.png", counts, classes)
-            scores, target = np.asarray(arrays["scores"], dtype=float), np.asarray(arrays["target"])
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        arrays = load_npz(file)
+        if "confusion" in arrays:  # label maps: counted for each sample
+            counts = np.asarray(arrays["confusion"]).sum(axis=0)
+            return _pixel_confusion(run, folder / f"{slug}_confusion.png", counts, classes)
+        scores, target = np.asarray(arrays["scores"], dtype=float), np.asarray(arrays["target"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
         run.notes.append(f"{file.name} cannot be read and is left out (damaged or cut short?): {error}")
         return []
     if scores.ndim == 1:  # probability of the second of two classes
         scores = np.stack([1 - scores, scores], axis=1)
-    if scores.shape[1] != len(classes) or len(scores) != len(target):
+    count = len(classes)
+    fits = target.ndim in (1, 2) and scores.shape == (len(target), count) and target.shape[1:] in ((), (count,))
+    numbers = target.dtype.kind in "iub" and bool(np.isfinite(scores).all())
+    if not (fits and numbers and 0 <= target.min(initial=0) <= target.max(initial=0) < max(count, 2)):
         run.notes.append(f"{file.name} does not fit the {len(classes)} classes of metrics.json and is left out")
         return []
     several = target.ndim == 2

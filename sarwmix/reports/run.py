@@ -22,9 +22,10 @@ from typing import Any
 
 import numpy as np
 
+from sarwmix.reports.records import read_epochs, read_metrics, read_settings
 from sarwmix.tasks.selection import as_fraction, selected_text
 from util.errors import UserError
-from util.files import read_json, read_jsonl, sha256_file
+from util.files import read_json, sha256_file
 
 # the metric shown for each kind of run: the first one that it has
 MAIN_METRICS = {"ap_macro": "macro AP", "iou": "IoU", "miou": "mean IoU", "acc": "accuracy"}
@@ -318,7 +319,7 @@ def read_run(path: str | Path) -> RunRecord:
             "the run has not finished; continue it with --resume auto" if begun else "it is no run of main_finetune.py"
         )
         raise UserError(f"{path} has no metrics.json: {why}")
-    content = read_json(file)
+    content = read_metrics(file)
     try:
         if not isinstance(content["results"], dict) or not content["results"]:
             raise KeyError("results")
@@ -360,18 +361,14 @@ def load_run(folder: str | Path) -> RunRecord:
     epochs: list[dict[str, Any]] = []
     log = path / "log.txt"
     if log.is_file():
-        lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-        records = read_jsonl(log)
-        if len(records) < len(lines):
-            notes.append(f"{len(lines) - len(records)} line(s) of log.txt are incomplete and left out")
-        # A resumed run may have written an epoch again: the last line counts.
-        by_epoch = {line["epoch"]: line for line in records if isinstance(line.get("epoch"), int)}
-        epochs = [by_epoch[epoch] for epoch in sorted(by_epoch)]
+        epochs, incomplete = read_epochs(log)
+        if incomplete:
+            notes.append(f"{incomplete} line(s) of log.txt are incomplete and left out")
     metrics: dict[str, Any] = {}
     file = None
     for name in ("metrics.json", "metrics_eval.json"):
         if (path / name).is_file():
-            content = read_json(path / name)
+            content = read_metrics(path / name)
             if isinstance(content, dict) and isinstance(content.get("results"), dict):
                 metrics, file = content, path / name
                 break
@@ -386,15 +383,12 @@ def load_run(folder: str | Path) -> RunRecord:
 
 
 def _settings_of(folder: Path) -> dict[str, Any]:
-    args = read_json(folder / "args.json")
-    if not isinstance(args, dict):
-        raise UserError(f"{folder / 'args.json'} must hold an object with the settings of a run")
-    return args
+    return read_settings(folder / "args.json")
 
 
 def _evaluated_settings(file: Path) -> dict[str, Any]:
     """Settings of the run whose checkpoint was evaluated; empty where it is not there any more."""
-    content = read_json(file)
+    content = read_metrics(file)
     results = content.get("results") if isinstance(content, dict) else None
     for checkpoint in results if isinstance(results, dict) else ():
         if (Path(checkpoint).parent / "args.json").is_file():
