@@ -148,7 +148,7 @@ def identity_of(args: argparse.Namespace, dataset: SarDataset, weighting: Weight
         },
         "schedule": schedule_of(args),
         "seed": args.seed,
-        "recipe": {"weight_decay": args.weight_decay, "clip_grad": args.clip_grad},
+        "recipe": {"weight_decay": args.weight_decay, "clip_grad": args.clip_grad, "amp": args.amp},
         "test_run": args.test_run,  # a real run must not continue where a trial stopped
     }
 

@@ -39,7 +39,7 @@ def test_contract_defaults():
     args = _parser().parse_args(["--data_path", "d"])
     expected = {
         "batch_size": 256, "epochs": 1024, "accum_iter": 1, "model": "mixmim_base", "input_size": 128,
-        "mask_ratio": 0.5, "norm_pix_loss": False, "clip_grad": None, "weight_decay": 0.05, "lr": None, "blr": 1.5e-4,
+        "mask_ratio": None, "norm_pix_loss": False, "clip_grad": None, "weight_decay": 0.05, "lr": None, "blr": 1.5e-4,
         "min_lr": 0.0, "warmup_epochs": 40, "resume": "", "pin_mem": True, "weight_mode": "per_channel",
         "weight_level": "token", "weight_domain": "linear", "weight_exp_scale": 1.0, "weight_clip": 0.0,
         "weight_norm": "image", "weight_renorm": False, "amp": "auto", "stop_epoch": None, "test_run": False,

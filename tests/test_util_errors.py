@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 
 import pytest
 
+from tests.conftest import ROOT
 from util import cli, errors
 
 
@@ -77,3 +79,35 @@ def test_sys_exit_of_one_of_several_is_a_failure(code, expected):
 
 def test_sys_exit_of_a_lone_process_passes():
     assert _outcome(lambda: sys.exit(7)) == 7
+
+
+def test_a_killed_loader_worker_is_said_in_one_line_wherever_the_signal_lands():
+    """PyTorch raises in whatever the main thread does; here it computes, and waits for no batch."""
+    program = """
+import os, signal, sys, time, torch
+from util.cli import run_cli
+
+class Data(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+    def __getitem__(self, index):
+        return index
+
+def main():
+    batches = iter(torch.utils.data.DataLoader(Data(), num_workers=1))
+    next(batches)
+    os.kill(batches._workers[0].pid, signal.SIGKILL)
+    end = time.monotonic() + 20
+    x = torch.ones(8, requires_grad=True)
+    while time.monotonic() < end:
+        (x * x).sum().backward()
+        for _ in range(1000):
+            pass
+
+run_cli(main)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: a loader worker died (DataLoader worker (pid")
+    assert "use fewer --num_workers" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -6,7 +6,16 @@ import sys
 import traceback
 from collections.abc import Callable
 
-from util.errors import EXIT_LOST, EXIT_OK, EXIT_PREEMPTED, EXIT_PROGRAM, StoppedEarly, UserError
+from util.errors import (
+    EXIT_LOST,
+    EXIT_OK,
+    EXIT_PREEMPTED,
+    EXIT_PROGRAM,
+    EXIT_USER,
+    StoppedEarly,
+    UserError,
+    lost_worker,
+)
 
 # Called with (message, exit_code) when the entry point fails. `util.distributed` sets it so that one failing rank
 # ends all ranks instead of leaving them in a collective that nobody will complete. The hook prints the message.
@@ -41,6 +50,9 @@ def run_cli(main: Callable[[], int | None], *, resumable: bool = False) -> None:
     Raises:
         SystemExit: always. `UserError` prints `error: ...` without a traceback; anything else keeps its traceback.
     """
+    for stream in (sys.stdout, sys.stderr):  # names that are no text must not end a program that prints them
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         if resumable:
             from util.signals import StopRequest
@@ -60,6 +72,10 @@ def run_cli(main: Callable[[], int | None], *, resumable: bool = False) -> None:
     except KeyboardInterrupt:
         _fail("interrupted", 130)
     except Exception:  # noqa: BLE001 - printed in full, then handed to the failure hook
-        _fail(traceback.format_exc(), EXIT_PROGRAM)
+        text = traceback.format_exc()
+        worker = lost_worker(text)
+        if worker is not None:
+            _fail(f"error: {worker}", EXIT_USER)
+        _fail(text, EXIT_PROGRAM)
     else:
         sys.exit(code)

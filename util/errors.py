@@ -18,6 +18,8 @@ code meaning
 
 from __future__ import annotations
 
+import re
+
 EXIT_OK = 0
 EXIT_PROGRAM = 1
 EXIT_USER = 2
@@ -30,6 +32,20 @@ class UserError(Exception):
     """Something the user can put right. The message names the value, what was expected, and what to do."""
 
     exit_code = EXIT_USER
+
+
+_WORKER = re.compile(r"DataLoader worker \(pid[^\n]*?\) (?:is killed by signal|exited unexpectedly)[^\n]*")
+
+
+def lost_worker(text: str) -> str | None:
+    """What to say when a loader's worker died; None when `text`, an error or its traceback, is of something else.
+
+    PyTorch learns of it by a signal, and raises wherever the program then is: in the middle of a step, or while saving.
+    """
+    found = _WORKER.search(text)
+    return (
+        None if found is None else f"a loader worker died ({found[0]}); often memory ran out: use fewer --num_workers"
+    )
 
 
 class NonFiniteError(UserError):

@@ -61,7 +61,7 @@ def setup_logging(output_dir: str | os.PathLike[str] | None = None, *, rank: int
     if output_dir is not None and rank == 0:
         _lock = FolderLock(output_dir, program())
         try:
-            record = _File(Path(output_dir) / "run.log", encoding="utf-8")
+            record = _File(Path(output_dir) / "run.log", encoding="utf-8", errors="backslashreplace")
         except OSError as error:
             raise write_error(Path(output_dir) / "run.log", error) from error
         record.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))

@@ -22,6 +22,10 @@ _ABSENT = "(not stored)"
 _BEFORE = {"range": "p01-p99", "permute": False, "target": "image", "target_looks": 1}
 
 
+# Entries that earlier checkpoints do not have; they cannot be compared there.
+_LATER = {"data": ("labels_sha256",), "recipe": ("amp",)}
+
+
 @dataclass(frozen=True)
 class Batch:
     """Samples of a step."""
@@ -114,6 +118,10 @@ def _comparable(run: Mapping[str, Any], checkpoint: Mapping[str, Any], batch: Ba
     """
     optional = ("recipe", "selection")
     wanted = {name: value for name, value in run.items() if name not in optional or name in checkpoint}
+    for name, later in _LATER.items():
+        entries, before = wanted.get(name), checkpoint.get(name)
+        if isinstance(entries, Mapping) and isinstance(before, Mapping):
+            wanted[name] = {key: value for key, value in entries.items() if key not in later or key in before}
     schedule, saved, old = wanted.get("schedule"), checkpoint.get("schedule"), checkpoint.get("batch")
     if isinstance(schedule, Mapping) and isinstance(saved, Mapping) and isinstance(old, Mapping):
         same_rate = math.isclose(batch.lr, float(old.get("lr", 0.0)), rel_tol=1e-3)  # as the messages print it

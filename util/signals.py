@@ -1,4 +1,4 @@
-"""Stop requests: SIGTERM and SIGUSR1 ask for a checkpoint and a clean exit; a later one leaves at once.
+"""Stop requests: SIGTERM, SIGUSR1, SIGINT (Ctrl-C) ask for a checkpoint and a clean exit; a later one leaves at once.
 
 Who ends a job often signals every process in it, and the launcher hands its own signal on: the same request arrives
 several times. Signals within `REPEAT_SECONDS` of the first therefore count as one.
@@ -16,7 +16,7 @@ from types import FrameType
 
 from util.errors import StoppedEarly
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 REPEAT_SECONDS = 5.0
 
 
@@ -96,11 +96,12 @@ def ignore_stop_signals() -> None:
     The parent's own SIGTERM (how `multiprocessing` ends workers that it no longer needs) still ends the worker.
     """
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all processes
     if not hasattr(signal, "sigwaitinfo"):  # macOS: the sender is not told
         return
     # Blocked signals wait for a thread that asks for them, and tells who sent them; a handler would not know.
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1, signal.SIGINT])
     threading.Thread(target=_wait_for_parent, name="signals", daemon=True).start()
 
 

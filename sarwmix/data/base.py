@@ -273,14 +273,18 @@ class SarDataset(torch.utils.data.Dataset):
         }
 
     def provenance(self) -> dict[str, Any]:
-        """What a checkpoint says about its data: identity, band names in order, unit, statistics, and the preprocessing
-        where it is not the usual one (z-score, resize)."""
+        """What a checkpoint says about its data: identity, band names in order, unit, statistics, a hash of labels that
+        need no sample, and the preprocessing where it is not the usual one (z-score, resize)."""
         facts: dict[str, Any] = {
             **self.identity(),
             "bands": list(self.spec.bands),
             "unit": self.spec.unit,
             "statistics": self.statistics.as_dict(),
         }
+        if self.labels is not None:
+            facts["labels_sha256"] = hashlib.sha256(
+                np.ascontiguousarray(self.labels, dtype="<i8").tobytes()
+            ).hexdigest()
         if self.spec.preprocessing != Preprocessing():
             facts["preprocessing"] = self.spec.preprocessing.as_dict()
         return facts

@@ -28,7 +28,7 @@ import torch
 
 from sarwmix.data.base import EMPTY_BAND, MAX_TRIES, BatchNames, SarDataset, SharedImages, UnreadableSample
 from sarwmix.data.spec import DECIBEL
-from util.errors import UserError
+from util.errors import UserError, lost_worker
 from util.log import get_logger
 from util.signals import held_signals, ignore_stop_signals
 
@@ -408,8 +408,9 @@ class WorkerLoader(Loader):
                 f"no batch from the loader's workers within {self._timeout:g} s; the storage hangs or is too slow "
                 "(--num_workers 0 reads in the training process and shows the place)"
             )
-        if "exited unexpectedly" in text or "killed by signal" in text:
-            return f"a loader worker died ({text.splitlines()[0]}); often memory ran out: use fewer --num_workers"
+        died = lost_worker(text)
+        if died is not None:
+            return died
         raise error
 
     def close(self) -> None:
