@@ -43,7 +43,7 @@ TASK_DEFAULTS: dict[tuple[str, str], dict[str, float]] = {
 # What a resumed run must not change, beside data, model and schedule.
 RECIPE = (
     "weight_decay", "layer_decay", "drop_path", "drop_rate", "clip_grad", "smoothing", "mixup", "cutmix", "mixup_prob",
-    "mixup_switch_prob", "mixup_mode", "reprob", "class_weights",
+    "mixup_switch_prob", "mixup_mode", "reprob", "class_weights", "amp",
 )  # fmt: skip
 # What an evaluation takes from its checkpoint.
 MODEL_FLAGS = ("model", "input_size", "head", "pool", "protocol", "patch_op", "legacy_tiling")
