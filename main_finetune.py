@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 def get_parser() -> argparse.ArgumentParser:
     parser = groups.make_parser((__doc__ or "").splitlines()[0])
-    labelled = [name for name in registry.names() if registry.get_spec(name).task != "unlabelled"]
+    labelled = [name for name in registry.names() if name != "s1_scenes"]
     groups.add_run_args(parser, output_dir="runs/finetune")
     groups.add_data_args(parser, datasets=labelled, default="benv2")
     groups.add_data_detail_args(parser)
@@ -82,7 +82,7 @@ def main() -> int | None:
     choose = (lambda: evaluation_folder(args.output_dir, args.resume)) if args.eval else None
     processes = start_processes(args, choose)
     options = data_options(args)
-    spec = registry.get_spec(args.dataset, args.bands, options)
+    spec = registry.get_spec(args.dataset, args.bands, options, args.data_path)
     task = build_task(spec.task, spec.classes, task_options(args, spec, options))
     bench = open_bench(args, task, spec, options, processes)
     settings = ModelSettings(

@@ -41,7 +41,8 @@ def weight_options(args: argparse.Namespace) -> WeightOptions:
 
 def open_data(args: argparse.Namespace) -> SarDataset:
     """The data set of the command line; pretraining uses train and validation patches together."""
-    spec = registry.get_spec(args.dataset, args.bands)
+    given = registry.parse_options(args.data_option)
+    spec = registry.get_spec(args.dataset, args.bands, given, args.data_path)
     if spec.unit != DECIBEL:
         raise UserError(
             f"pretraining weights pixels by backscatter in dB; the bands of {spec.name!r} are in {spec.unit}. Choose a "
@@ -50,7 +51,7 @@ def open_data(args: argparse.Namespace) -> SarDataset:
     options: dict[str, Any] = {"statistics": args.statistics, "on_error": "replace", "bands": args.bands}
     if "labels" in spec.options:
         options["labels"] = "none"  # pretraining does without; reading them from a store per patch takes long
-    options |= registry.parse_options(args.data_option)
+    options |= given
     without_val = spec.task != "pair" and "val_frac" in spec.options
     split = args.split or ("train" if spec.task == "unlabelled" or without_val else "train+val")
     return registry.build_dataset(args.dataset, args.data_path, split, **options).single_images()

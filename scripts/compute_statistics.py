@@ -58,9 +58,9 @@ def main() -> None:
     from sarwmix.checks import statistics
     from util.files import write_json
 
-    spec = registry.get_spec(args.dataset)
-    wanted = args.split or ("train" if spec.task in ("unlabelled", "pair") else "train+val")
     options = registry.parse_options(args.data_option)
+    spec = registry.get_spec(args.dataset, options.get("bands"), options, args.data_path)
+    wanted = args.split or ("train" if spec.task in ("unlabelled", "pair") else "train+val")
     dataset = registry.build_dataset(args.dataset, args.data_path, wanted, **options).single_images()
     shown = -1
 

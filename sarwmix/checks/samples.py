@@ -578,6 +578,7 @@ def examine(
     given = dict(options or {})
     spec = registry.get_spec(name, given.get("bands"), given)
     registry.check_options(spec, given, data_path)  # a wrong name is no finding about the data
+    spec = registry.get_spec(name, given.get("bands"), given, data_path)
     if reference is not None and name not in _TABLES:
         raise UserError(f"--reference compares metadata of {', '.join(_TABLES)}; data set {name!r} has none")
     if splits:

@@ -65,7 +65,10 @@ def names(task: str | None = None) -> tuple[str, ...]:
 
 
 def get_spec(
-    name: str, bands: str | Sequence[str] | None = None, options: Mapping[str, Any] | None = None
+    name: str,
+    bands: str | Sequence[str] | None = None,
+    options: Mapping[str, Any] | None = None,
+    data_path: str | Path | None = None,
 ) -> DatasetSpec:
     """The entry of a data set, with the chosen bands and the classes that options leave.
 
@@ -73,13 +76,36 @@ def get_spec(
         name: A registered name.
         bands: See :meth:`DatasetSpec.with_bands`.
         options: Options of the data set; those that change its classes are looked at.
+        data_path: Where the data are: task, classes and size of anybody's own data are found there.
 
     Raises:
         UserError: The name is unknown; the message lists what exists.
     """
     if name not in _SPECS:
         raise UserError(f"unknown data set {name!r}{_hint(name, _SPECS)}; there are: {', '.join(_SPECS)}")
-    return _SPECS[name].with_bands(bands).with_options(options or {})
+    spec = _SPECS[name].with_bands(bands).with_options(options or {})
+    if not spec.describer or data_path is None:
+        return spec
+    path = Path(data_path).expanduser()
+    if is_packed(path):
+        return _of_store(spec, path)
+    describe = _function(spec.describer)
+    return describe(spec, path, {key: value for key, value in (options or {}).items() if value is not None})
+
+
+def _function(place: str) -> Any:
+    """What ``"module:function"`` names."""
+    module_name, function_name = place.split(":")
+    return getattr(importlib.import_module(module_name), function_name)
+
+
+def _of_store(spec: DatasetSpec, store: Path) -> DatasetSpec:
+    """The entry of anybody's own data that have been packed."""
+    from sarwmix.data.packed import read_manifest
+
+    manifest = read_manifest(store)
+    task = {"none": "unlabelled", "multi-hot": "multilabel", "number": "multiclass"}[manifest.labels]
+    return replace(spec, task=task, classes=manifest.classes, size=manifest.shape[2])
 
 
 def build_dataset(name: str, data_path: str | Path, split: str, **options: Any) -> SarDataset:
@@ -100,8 +126,9 @@ def build_dataset(name: str, data_path: str | Path, split: str, **options: Any) 
         UserError: Unknown data set, split or option, or data that are missing or wrong.
     """
     given = {key: value for key, value in options.items() if value is not None}
-    spec = get_spec(name, given.pop("bands", None), given)
-    check_options(spec, given)
+    bands = given.pop("bands", None)
+    check_options(get_spec(name, bands, given), given)
+    spec = get_spec(name, bands, given, data_path if str(data_path).strip() else None)
     parse_split(spec, split)
     statistics = resolve_statistics(spec, given.pop("statistics", None))
     on_error = given.pop("on_error", "raise")
@@ -118,9 +145,7 @@ def build_dataset(name: str, data_path: str | Path, split: str, **options: Any) 
     if is_packed(root):
         builder = "sarwmix.data.packed:build"
         _check_packed_options(given, root)
-    module_name, function_name = builder.split(":")
-    build = getattr(importlib.import_module(module_name), function_name)
-    data = build(spec, root, split, statistics=statistics, on_error=on_error, **given)
+    data = _function(builder)(spec, root, split, statistics=statistics, on_error=on_error, **given)
     if spec.name != "s1_scenes" or is_packed(root):  # scenes are looked at as they are stored, each of them
         from sarwmix.data.pixels import check_at_door  # NumPy; reading this module costs nothing
 
@@ -130,8 +155,7 @@ def build_dataset(name: str, data_path: str | Path, split: str, **options: Any) 
 
 def option_defaults(spec: DatasetSpec) -> dict[str, Any]:
     """What the builder of a data set takes for each option that is not given."""
-    module_name, function_name = spec.builder.split(":")
-    parameters = inspect.signature(getattr(importlib.import_module(module_name), function_name)).parameters
+    parameters = inspect.signature(_function(spec.builder)).parameters
     return {name: parameters[name].default for name in spec.options}
 
 
@@ -357,6 +381,25 @@ register(
         all_bands=SAR_BANDS,
         band_statistics={"benv2": ANY_POLARISATION},
         options=("unit", "tile", "stride", "band_order", "min_valid", "holdout", "seed"),
+    )
+)
+register(
+    DatasetSpec(
+        name="folder",
+        task="unlabelled",
+        bands=BANDS,
+        statistics={"benv2": BENV2_STATISTICS, "benv1": BENV1_STATISTICS},
+        default_statistics="benv2",
+        classes=(),
+        splits=SPLITS,
+        size=120,
+        builder="sarwmix.datasets.folder:build",
+        describer="sarwmix.datasets.folder:describe",
+        description="your own images (GeoTIFF, PNG, npy) with class folders, a list of labels, or masks",
+        all_bands=SAR_BANDS,
+        band_statistics={"benv2": ANY_POLARISATION},
+        options=("list", "classes", "unit", "band_order", "range", "size", "seed", "missing"),
+        cluster=("group", r".+?(?=::)"),
     )
 )
 register(

@@ -146,6 +146,8 @@ class DatasetSpec:
         class_options: Option name -> classes that it leaves out when it is on.
         preprocessing: How images become model inputs.
         band_set: Name of the chosen band set, "" for the default one.
+        describer: ``"module:function"`` that completes the entry from the data themselves (task, classes, size), where
+            they are anybody's; "": the entry is complete.
         cluster: What samples resemble each other by beyond their class (a scene, a place, an event), and a regular
             expression that finds it at the beginning of a sample's name; None: samples are on their own.
     """
@@ -168,6 +170,7 @@ class DatasetSpec:
     class_options: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
     band_set: str = ""
+    describer: str = ""
     cluster: tuple[str, str] | None = None
 
     def __post_init__(self) -> None:

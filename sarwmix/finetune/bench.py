@@ -87,7 +87,7 @@ def open_splits(
         output_dir: the run's folder.
         limit: evaluate on that many samples only (test runs).
     """
-    spec = registry.get_spec(dataset, options.get("bands"), options)
+    spec = registry.get_spec(dataset, options.get("bands"), options, data_path)
     splits = {}
     for name in dict.fromkeys(names):
         # Replacing an unreadable sample is for training; in an evaluation it would count another one twice.

@@ -132,7 +132,7 @@ def settings_of_checkpoint(args: argparse.Namespace, given: Collection[str]) -> 
 
 def check_args(args: argparse.Namespace) -> None:
     """Fill in the protocol's defaults; refuse what can be refused before anything heavy is imported."""
-    kind = registry.get_spec(args.dataset).task
+    kind = registry.get_spec(args.dataset, args.bands, data_options(args), args.data_path).task
     for name in ("layer_decay", "drop_path"):
         if args.protocol != "finetune" and getattr(args, name) is not None:
             raise UserError(f"--{name} is about a trained encoder; --protocol {args.protocol} keeps it frozen")
