@@ -13,7 +13,7 @@ from rasterio.transform import from_origin
 
 from sarwmix.data import registry
 from sarwmix.data.pixels import check_unit
-from util.checkpoint import load_checkpoint
+from util.checkpoint import load_checkpoint, save_checkpoint
 from util.errors import UserError
 
 LEVELS = {"VH": -19.0, "VV": -12.0, "HV": -21.0, "HH": -11.0}
@@ -72,6 +72,27 @@ def test_a_model_of_vh_predicts_a_folder_of_vh(demo_root: Path, run_script: Runn
     where = ["--scene", scenes, "--unit", "dB", "--out", tmp_path / "maps"]
     run_script("scripts/predict.py", "--model", tmp_path / "run", *where, "--device", "cpu")
     assert len(list((tmp_path / "maps").rglob("*.tif"))) >= 2
+
+
+@pytest.mark.slow
+def test_a_model_of_hh_and_hv_predicts_a_folder_of_them(demo_root: Path, run_script: Runner, tmp_path: Path) -> None:
+    """No labelled data of the registry have HH and HV: a model of two bands is told that they are its own."""
+    run_script(
+        "main_finetune.py", "--dataset", "demo", "--data_path", demo_root, "--model", "mixmim_tiny", "--test_run",
+        "--batch_size", "4", "--num_workers", "0", "--device", "cpu", "--output_dir", tmp_path / "run",
+    )  # fmt: skip
+    checkpoint = load_checkpoint(tmp_path / "run" / "checkpoint_best.pth")
+    checkpoint["data"] = {**checkpoint["data"], "bands": ["HH", "HV"]}
+    save_checkpoint(tmp_path / "hh_hv.pth", checkpoint)
+    where = ["--scene", write(tmp_path / "scenes", "HH", "HV"), "--unit", "dB", "--out", tmp_path / "maps"]
+    run_script("scripts/predict.py", "--model", tmp_path / "hh_hv.pth", *where, "--device", "cpu")
+    assert list((tmp_path / "maps").rglob("*.tif"))
+    others = ["--scene", write(tmp_path / "others", "VH", "VV"), "--unit", "dB", "--out", tmp_path / "none"]
+    refused = run_script(
+        "scripts/predict.py", "--model", tmp_path / "hh_hv.pth", *others, "--device", "cpu", check=False
+    )
+    assert refused.returncode == 2
+    assert "HH" in refused.stderr
 
 
 def test_the_remedy_for_one_polarisation_is_named(tmp_path: Path) -> None:
