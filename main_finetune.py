@@ -71,7 +71,7 @@ def main() -> int | None:
         settings_of_checkpoint(args, groups.given_flags(parser))
     check_args(args)
 
-    from sarwmix.finetune.bench import open_bench
+    from sarwmix.finetune.bench import open_bench, passport_of
     from sarwmix.finetune.results import Results, evaluation_folder, export_result, facts_of
     from sarwmix.models.settings import ModelSettings
     from sarwmix.tasks.base import build_task
@@ -96,6 +96,7 @@ def main() -> int | None:
     )
     model = task.build_model(settings).to(processes.device)
     facts = facts_of(args, bench, model)
+    facts["passport"] = passport_of(args, bench)
     results = Results(facts, Path(args.output_dir), task, bootstrap=args.bootstrap, seed=args.seed)
     get_logger().info("%s; %s", processes.describe(), results.line("+".join(bench.splits)))
     if args.flops:
@@ -212,6 +213,7 @@ def train(
         batch=replace(batch, world_size=bench.group.world_size),
         steps=len(loader),
         amp=args.amp if bench.transform is not None else "off",
+        passport=results.facts["passport"],
     )
     must_fit = {"protocol": args.protocol, "classes": task.classes, "bands": identity["data"]["bands"]}
     resumed = run.begin(lambda checkpoint, source: load_trained(model, checkpoint, source=source, **must_fit))

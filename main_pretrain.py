@@ -26,6 +26,7 @@ from sarwmix.pretraining import (
     make_model,
     make_transform,
     open_data,
+    passport_of,
     show_flops,
     start_from,
     weight_options,
@@ -170,6 +171,7 @@ def train(
         batch=batch,
         steps=len(loader),
         amp=args.amp,
+        passport=passport_of(args, processes, dataset),
     )
     run.begin(
         lambda checkpoint, source: load_model_state(model, checkpoint, path=source),

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from sarwmix.models.mae import MaskedViT
     from sarwmix.transforms import SarTransform
     from sarwmix.weighting import WeightOptions
+    from util.distributed import Processes
 
 
 def weight_options(args: argparse.Namespace) -> WeightOptions:
@@ -152,6 +153,17 @@ def identity_of(args: argparse.Namespace, dataset: SarDataset, weighting: Weight
         "recipe": {"weight_decay": args.weight_decay, "clip_grad": args.clip_grad, "amp": args.amp},
         "test_run": args.test_run,  # a real run must not continue where a trial stopped
     }
+
+
+def passport_of(args: argparse.Namespace, processes: Processes, dataset: SarDataset) -> dict[str, Any]:
+    """Passport of a pretraining; empty where this process writes nothing."""
+    from sarwmix.finetune.probes import data_hashes
+    from util.passport import take_passport
+
+    if not processes.is_main:
+        return {}
+    data = {dataset.split: data_hashes(dataset)}
+    return take_passport(args, device=processes.device, processes=processes.world_size, data=data)
 
 
 def check_statistics(checkpoint: Mapping[str, Any], dataset: SarDataset, path: str) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from util.config import FLAG, with_config
 from util.errors import UserError
 
 MIXMIM_NAMES = ("mixmim_tiny", "mixmim_base", "mixmim_large", "mixmim_huge")
@@ -35,9 +36,9 @@ class Parser(argparse.ArgumentParser):
         self._words: list[str] = []
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse's; remembers the words for `error`."""
-        self._words = list(sys.argv[1:] if args is None else args)
-        return super().parse_known_args(args, namespace)
+        """As argparse's, with the flags of `--config`; remembers the words for `error`."""
+        self._words = with_config(self, sys.argv[1:] if args is None else args)
+        return super().parse_known_args(self._words, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Leave with exit code 2 and without the usage of all flags."""
@@ -120,6 +121,13 @@ def add_run_args(parser: argparse.ArgumentParser, *, output_dir: str) -> None:
         default=output_dir,
         metavar="DIR",
         help="folder for checkpoints, log.txt, args.json and pictures",
+    )
+    group.add_argument(
+        FLAG,
+        default=None,
+        metavar="FILE",
+        help="flags from a .toml, .json or .yaml file, such as configs/*.toml or args.json of a run; the command line "
+        "wins",
     )
     group.add_argument(
         "--log_dir", default=None, metavar="DIR", help="folder for TensorBoard (not given: <output_dir>/tensorboard)"

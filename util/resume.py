@@ -236,7 +236,7 @@ class Resumed:
 
 
 # Files of a run that go with its checkpoints when a new run takes the folder.
-_OF_RUN = ("args.json", "log.txt", "metrics.json", "metrics_eval.json", "pictures")
+_OF_RUN = ("args.json", "passport.json", "log.txt", "metrics.json", "metrics_eval.json", "pictures")
 
 
 def start_afresh(output_dir: str | os.PathLike[str], processes: Processes, *, test_run: bool) -> Resumed:

@@ -30,6 +30,7 @@ from util.args import args_to_dict
 from util.distributed import Processes, setup_processes
 from util.files import make_directory, write_json
 from util.log import EpochLog, Progress, ScalarWriter, format_duration, get_logger, memory_mib, setup_logging
+from util.passport import write_passport
 from util.precision import precision
 from util.resume import Batch, Resumed, find_checkpoint, resume_run, start_afresh
 from util.saving import RunSaver
@@ -108,6 +109,7 @@ class TrainingRun:
         batch: Batch,
         steps: int,
         amp: str,
+        passport: Mapping[str, Any] | None = None,
     ) -> None:
         """
         Args:
@@ -122,8 +124,10 @@ class TrainingRun:
             batch: of `plan_batch`.
             steps: forward passes of an epoch.
             amp: value of --amp.
+            passport: of `util.passport`; goes into the folder and into checkpoints.
         """
         self.args, self.identity = args, dict(identity)
+        self._passport = dict(passport or {})
         self.group, self.everyone, self.is_main = group, everyone, everyone.is_main
         self.folder: Path = make_directory(args.output_dir)
         self._model, self._module, self._optimizer, self._batch = model, module, optimizer, batch
@@ -172,6 +176,7 @@ class TrainingRun:
             self.end = min(self.end, resumed.epoch + TEST_RUN_EPOCHS)
         if self.is_main:
             write_json(self.folder / "args.json", args_to_dict(args))
+            self._passport = write_passport(self.folder, self._passport, resumed=resumed.path is not None)
         return resumed
 
     def arm(self, facts: Mapping[str, Any] | None = None, changing: Callable[[], dict[str, Any]] = dict) -> None:
@@ -215,7 +220,7 @@ class TrainingRun:
             seed=args.seed,
             batch=self._batch,
             resumed=self.resumed,
-            fixed={**self.identity, "args": args_to_dict(args), **(facts or {})},
+            fixed={**self.identity, "args": args_to_dict(args), "passport": self._passport, **(facts or {})},
             model=self._model,
             trainer=self.trainer,
             changing=changing,

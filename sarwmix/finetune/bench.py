@@ -22,6 +22,7 @@ from sarwmix.data.loader import Loader, build_loader
 from sarwmix.data.spec import EmptySplit
 from sarwmix.finetune.probes import (
     FeatureDataset,
+    data_hashes,
     feature_key,
     feature_path,
     knn_scores,
@@ -39,6 +40,7 @@ from util.files import make_directory
 from util.flops import count_flops
 from util.log import get_logger
 from util.optim import build_adamw, build_sgd, parameter_groups
+from util.passport import take_passport
 from util.precision import precision
 from util.run import TEST_RUN_STEPS
 
@@ -382,6 +384,15 @@ def open_bench(
         cache=args.cache,
         options=options,
     )
+
+
+def passport_of(args: argparse.Namespace, bench: Workbench) -> dict[str, Any]:
+    """Passport of a fine-tuning or an evaluation; empty where this process writes nothing."""
+    processes = bench.processes
+    if not processes.is_main:
+        return {}
+    data = {name: data_hashes(split) for name, split in bench.splits.items()}
+    return take_passport(args, device=processes.device, processes=processes.world_size, data=data)
 
 
 def make_augmentation(args: argparse.Namespace, task: Task) -> Augmentation:

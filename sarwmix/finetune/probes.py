@@ -108,6 +108,22 @@ def pixel_fingerprint(data: SarDataset) -> str:
     return digest.hexdigest()
 
 
+def data_hashes(data: SarDataset) -> dict[str, Any]:
+    """What tells whether two runs saw the same samples: count and hashes of names, labels and some pixels.
+
+    ``pixels_sha256`` is None where one of the samples that it reads cannot be used.
+    """
+    found: dict[str, Any] = {"count": len(data), "names_sha256": data.names.digest()}
+    if data.labels is not None:
+        labels = np.ascontiguousarray(data.labels).astype(np.int64)
+        found["labels_sha256"] = hashlib.sha256(labels.tobytes()).hexdigest()
+    try:
+        found["pixels_sha256"] = pixel_fingerprint(data)
+    except UserError:
+        found["pixels_sha256"] = None
+    return found
+
+
 def feature_path(folder: str | Path, split: str, key: str) -> Path:
     """Where a split's features lie."""
     return Path(folder) / f"{split.replace('+', '_')}_{key}.npy"

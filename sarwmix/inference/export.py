@@ -32,6 +32,7 @@ from sarwmix.inference.model import (
 from util.errors import UserError
 from util.files import atomic_write, new_folder, read_json, write_json
 from util.log import get_logger
+from util.passport import passport_lines, public_passport
 from util.text import first_line
 
 TOLERANCE = 1e-5  # largest difference of the program's logits, relative to the largest logit
@@ -96,6 +97,7 @@ def config_of(model: Pretrained) -> dict[str, Any]:
     return {
         "format": EXPORT_FORMAT,
         **model.record,
+        **({"passport": public_passport(model.record["passport"])} if model.record.get("passport") else {}),
         "sample_size": list(model.sample_size),
         "preprocessing": {
             "unit": model.unit,
@@ -267,6 +269,8 @@ def model_card(model: Pretrained, *, program: bool = True) -> str:
     if model.classes:
         lines += ["", "## Classes", "", *[f"{number}. {name}" for number, name in enumerate(model.classes)]]
     lines += ["", "## Results", "", *_metric_lines(model)]
+    if model.record.get("passport"):
+        lines += ["", "## Made by", "", *passport_lines(model.record["passport"])]
     lines += [
         "",
         "## Limits",

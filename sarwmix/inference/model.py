@@ -43,7 +43,7 @@ from util.text import first_line
 EXPORT_FORMAT = "sarwmix-export/1"
 WEIGHTS_FILE, CONFIG_FILE, CARD_FILE, PROGRAM_FILE = "model.safetensors", "config.json", "README.md", "model.pt2"
 BEST_CHECKPOINT = "checkpoint_best.pth"
-_RECORD_KEYS = ("kind", "task", "protocol", "classes", "model_config", "data", "epoch", "sample_size")
+_RECORD_KEYS = ("kind", "task", "protocol", "classes", "model_config", "data", "epoch", "sample_size", "passport")
 
 
 @dataclass
