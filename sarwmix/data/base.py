@@ -258,10 +258,20 @@ class SarDataset(torch.utils.data.Dataset):
     @property
     def clusters(self) -> Sequence[str] | None:
         """Scene, place or event of each sample, which intervals are computed over; None: each sample is on its own."""
-        if self.spec.cluster is None:
-            return None
+        if self.spec.cluster is None or not self.spec.cluster[1]:
+            return None  # "": files know their place, and a store of pixels does not hold it
         found = (re.match(self.spec.cluster[1], name) for name in self.names)
-        return [match[0] if match else name for match, name in zip(found, self.names, strict=True)]
+        return [
+            name if match is None else "_".join(match.groups()) or match[0]
+            for match, name in zip(found, self.names, strict=True)
+        ]
+
+    @property
+    def cluster_kind(self) -> str:
+        """What `clusters` are, for tables; "image" where neither names nor files say which images belong together."""
+        of = self.clusters
+        known = self.spec.cluster is not None and of is not None and len(set(of)) < len(of)
+        return self.spec.cluster[0] if known and self.spec.cluster else "image"
 
     def identity(self) -> dict[str, str | int]:
         """Plain values that tell whether two runs see the same samples in the same order, whatever the storage."""
@@ -462,6 +472,11 @@ class SarSubset(SarDataset):
     def whole(self) -> SarDataset:
         return self.parent.whole
 
+    @property
+    def clusters(self) -> Sequence[str] | None:
+        of = self.parent.clusters
+        return None if of is None else [of[int(position)] for position in self.positions]
+
     def read_into(self, index: int, out: np.ndarray) -> None:
         self.parent.read_into(int(self.positions[index]), out)
 
@@ -573,6 +588,11 @@ class MaskSubset(MaskDataset):
     @property
     def whole(self) -> SarDataset:
         return self.parent.whole
+
+    @property
+    def clusters(self) -> Sequence[str] | None:
+        of = self.parent.clusters
+        return None if of is None else [of[int(position)] for position in self.positions]
 
     def read_pair(self, index: int, image: np.ndarray, label: np.ndarray) -> None:
         self.parent.read_pair(int(self.positions[index]), image, label)

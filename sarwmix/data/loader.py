@@ -441,6 +441,11 @@ class MemoryDataset(SarDataset):
         self._shape = parent.shape
         self.images = images
         self.bad = bad
+        self.parent_clusters = parent.clusters
+
+    @property
+    def clusters(self) -> Sequence[str] | None:
+        return self.parent_clusters
 
     @property
     def shape(self) -> tuple[int, int, int]:

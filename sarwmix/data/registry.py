@@ -304,6 +304,7 @@ EUROSAT_CLASSES = (
     "AnnualCrop", "Forest", "HerbaceousVegetation", "Highway", "Industrial", "Pasture", "PermanentCrop", "Residential",
     "River", "SeaLake",
 )  # fmt: skip
+BLOCK = "10 km block"
 SCENE = ("scene", r"(?:[^_]+_){4}[^_]+(?=_)")  # S1A_IW_GRDH_1SDV_20170613T165043 of _33UUP_61_39
 DFC_CLASSES = (
     "forest", "shrubland", "savanna", "grassland", "wetland", "cropland", "urban", "snow and ice", "barren", "water",
@@ -429,6 +430,7 @@ register(
         splits=SPLITS,
         size=64,
         builder="sarwmix.datasets.eurosat:build",
+        cluster=(BLOCK, ""),
         description="EuroSAT-SAR: 64 px GeoTIFFs with VV and VH in dB, one folder a class",
         options=("seed", "val_frac", "band_order", "lists"),
         band_sets={"s1": BANDS},
@@ -446,6 +448,7 @@ register(
         splits=SPLITS,
         size=256,
         builder="sarwmix.datasets.dfc2020:build",
+        cluster=(BLOCK, ""),
         description="DFC2020 / SEN12MS land cover: 256 px Sentinel-1 patches with label maps",
         options=("label_set", "no_savanna", "val_frac", "seed", "test_folder", "check"),
         band_sets={"s1": BANDS},
@@ -485,6 +488,7 @@ register(
         splits=SPLITS,
         size=512,
         builder="sarwmix.datasets.satlas:build",
+        cluster=("block of 10 x 10 tiles", r"(\d*)\d_(\d*)\d$"),  # names are column_row
         description="Satlas land cover: 512 px Sentinel-2 tiles with label maps, grouped into 5 classes",
         options=("val_frac", "seed", "missing"),
         band_sets={"s2": SATLAS_BANDS, "rgb": ("B04", "B03", "B02")},

@@ -149,7 +149,8 @@ class DatasetSpec:
         describer: ``"module:function"`` that completes the entry from the data themselves (task, classes, size), where
             they are anybody's; "": the entry is complete.
         cluster: What samples resemble each other by beyond their class (a scene, a place, an event), and a regular
-            expression that finds it at the beginning of a sample's name; None: samples are on their own.
+            expression that finds it at the beginning of a sample's name (its groups, where it has any, joined by "_");
+            "": the data set reads it from its files; None: samples are on their own.
     """
 
     name: str

@@ -12,6 +12,7 @@ their values; published runs have mixed them and lost two thirds of their score.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from sarwmix.data.base import MaskDataset, SarDataset, UnreadableSample, finish_
 from sarwmix.data.io.geotiff import GeoTiffError
 from sarwmix.data.io.rasters import (
     band_numbers,
+    blocks_of,
     check_same_grid,
     fraction,
     held_out,
@@ -84,6 +86,10 @@ class Dfc2020(MaskDataset):
 
     def identity(self) -> dict[str, str | int]:
         return {**super().identity(), "label_set": self.label_set, "no_savanna": int(self.no_savanna)}
+
+    @cached_property
+    def clusters(self) -> Sequence[str] | None:  # type: ignore[override]
+        return blocks_of(f"{self.root}/{name}.tif" for name in self.names)
 
     def label_path(self, name: str) -> str:
         """The label file of an image."""

@@ -10,13 +10,14 @@ those of Copernicus-Bench (``eurosat-train.txt``, ``-val``, ``-test``: a patch's
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from sarwmix.data.base import SarDataset, UnreadableSample, finish_image
 from sarwmix.data.io.geotiff import GeoTiffError
-from sarwmix.data.io.rasters import band_numbers, fraction, held_out, list_files, read_raster, whole_number
+from sarwmix.data.io.rasters import band_numbers, blocks_of, fraction, held_out, list_files, read_raster, whole_number
 from sarwmix.data.spec import DatasetSpec, EmptySplit, Statistics, parse_split
 from util.errors import UserError
 from util.text import read_text
@@ -43,6 +44,10 @@ class EuroSatSar(SarDataset):
     ) -> None:
         super().__init__(spec, split, statistics, names, labels, on_error=on_error, source=root)
         self.order = tuple(order)
+
+    @cached_property
+    def clusters(self) -> Sequence[str] | None:  # type: ignore[override]
+        return blocks_of(f"{self.source}/{name}.tif" for name in self.names)
 
     def read_into(self, index: int, out: np.ndarray) -> None:
         name = self.names[index]

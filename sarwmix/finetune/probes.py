@@ -47,6 +47,11 @@ class FeatureDataset(SarDataset):
             source=f"features of {parent.source}",
         )
         self.features = features
+        self.parent = parent
+
+    @property
+    def clusters(self) -> Sequence[str] | None:
+        return self.parent.clusters
 
     @property
     def shape(self) -> tuple[int, int, int]:

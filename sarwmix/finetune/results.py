@@ -57,7 +57,7 @@ def facts_of(args: argparse.Namespace, bench: Workbench, model: TaskModel) -> di
     spec, statistics = splits["test"].spec, splits["test"].statistics
     return {
         "task": task.name,
-        "cluster": spec.cluster[0] if spec.cluster else "image",  # what intervals are computed over
+        "cluster": splits["test"].cluster_kind,  # what intervals are computed over
         "protocol": args.protocol if args.probe_solver == "sgd" else f"{args.protocol} ({args.probe_solver})",
         "dataset": spec.name,
         "model": args.model,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -182,6 +182,30 @@ def check_same_grid(image: Grid, label: Grid, label_path: str | Path) -> None:
     difference = image.difference(label)
     if difference:
         raise GeoTiffError(f"image and label {label_path} have different grids: {difference}")
+
+
+def blocks_of(paths: Iterable[str | Path], *, side: float = 10_000.0) -> list[str] | None:
+    """Square of the ground that each image's upper left corner lies in; neighbours resemble each other.
+
+    Args:
+        paths: Rasters; only their headers are read.
+        side: Of a square, in metres; coordinates in degrees count 111 km each, in both directions.
+
+    Returns:
+        Coordinate system and number of the square for each image; None where one of them does not say where it lies.
+    """
+    found = []
+    for path in paths:
+        try:
+            with open_raster(path, whole=False) as source:
+                if source.crs is None or source.transform.is_identity:
+                    return None
+                unit = side / 111_000 if source.crs.is_geographic else side
+                place = (source.transform.c // unit, source.transform.f // unit)
+                found.append(f"{source.crs.to_epsg()}_{place[0]:.0f}_{place[1]:.0f}")
+        except GeoTiffError:
+            return None  # whoever reads the pixels says what is wrong
+    return found
 
 
 def list_files(folder: Path, suffix: str = ".tif") -> list[Path]:
