@@ -30,12 +30,20 @@ def describe(folder: Path) -> dict[str, Any]:
     row = {name: run.metrics.get(name, "-") for name in FACTS}
     row["train"] = run.metrics.get("samples", {}).get("train", "-")
     row["selected_on"] = selected_text(run.metrics, epoch=True)
+    row["tested_on"] = run.tested or "-"
     return {"run": folder.name, **row, **run.scalars}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Aligned text; metrics that no run has are left out."""
-    columns = ["run", *FACTS, "train", "selected_on", *[name for name in METRICS if any(name in row for row in rows)]]
+    columns = [
+        "run",
+        *FACTS,
+        "train",
+        "selected_on",
+        "tested_on",
+        *[name for name in METRICS if any(name in row for row in rows)],
+    ]
     cells = [columns]
     for row in rows:
         values = [row.get(name, "-") for name in columns]

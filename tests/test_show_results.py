@@ -35,11 +35,11 @@ def test_one_line_a_run(tmp_path: Path) -> None:
     lines = show_results.table(rows).splitlines()
     assert lines[0].split() == [
         "run", "protocol", "initialisation", "dataset", "statistics", "seed", "train", "selected_on",
-        "ap_macro", "ap_micro", "f1_macro", "f1_micro",
+        "tested_on", "ap_macro", "ap_micro", "f1_macro", "f1_micro",
     ]  # fmt: skip
     assert (
         " ".join(lines[1].split())
-        == "a finetune a demo demo 0 464 ap_macro on val, epoch 3 0.2500 0.3500 0.5000 0.6000"
+        == "a finetune a demo demo 0 464 ap_macro on val, epoch 3 test: 144 images 0.2500 0.3500 0.5000 0.6000"
     )
     on_test = show_results.describe(write_run(tmp_path / "c", "c", 0.5, split="test"))
     assert "ap_macro on test, epoch 3 (selected on test: optimistic)" in show_results.table([on_test])

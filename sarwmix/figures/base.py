@@ -551,7 +551,7 @@ def curves_figure(
     wide = 8.4
     below = _legend_height(names, wide)
     heading = _wrap(title, wide - 0.6, 10)
-    above = 0.2 + 0.17 * (heading.count("\n") + 1)
+    above = 0.2 + 0.17 * (heading.count("\n") + 1) + (0.32 if marks else 0.0)
     height = 2.5 * len(panels) + 0.3 + above + below
     figure = new_figure(wide, height)
     figure.text(0.15 / wide, 1 - 0.12 / height, heading, fontsize=10, weight="bold", va="top")
@@ -585,13 +585,14 @@ def curves_figure(
         axes[-1].xaxis.set_major_locator(MaxNLocator(9, integer=True, min_n_ticks=1))
     start, end = axes[0].get_xlim()
     for number, (text, place) in enumerate(sorted((marks or {}).items(), key=lambda mark: mark[1])):
-        # Neighbouring marks on different heights, so that their texts do not cover each other; inside the axes.
+        # Neighbouring marks on different heights, so that their texts do not cover each other; above the axes, where
+        # no curve runs.
         late = place > start + 0.75 * (end - start)
         axes[0].annotate(
             text,
             (place, 1.0),
             xycoords=("data", "axes fraction"),
-            xytext=(-2 if late else 2, -9 - 9 * (number % 3)),
+            xytext=(-2 if late else 2, 3 + 8 * (number % 3)),
             textcoords="offset points",
             fontsize=6.5,
             color="#444444",

@@ -382,7 +382,7 @@ def as_latex(tables: Sequence[Table]) -> str:
 
 CSV_COLUMNS = (
     *("origin", "dataset", "protocol", "encoder", "start", "train_frac", "split", "metric"),
-    *("mean", "std", "low", "high", "runs", "seeds", "selected_on", "source", "notes"),
+    *("mean", "std", "low", "high", "runs", "seeds", "selected_on", "tested_on", "source", "notes"),
 )
 
 
@@ -414,6 +414,7 @@ def as_records(tables: Sequence[Table]) -> list[dict[str, Any]]:
                             "runs": value.count,
                             "seeds": cell.seeds,
                             "selected_on": cell.runs[0].selected,
+                            "tested_on": cell.runs[0].tested,
                             "source": " ".join(str(run.file) for run in cell.runs),
                             "notes": notes,
                         }
@@ -436,6 +437,7 @@ def as_records(tables: Sequence[Table]) -> list[dict[str, Any]]:
                 "runs": "",
                 "seeds": "",
                 "selected_on": "",
+                "tested_on": "",
                 "source": entry.source,
                 "notes": entry.note,
             }

@@ -21,6 +21,7 @@ from sarwmix.figures import base as pictures
 from sarwmix.reports.run import (
     INTERVALS,
     IRRELEVANT_ARGS,
+    MAIN_METRICS,
     RunRecord,
     Score,
     group_runs,
@@ -43,9 +44,9 @@ METRIC_NAMES = {
 }  # fmt: skip
 CURVES = ("ap_macro", "f1_macro", "accuracy", "acc", "aacc", "f1", "miou", "iou")
 """Metrics that are drawn against the epoch, of val and of test, where log.txt has them."""
-EPOCH_NAMES = {"train_loss": "training loss", "train_lr": "learning rate", "images_per_s": "images/s"}
+EPOCH_NAMES = {"train_loss": "training loss", "train_lr": "learning rate"}
 OWN_FIGURES = re.compile(
-    r"((pretraining|fine-tuning)_curves|average_precision|(pretraining_epochs|label_fractions)"
+    r"((pretraining|fine-tuning.*)_curves|average_precision|(pretraining_epochs|label_fractions)"
     r"|.+_(precision_recall|roc|confusion))\.png"
 )
 """Names that the page's figures have, so that those of a former page can be told from other files."""
@@ -101,10 +102,15 @@ def _marks(runs: Sequence[RunRecord]) -> dict[str, float]:
     return marks
 
 
+def _rate_unit(run: RunRecord) -> str:
+    """What a run counts in a second: probes of whole images train on cached features."""
+    cached = run.protocol.split(" ")[0] in ("linear", "frozen", "knn") and run.metrics.get("task") != "segmentation"
+    return "cached features/s" if cached and run.kind == "finetune" else "images/s"
+
+
 def training_figure(runs: Sequence[RunRecord], path: Path, *, title: str) -> Picture | None:
     """Loss, learning rate, throughput and, of fine-tuning, what selects the epoch."""
-    keys = ["train_loss", *(f"{split}_{name}" for name in CURVES for split in ("val", "test")), "train_lr",
-            "images_per_s"]  # fmt: skip
+    keys = ["train_loss", *(f"{split}_{name}" for name in CURVES for split in ("val", "test")), "train_lr"]  # fmt: skip
     panels: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]] = {}
     for key in keys:
         split, _, metric = key.partition("_")
@@ -112,6 +118,9 @@ def training_figure(runs: Sequence[RunRecord], path: Path, *, title: str) -> Pic
         curves = {run.name: run.column(key) for run in runs if len(run.column(key)[0])}
         if curves:
             panels[label] = curves
+    for run in runs:  # rates of images and of cached features differ a thousandfold
+        if len(run.column("images_per_s")[0]):
+            panels.setdefault(_rate_unit(run), {})[run.name] = run.column("images_per_s")
     if not panels:
         return None
     pictures.curves_figure(path, panels=panels, x_label="finished epochs", title=title, marks=_marks(runs))
@@ -283,7 +292,7 @@ class Row:
     cells: Mapping[str, Score]
 
 
-COLUMNS = ("run", "data", "model", "protocol", "initial weights", "labels", "seeds", "best epoch by")
+COLUMNS = ("run", "data", "model", "protocol", "initial weights", "labels", "seeds", "best epoch by", "tested on")
 
 
 def paper_rows(runs: Sequence[RunRecord]) -> list[Row]:
@@ -296,7 +305,8 @@ def paper_rows(runs: Sequence[RunRecord]) -> list[Row]:
         weights = starts[run.origin] + (f" and {others} more" if others else "")
         share = f"{100 * float(run.metrics.get('train_frac') or 1.0):g} %"
         cells = {metric: found for metric in run.scalars if (found := score(members, metric)) is not None}
-        setting = (name, run.dataset, run.encoder, run.protocol, weights, share, seed_text(members), run.selected)
+        setting = (name, run.dataset, run.encoder, run.protocol, weights, share, seed_text(members), run.selected,
+                   run.tested)  # fmt: skip
         rows.append(Row(setting, cells))
     return rows
 
@@ -345,21 +355,28 @@ def _score(row: Row, metric: str) -> str:
 
 STYLE = """
 :root { color-scheme: light; }
-body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; margin: 0 auto; max-width: 68rem;
+body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; margin: 0 auto; max-width: 76rem;
        padding: 0 1rem 3rem; overflow-wrap: break-word; }
 h1 { font-size: 1.6rem; margin: 1.2rem 0 .3rem; } h2 { font-size: 1.25rem; margin: 2.2rem 0 .6rem; }
 h3 { font-size: 1.05rem; margin: 1.4rem 0 .4rem; }
 nav a { display: inline-block; margin: .15rem .9rem .15rem 0; }
 a { color: #0055a4; }
 .scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .88rem; width: max-content; }
+table { border-collapse: collapse; font-size: .88rem; }
 th, td { max-width: 24rem; border-bottom: 1px solid #ddd; padding: .3rem .6rem; text-align: left; vertical-align: top; }
 th { background: #f3f3f3; } td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 tr.differs td:first-child::after { content: " *"; color: #b00; }
 figure { margin: 1rem 0; }
 figure img { max-width: 100%; height: auto; border: 1px solid #e5e5e5; box-sizing: border-box; }
-/* On a phone a figure keeps a readable size and is scrolled sideways. */
-@media (max-width: 44rem) { figure img { max-width: none; width: 44rem; } }
+/* A click shows a figure in its own size, scrolled sideways. */
+.zoom input { position: absolute; opacity: 0; } .zoom input:checked + img { max-width: none; }
+/* On a phone a row of a table is a card: each value beside the name of its column. */
+@media (max-width: 44rem) {
+  thead { display: none; } table, tbody, tr, td { display: block; max-width: none; }
+  tr { border-bottom: 2px solid #aaa; padding: .3rem 0; } td { border: 0; padding: .1rem 0; }
+  td::before { content: attr(data-head) ": "; color: #555; } td.number { text-align: left; white-space: normal; }
+  pre { white-space: pre-wrap; overflow-wrap: anywhere; }
+}
 figcaption, .note { font-size: .85rem; color: #555; }
 .warning { border-left: .3rem solid #d55e00; padding: .3rem .7rem; background: #fff6ef; }
 pre { background: #f6f6f6; padding: .7rem; overflow-x: auto; font-size: .8rem; }
@@ -371,9 +388,10 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: int =
     cells = "".join(f"<th>{html.escape(text)}</th>" for text in head)
     body = []
     for number, row in enumerate(rows):
-        columns = "".join(
-            f'<td class="number">{html.escape(text)}</td>' if place >= len(row) - numbers
-            else f"<td>{html.escape(text)}</td>" for place, text in enumerate(row))  # fmt: skip
+        columns = ""
+        for place, text in enumerate(row):
+            kind = ' class="number"' if place >= len(row) - numbers else ""
+            columns += f'<td{kind} data-head="{html.escape(head[place])}">{html.escape(text)}</td>'
         style = ' class="differs"' if number < len(marked) and marked[number] else ""
         body.append(f"<tr{style}>{columns}</tr>")
     return f'<div class="scroll"><table><thead><tr>{cells}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
@@ -383,6 +401,7 @@ def _figure(picture: Picture, alt: str) -> str:
     data = base64.b64encode(picture.path.read_bytes()).decode()
     caption = f"<figcaption>{html.escape(picture.caption)}</figcaption>" if picture.caption else ""
     image = f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{data}">'
+    image = f'<label class="zoom" title="click: own size"><input type="checkbox">{image}</label>'
     return f'<figure><div class="scroll">{image}</div>{caption}</figure>'
 
 
@@ -392,7 +411,7 @@ def _seconds(value: float) -> str:
 
 
 def _overview(runs: Sequence[RunRecord]) -> str:
-    head = ("run", "kind", "data", "model", "initial weights", "epochs", "last loss", "images/s", "training time",
+    head = ("run", "kind", "data", "model", "initial weights", "epochs", "last loss", "rate", "training time",
             "result")  # fmt: skip
     rows, starts = [], start_names(runs)
     for run in runs:
@@ -400,8 +419,12 @@ def _overview(runs: Sequence[RunRecord]) -> str:
         seconds = run.metrics.get("training_seconds") or run.column("seconds")[1].sum()
         found = run.result()
         result = ""
-        for metric, value in list(run.scalars.items())[:1] if found else ():
-            result = f"{METRIC_NAMES.get(metric, metric)} {value:.3f} on {found[1] if found else ''}"
+        if found and run.scalars:
+            # what chose the epoch, else what tables of its kind lead with
+            chosen = (run.metrics.get("selected_on") or {}).get("rule")
+            metric = next(name for name in (chosen, *MAIN_METRICS, *run.scalars) if name in run.scalars)
+            result = f"{METRIC_NAMES.get(metric, metric)} {run.scalars[metric]:.3f} on {found[1]}"
+        rate = f"{np.median(speed):.1f} {_rate_unit(run)}" if len(speed) else ""
         kind = run.kind if run.kind == "pretrain" else str(run.metrics.get("protocol", "fine-tuning"))
         planned = run.args.get("stop_epoch") or run.args.get("epochs")
         done = run.epochs[-1]["epoch"] + 1 if run.epochs else 0
@@ -409,7 +432,7 @@ def _overview(runs: Sequence[RunRecord]) -> str:
         epochs = "none" if run.metrics and not done else f"{done} of {planned}"
         rows.append((run.name, kind, str(run.args.get("dataset", "")), str(run.args.get("model", "")),
                      starts[run.origin], epochs, f"{losses[-1]:.4f}" if len(losses) else "",
-                     f"{np.median(speed):.1f}" if len(speed) else "", _seconds(float(seconds)), result))  # fmt: skip
+                     rate, _seconds(float(seconds)), result))  # fmt: skip
     return _table(head, rows)
 
 
@@ -479,15 +502,21 @@ def write_report(folders: Sequence[str | Path], out: str | Path, *, title: str =
 
     rows = paper_rows(tuned)
     curves = ""
-    for name, group in (("Pretraining", pretrained), ("Fine-tuning", tuned)):
+    kinds = {run.dataset: [one for one in tuned if one.dataset == run.dataset] for run in tuned}
+    groups = [("Pretraining", pretrained)]
+    groups += [("Fine-tuning" + (f" {name}" if len(kinds) > 1 else ""), group) for name, group in kinds.items()]
+    for name, group in groups:
         drawn = training_figure(group, figures / f"{_slug(name).lower()}_curves.png", title=f"{name}: each epoch")
         curves += _figure(drawn, f"{name}: curves") if drawn else ""
     results = ""
     if rows:
-        metrics = _metric_names(rows)
-        results += _table((*COLUMNS, *(METRIC_NAMES.get(name, name) for name in metrics)),
-                          [(*row.setting, *(_score(row, name) for name in metrics)) for row in rows],
-                          numbers=len(metrics))  # fmt: skip
+        of_kind: dict[tuple[str, ...], list[Row]] = {}
+        for row in rows:  # a table for each set of metrics: no column that half of the rows leave empty
+            of_kind.setdefault(tuple(row.cells), []).append(row)
+        for metrics, alike in of_kind.items():
+            results += _table((*COLUMNS, *(METRIC_NAMES.get(name, name) for name in metrics)),
+                              [(*row.setting, *(_score(row, name) for name in metrics)) for row in alike],
+                              numbers=len(metrics))  # fmt: skip
         results += f'<p class="note">Fractions of 1. {html.escape(INTERVALS)}</p>'
     per_class = class_figure(tuned, figures / "average_precision.png")
     results += _figure(per_class, "Average precision of each class") if per_class else ""

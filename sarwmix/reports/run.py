@@ -157,6 +157,23 @@ class RunRecord:
         return selected_text(self.metrics)
 
     @property
+    def tested(self) -> str:
+        """The split of `result` and of what it was made by, its samples, and what intervals count as one."""
+        found = self.result()
+        if found is None:
+            return ""
+        split, options = found[1], self.metrics.get("data_options") or {}
+        of = "" if not options.get("lists") else f" of lists {Path(str(options['lists'])).name}"
+        samples = (self.metrics.get("samples") or {}).get(split)
+        kind, clusters = self.metrics.get("cluster"), (self.metrics.get("clusters") or {}).get(split)
+        parts = [f"{samples:,} images"] if isinstance(samples, int) else []
+        if isinstance(clusters, int) and kind != "image":
+            parts.append(f"{clusters:,} clusters ({kind})")
+        elif kind == "image":
+            parts.append("no clusters known")
+        return split + of + (f": {', '.join(parts)}" if parts else "")
+
+    @property
     def start(self) -> str:
         """Where the weights come from: "random", "timm ...", a checkpoint's path, or "unknown" of an evaluation."""
         if "initialisation" not in self.metrics and not self.args:  # evaluated somewhere else than it was trained

@@ -334,8 +334,8 @@ def _margin(parts: Sequence[tuple[float, float]], level: float) -> float:
     """Half of the interval of the given level for a sum of parts (variance, degrees of freedom).
 
     Satterthwaite's formula alone is too narrow where the part with few degrees of freedom leads (two seeds: 87 %
-    instead of 95), the parts' own margins, squared and added, are too wide where it does not (99 %). Their squares are mixed
-    by the share of that part: 93 to 97.5 % with two seeds, 94.5 to 97 % with three or more, whatever the shares.
+    instead of 95), the parts' own margins, squared and added, are too wide where it does not (99 %). Their squares are
+    mixed by the share of that part: 93 to 97.5 % with two seeds, 94.5 to 97 % with more, whatever the shares.
     """
     from scipy.stats import t
 
