@@ -17,6 +17,7 @@ from util.args import Parser
 from util.cli import run_cli
 from util.errors import UserError
 from util.files import atomic_write, parse_json, read_bytes
+from util.text import cells
 
 SUFFIX = "_labels_metadata.json"
 SHOWN = 5  # patch folders without metadata that are named
@@ -79,7 +80,7 @@ def main() -> None:
     without: list[str] = []
     for path in find_metadata(root, without):
         try:
-            writer.writerow(read_row(path))
+            writer.writerow(cells(read_row(path)))
         except UserError as error:
             if not args.skip_bad:
                 raise UserError(f"{error} (--skip_bad leaves such patches out)") from error

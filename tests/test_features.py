@@ -114,7 +114,7 @@ def workbench(count: int = 40) -> Workbench:
 def test_features_are_computed_once_and_used_again(tmp_path: Path) -> None:
     bench, model = workbench(), MeanModel()
     first = bench.with_features(model, tmp_path)
-    assert sorted(path.name.split("_")[0] for path in tmp_path.iterdir()) == ["test", "train", "val"]
+    assert sorted(path.name.split("_")[0] for path in tmp_path.glob("*.npy")) == ["test", "train", "val"]
 
     def refuse(*args: object) -> None:
         raise AssertionError("the encoder was run again")
@@ -245,3 +245,16 @@ def test_logistic_probe_of_exclusive_classes_is_multinomial(classes: int) -> Non
         scores = probe(torch.from_numpy(splits[1].features)).double().softmax(dim=1).numpy()
     np.testing.assert_allclose(scores, expected, atol=2e-3)
     assert sweep["1"] > 1 / classes
+
+
+def test_cached_features_that_were_changed_are_computed_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path, values = tmp_path / "train_x.npy", np.arange(6, dtype=np.float32).reshape(3, 2)
+    save_features(path, values)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    assert load_features(path, 3) is None
+    save_features(path, np.array([[1, np.nan]], np.float32))
+    assert load_features(path, 1) is None
+    save_features(path, values)
+    assert np.array_equal(load_features(path, 3), values)  # type: ignore[arg-type]

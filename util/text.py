@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import codecs
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from util.errors import UserError
 from util.files import TEXT_LIMIT, read_bytes
@@ -35,6 +37,24 @@ def read_text(path: Path) -> str:
         return content.decode(encoding)
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
+
+
+def cells(row: Iterable[Any]) -> list[Any]:
+    """Values of a CSV's line; text that a spreadsheet would take for a formula begins with an apostrophe.
+
+    Names come from data and from folders; `=HYPERLINK(...)` must stay text. Numbers stay as they are.
+    """
+
+    def shown(value: Any) -> Any:
+        if not isinstance(value, str) or not value.startswith(("=", "+", "-", "@", "\t", "\r")):
+            return value
+        try:
+            float(value)
+        except ValueError:
+            return f"'{value}"
+        return value
+
+    return [shown(value) for value in row]
 
 
 def separator_of(line: str) -> str:

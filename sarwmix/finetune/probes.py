@@ -6,6 +6,7 @@ Shapes: N samples, D features, K classes.
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from sarwmix.heads import LinearProbe
 from sarwmix.tasks.base import Task
 from util.arrays import load_npy
 from util.errors import UserError
-from util.files import atomic_write, make_directory
+from util.files import atomic_write, make_directory, read_bytes, sha256_file
 from util.log import get_logger
 
 FINGERPRINT_SAMPLES = 16
@@ -135,9 +136,11 @@ def feature_path(folder: str | Path, split: str, key: str) -> Path:
 
 
 def load_features(path: Path, count: int) -> np.ndarray | None:
-    """Features from the cache, (N, D) float32 mapped from the file, or None when they are not there or do not fit."""
+    """Features from the cache, (N, D) float32 mapped from the file, or None when they are not there, do not fit, or are
+    not what was written: a checksum lies beside them."""
     try:
         features = load_npy(path, mapped=True)
+        recorded = read_bytes(_checksum_path(path), 200).decode("ascii", "replace").strip()
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
@@ -146,14 +149,23 @@ def load_features(path: Path, count: int) -> np.ndarray | None:
     if features.ndim != 2 or len(features) != count or features.dtype != np.float32:
         get_logger().warning("cached features %s do not fit %d samples; they are computed again", path, count)
         return None
+    if recorded != sha256_file(path) or not np.isfinite(features.sum(dtype=np.float64)):
+        get_logger().warning("cached features %s are not what was written; they are computed again", path)
+        return None
     return features
 
 
+def _checksum_path(path: Path) -> Path:
+    return path.with_suffix(".sha256")
+
+
 def save_features(path: Path, features: np.ndarray) -> None:
-    """Write features atomically."""
+    """Write features and their checksum, each atomically: a kill in between leaves what is computed again."""
     make_directory(path.parent)
     with atomic_write(path) as stream:
         np.save(stream, features, allow_pickle=False)
+    with atomic_write(_checksum_path(path), "w") as stream:
+        stream.write(sha256_file(path) + "\n")
 
 
 @torch.no_grad()
@@ -229,8 +241,11 @@ def fit_logistic_probe(
     rule = task.rules()[0]
     found: dict[str, float] = {}
     best: dict[str, Tensor] = {}
+    unfinished: list[str] = []
     for c in grid:
-        weight, bias = _logistic(inputs, target, c, exclusive=task.exclusive, max_iter=max_iter)
+        weight, bias, done = _logistic(inputs, target, c, exclusive=task.exclusive, max_iter=max_iter)
+        if not done:
+            unfinished.append(f"{c:g}")
         with torch.no_grad():
             probe.linear.weight.copy_(torch.from_numpy(weight))
             probe.linear.bias.copy_(torch.from_numpy(bias))
@@ -242,6 +257,17 @@ def fit_logistic_probe(
         found[f"{c:g}"] = value
     probe.load_state_dict(best)
     probe.to(device)
+    chosen = max(found, key=found.__getitem__)
+    if unfinished:
+        get_logger().warning(
+            "L-BFGS had not converged after %d iterations at C = %s; the numbers there depend on rounding",
+            max_iter, ", ".join(unfinished),
+        )  # fmt: skip
+    if len(grid) > 1 and chosen in (f"{min(grid):g}", f"{max(grid):g}"):
+        get_logger().warning(
+            "the best C = %s is the end of the grid %g to %g: a better one may lie beyond, and rounding may decide",
+            chosen, min(grid), max(grid),
+        )  # fmt: skip
     return found
 
 
@@ -252,15 +278,23 @@ def whole_split(dataset: FeatureDataset) -> dict[str, Any]:
 
 def _logistic(
     inputs: np.ndarray, target: np.ndarray, c: float, *, exclusive: bool, max_iter: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Weights (K, D) and biases (K,) of one multinomial or K separate logistic regressions."""
+) -> tuple[np.ndarray, np.ndarray, bool]:
+    """Weights (K, D) and biases (K,) of one multinomial or K logistic regressions, and whether all converged."""
+    from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
     classes = target.shape[1]
     weight, bias = np.zeros((classes, inputs.shape[1])), np.zeros(classes)
 
+    done = True
+
     def fit(y: np.ndarray) -> Any:
-        return LogisticRegression(C=c, max_iter=max_iter).fit(inputs, y)
+        nonlocal done
+        with warnings.catch_warnings():  # said once for all classes, in our own words
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            fitted = LogisticRegression(C=c, max_iter=max_iter).fit(inputs, y)
+        done = done and int(np.max(fitted.n_iter_)) < max_iter
+        return fitted
 
     if exclusive:
         fitted = fit(target.argmax(axis=1))
@@ -271,7 +305,7 @@ def _logistic(
         else:
             weight[fitted.classes_], bias[fitted.classes_] = fitted.coef_, fitted.intercept_
         bias[[k for k in range(classes) if k not in fitted.classes_]] = -30.0  # never seen: never predicted
-        return weight, bias
+        return weight, bias, done
     for k in range(classes):
         share = target[:, k].mean()
         if share in (0.0, 1.0):  # nothing to separate: a constant answer
@@ -279,4 +313,4 @@ def _logistic(
             continue
         fitted = fit(target[:, k])
         weight[k], bias[k] = fitted.coef_[0], fitted.intercept_[0]
-    return weight, bias
+    return weight, bias, done

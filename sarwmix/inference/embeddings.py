@@ -24,6 +24,7 @@ from sarwmix.inference.predict import Options, Source, _nothing, _tiles, radar_c
 from sarwmix.transforms import starts
 from util.errors import UserError
 from util.log import Progress
+from util.text import cells
 
 FITTED = {"pca": 20_000, "tsne": 5_000}  # samples drawn, chosen at random when there are more
 PANELS = 12  # classes drawn for samples with several labels
@@ -203,8 +204,8 @@ def save_npy(path: Path, found: Embeddings) -> None:
     target.flush()
     with open(path.with_suffix(".csv"), "w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(found.columns)
-        writer.writerows(zip(*found.columns.values(), strict=True))
+        writer.writerow(cells(found.columns))
+        writer.writerows(cells(row) for row in zip(*found.columns.values(), strict=True))
 
 
 def save_parquet(path: Path, found: Embeddings, metadata: Mapping[str, str]) -> None:

@@ -30,7 +30,7 @@ from sarwmix.inference.model import (
     from_pretrained,
 )
 from util.errors import UserError
-from util.files import atomic_write, new_folder, read_json, write_json
+from util.files import atomic_write, new_folder, read_json, sha256_file, write_json
 from util.log import get_logger
 from util.passport import passport_lines, public_passport
 from util.text import first_line
@@ -66,7 +66,7 @@ def export_model(
     found.metrics = dict(metrics if metrics is not None else metrics_beside(Path(checkpoint)))
     with new_folder(folder) as work:
         _write_weights(work / WEIGHTS_FILE, found)
-        config = config_of(found)
+        config = config_of(found) | {"weights_sha256": sha256_file(work / WEIGHTS_FILE)}
         if program:
             config["program"] = write_program(work / PROGRAM_FILE, found)
         write_json(work / CONFIG_FILE, config)

@@ -36,7 +36,7 @@ from util.checkpoint import (
     taking_apart,
 )
 from util.errors import UserError
-from util.files import read_json
+from util.files import read_json, sha256_file
 from util.optim import stage_depths
 from util.text import first_line
 
@@ -239,7 +239,10 @@ def from_pretrained(source: str | Path, *, revision: str | None = None) -> Pretr
             "program"
         )
     record = {key: config[key] for key in _RECORD_KEYS if config.get(key) is not None}
-    return _assemble(record, _read_weights(folder / WEIGHTS_FILE), str(source), metrics=config.get("metrics") or {})
+    weights, recorded = folder / WEIGHTS_FILE, config.get("weights_sha256")  # not in exports of earlier versions
+    if recorded is not None and weights.is_file() and sha256_file(weights) != recorded:
+        raise UserError(f"{weights} is not what was exported (its SHA-256 differs from {CONFIG_FILE}); export it again")
+    return _assemble(record, _read_weights(weights), str(source), metrics=config.get("metrics") or {})
 
 
 def _download(name: str, revision: str | None) -> Path:

@@ -50,7 +50,7 @@ from sarwmix.transforms import blend_weights, starts
 from util.errors import UserError
 from util.files import TEMP_SUFFIX, WriteError, file_set, write_json
 from util.log import Progress, get_logger
-from util.text import first_line
+from util.text import cells, first_line
 
 NO_CLASS = 255
 MIN_VALID = 0.5  # share of valid pixels of a tile, unless another one is asked for
@@ -470,7 +470,7 @@ class TileTable:
 
             self._crs = CRS.from_wkt(scene.crs)
         place = ["x", "y", "longitude", "latitude"] if self._crs is not None else ["x", "y"]
-        self._writer.writerow(["row", "column", "height", "width", *place, "valid", *columns])
+        self._writer.writerow(cells(["row", "column", "height", "width", *place, "valid", *columns]))
 
     def add(self, tiles: Sequence[tuple[float, float, float, float]], results: Sequence[Sequence[Any]]) -> None:
         """Tiles (row, column, height, width) and (valid share, result...) of each."""
@@ -489,7 +489,8 @@ class TileTable:
         for number, (tile, result) in enumerate(zip(tiles, results, strict=True)):
             corner = [f"{value:g}" if value != int(value) else int(value) for value in tile]
             values = [f"{value:.6g}" if isinstance(value, float) else value for value in result]
-            self._writer.writerow([*corner, f"{x[number]:.10g}", f"{y[number]:.10g}", *spherical[number], *values])
+            place_of = [f"{x[number]:.10g}", f"{y[number]:.10g}", *spherical[number]]
+            self._writer.writerow(cells([*corner, *place_of, *values]))
 
     def close(self) -> None:
         self._stream.close()

@@ -29,7 +29,7 @@ from sarwmix.tasks.intervals import difference_of_runs
 from util.args import args_to_dict
 from util.errors import UserError
 from util.files import read_json
-from util.text import tex
+from util.text import cells, tex
 
 FINETUNE = "finetune."
 ARM = "arm"
@@ -414,8 +414,8 @@ def as_csv(combinations: Sequence[Combination]) -> str:
     metrics = list(dict.fromkeys(name for _, run in done for name in run.scalars))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*combinations[0].values, *metrics, "folder"])
+    writer.writerow(cells([*combinations[0].values, *metrics, "folder"]))
     for combination, run in done:
         values = [run.scalars.get(name, "") for name in metrics]
-        writer.writerow([*combination.values.values(), *values, combination.finetune.folder.name])
+        writer.writerow(cells([*combination.values.values(), *values, combination.finetune.folder.name]))
     return text.getvalue()

@@ -12,6 +12,7 @@ import contextlib
 import os
 import struct
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -84,7 +85,6 @@ def open_dataset(path: str | Path, *, whole: bool = True) -> Any:
     import rasterio
     from rasterio.errors import RasterioError
 
-    _quiet_about_places()
     try:
         length = require_regular(path).st_size
     except (OSError, ValueError) as error:
@@ -93,7 +93,10 @@ def open_dataset(path: str | Path, *, whole: bool = True) -> Any:
         raise GeoTiffError("has its mask in a file beside it (.msk), which is not read; write it into the GeoTIFF")
     try:
         # Set for this thread while it opens; GDAL remembers that there are no files beside it.
-        with rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR", GDAL_PAM_ENABLED="NO"):
+        with (
+            _quiet_about_places(),
+            rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR", GDAL_PAM_ENABLED="NO"),
+        ):
             source = rasterio.open(path, driver=driver_of(path))
     except RasterioError as error:
         raise GeoTiffError(f"cannot be read (truncated or damaged?): {first_line(error)}") from error
@@ -105,9 +108,20 @@ def open_dataset(path: str | Path, *, whole: bool = True) -> Any:
     return source
 
 
+@contextlib.contextmanager
+def _quiet_about_places() -> Iterator[None]:
+    """Plain pixels are allowed; who needs a place says so. Filters belong to the process: threads set one for good."""
+    if threading.current_thread() is not threading.main_thread():
+        _quiet_for_good()
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Dataset has no geotransform")
+        yield
+
+
 @lru_cache(maxsize=1)
-def _quiet_about_places() -> None:
-    """Plain pixels are allowed; who needs a place says so. Once, since filters are no matter of one thread."""
+def _quiet_for_good() -> None:
     warnings.filterwarnings("ignore", message="Dataset has no geotransform")
 
 
