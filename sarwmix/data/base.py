@@ -16,7 +16,8 @@ from typing import Any, NamedTuple, overload
 import numpy as np
 import torch
 
-from sarwmix.data.spec import DatasetSpec, EmptySplit, Statistics
+from sarwmix.data.pixels import DB_RANGE
+from sarwmix.data.spec import SAR_BANDS, DatasetSpec, EmptySplit, Statistics
 from sarwmix.preprocessing import Preprocessing
 from util.errors import UserError
 
@@ -599,18 +600,23 @@ class MaskSubset(MaskDataset):
 
 
 def finish_image(image: np.ndarray, name: str, path: str | Path | Callable[[], str], bands: Sequence[str] = ()) -> None:
-    """Turn +-inf into NaN in place and refuse an image without a valid pixel in one of its bands.
+    """Turn +-inf, and dB that no sensor gives, into NaN in place; refuse an image with a band without a valid pixel.
 
     Args:
         image: float32 (C, H, W) in dB.
         name: The sample's name, for the error.
         path: Its file or place, or a function that tells it (called only for the error).
-        bands: Names of its bands, for the error.
+        bands: Names of its bands; those of Sentinel-1 are held to `DB_RANGE`.
 
     Raises:
         NoValidPixel: A band holds no valid pixel.
     """
     finite = np.isfinite(image)
+    radar = [number for number, band in enumerate(bands) if band in SAR_BANDS]
+    low, high = DB_RANGE
+    # A comparison with NaN is false, too: then `finite` tells.
+    if radar and not (low <= image[radar].min() and image[radar].max() <= high):
+        finite[radar] &= (image[radar] >= low) & (image[radar] <= high)
     if finite.all():
         return
     image[~finite] = np.nan
@@ -618,4 +624,4 @@ def finish_image(image: np.ndarray, name: str, path: str | Path | Callable[[], s
     if empty.any():
         place = path() if callable(path) else path
         named = [bands[number] if bands else str(number) for number in np.flatnonzero(empty).tolist()]
-        raise NoValidPixel(name, place, f"no valid pixel in band {', '.join(named)} (all NaN)")
+        raise NoValidPixel(name, place, f"no valid pixel in band {', '.join(named)} (all NaN, or no dB)")
