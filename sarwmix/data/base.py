@@ -16,8 +16,7 @@ from typing import Any, NamedTuple, overload
 import numpy as np
 import torch
 
-from sarwmix.data.pixels import DB_RANGE
-from sarwmix.data.spec import SAR_BANDS, DatasetSpec, EmptySplit, Statistics
+from sarwmix.data.spec import DB_RANGE, SAR_BANDS, DatasetSpec, EmptySplit, Statistics
 from sarwmix.preprocessing import Preprocessing
 from util.errors import UserError
 

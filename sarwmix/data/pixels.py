@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from sarwmix.data.spec import DB_RANGE
 from util.errors import UserError
 from util.log import get_logger
 
@@ -25,8 +26,6 @@ UNITS = ("dB", "linear", "amplitude")
 """Units of stored backscatter; amplitude is the root of linear power."""
 FILLS = (0.0, -9999.0, -999.0, -99.0, -32768.0, -32767.0, 9999.0, 32767.0, 65535.0)
 """Values that processors write where they have no data, whether or not a file declares them."""
-DB_RANGE = (-80.0, 50.0)
-"""Beyond these no C-band sensor measures anything (noise floor near -25 dB, corner reflectors near +40 dB)."""
 _HUGE = 1e30  # -3.4e38 and its like
 _LEAST = 100  # pixels that a judgement needs
 _DOOR_SAMPLES = 8

@@ -14,6 +14,8 @@ from util.files import JSON_LIMIT, parse_json, read_bytes
 
 BANDS = ("VH", "VV")
 TASKS = ("multilabel", "multiclass", "pair", "segmentation", "unlabelled")
+DB_RANGE = (-80.0, 50.0)
+"""Beyond these no C-band sensor measures anything (noise floor near -25 dB, corner reflectors near +40 dB)."""
 DECIBEL, REFLECTANCE = "dB", "reflectance x 1e4"
 SAR_BANDS = ("VH", "VV", "HH", "HV")
 PAIR_BANDS = ("BEFORE", "AFTER")
