@@ -104,3 +104,61 @@ def test_torch_hub_opens_encoders_and_trained_models(tmp_path: Path) -> None:
     assert all(torch.equal(value, weights[key]) for key, value in loaded.state_dict().items())
     opened = torch.hub.load(str(ROOT), "trained", str(path), source="local")
     assert opened.bands == ("VH", "VV")
+
+
+def own_data_commands() -> list[list[str]]:
+    """Commands of the first block of docs/own_data.md."""
+    block = (ROOT / "docs" / "own_data.md").read_text().split("```bash\n")[1].split("```")[0]
+    return [line.split("#")[0].split() for line in block.splitlines()]
+
+
+def test_own_data_takes_at_most_eight_commands() -> None:
+    lines = own_data_commands()
+    assert len(lines) <= 8
+    assert lines[0][:2] == ["pip", "install"]
+    assert all(line[0] == "sarwmix" for line in lines[1:])
+
+
+@pytest.mark.slow
+def test_own_geotiffs_to_a_map_from_an_installed_package(wheel: Path, tmp_path: Path) -> None:
+    """The page as it stands, in an empty folder; training is cut short by --test_run."""
+    import numpy as np
+    import rasterio
+
+    from tests.conftest import clean_environment
+
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "installed")
+    work = tmp_path / "work"
+
+    def write(path: Path, level: float, seed: int, side: int = 64) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        random = np.random.default_rng(seed)
+        profile = {
+            "driver": "GTiff",
+            "height": side,
+            "width": side,
+            "count": 2,
+            "dtype": "float32",
+            "crs": "EPSG:32633",
+        }
+        with rasterio.open(path, "w", transform=rasterio.Affine(10, 0, 5e5, 0, -10, 5e6), **profile) as out:
+            for number, (name, offset) in enumerate((("VV", 0.0), ("VH", -7.0)), start=1):
+                out.write(random.normal(level + offset, 2, (side, side)).astype("float32"), number)
+                out.set_band_description(number, name)
+
+    for number in range(20):
+        write(work / f"tiles/forest/{number}.tif", -9, number)
+        write(work / f"tiles/water/{number}.tif", -19, 100 + number)
+    write(work / "scene.tif", -12, 999, side=256)
+    environment = clean_environment({"PYTHONPATH": str(tmp_path / "installed")})
+    for _, *words in own_data_commands()[1:]:
+        short = ["--num_workers", "0", "--test_run"] if words[0] in ("pretrain", "finetune") else []
+        command = [sys.executable, "-m", "sarwmix", *words, *short]
+        done = subprocess.run(command, cwd=work, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, (words, (done.stdout + done.stderr)[-3000:])
+    assert (work / "exported" / "model.safetensors").is_file()
+    with rasterio.open(next((work / "maps").glob("*.tif"))) as result:
+        values = result.read()
+    assert values.shape[0] == 2
+    assert np.isfinite(values).any()

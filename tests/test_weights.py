@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from models_mixmim import MixMIM, model_config
 from sarwmix.heads import TaskModel
 from sarwmix.models.backbones import build_classifier, build_segmenter
 from sarwmix.models.loading import load_pretrained, load_start, load_timm_weights, read_weights
+from sarwmix.models.passport import find_passport, known_weights
 from sarwmix.models.settings import ModelSettings
 from util.errors import UserError
 from util.pos_embed import resize_position_table
@@ -26,7 +28,8 @@ STATISTICS = {"mean": [-19.0, -12.0], "std": [5.0, 5.0]}
 
 
 def start(model: TaskModel, path: Path, **options: Any) -> None:
-    load_start(model, str(path), bands=BANDS, statistics=STATISTICS, **options)
+    given = {"weight_bands": None if options.get("adapt_bands") or "x.pth" in str(path) else ",".join(BANDS), **options}
+    load_start(model, str(path), bands=BANDS, statistics=STATISTICS, **given)
 
 
 def encoder_state(seed: int = 0, settings: ModelSettings = VIT) -> dict[str, Tensor]:
@@ -82,13 +85,16 @@ def test_fgmae_for_bands_in_another_order_is_refused_or_put_into_order(fgmae: Pa
     with pytest.raises(UserError, match=r"saw VV, VH, in this order; the data set delivers VH, VV.*--weight_bands VV"):
         first_layer(fgmae, "VH,VV")
     assert torch.equal(first_layer(fgmae, "VH,VV", "VV,VH"), weight[:, [1, 0]])
-    assert torch.equal(first_layer(fgmae, "VH,VV", "VH,VV"), weight)
     assert torch.equal(first_layer(fgmae, "VV,VH"), weight)
-    with pytest.raises(UserError, match="was trained on bands HH, HV, the data set delivers VH, VV"):
-        first_layer(fgmae, "VH,VV", "HH,HV")
+    for contradiction in ("VH,VV", "HH,HV"):
+        with pytest.raises(UserError, match=r"is FG-MAE .*, which saw VV, VH in this order .*; --weight_bands says"):
+            first_layer(fgmae, "VH,VV", contradiction)
 
-    torch.save({"model": encoder_state()}, tmp_path / "timm.pth")  # no decoder: not one of FG-MAE's
-    assert torch.equal(first_layer(tmp_path / "timm.pth", "VH,VV"), weight)
+    torch.save({"model": encoder_state()}, tmp_path / "timm.pth")  # nobody knows what it saw
+    with pytest.raises(UserError, match=r"has 2 bands and names none.*say which bands it saw.*--weight_bands VV,VH"):
+        first_layer(tmp_path / "timm.pth", "VH,VV")
+    assert torch.equal(first_layer(tmp_path / "timm.pth", "VH,VV", "VH,VV"), weight)
+    assert torch.equal(first_layer(tmp_path / "timm.pth", "VH,VV", "VV,VH"), weight[:, [1, 0]])
     torch.save({"model": mae_state(), "data": {"bands": ["VH", "VV"]}}, tmp_path / "ours.pth")
     assert torch.equal(first_layer(tmp_path / "ours.pth", "VH,VV"), weight)
     with pytest.raises(UserError, match=r"VH, VV, as it says itself; --weight_bands says VV, VH"):
@@ -162,7 +168,7 @@ def test_another_number_of_bands_is_refused_or_adapted(tmp_path: Path) -> None:
     torch.save(rgb, tmp_path / "rgb.pth")
     model: Any = build_classifier(VIT, 5)
     with pytest.raises(UserError, match=r"trained on 3 bands, the data set has 2 \(VH, VV\).*--adapt_bands"):
-        start(model, tmp_path / "rgb.pth")
+        start(model, tmp_path / "rgb.pth", weight_bands=None)
     start(model, tmp_path / "rgb.pth", adapt_bands=True)
     image = torch.randn(1, 1, 32, 32)
     patches = torch.nn.functional.conv2d(image.expand(-1, 3, -1, -1), rgb["patch_embed.proj.weight"], stride=16)
@@ -298,3 +304,79 @@ def test_buffers_of_fgmae_are_left_out_by_name(tmp_path: Path) -> None:
     done = load_pretrained(model, read_weights(str(path))["model"], source="x.pth")
 
     assert set(buffers) <= set(done.dropped)
+
+
+def test_passports_are_enforced(tmp_path: Path) -> None:
+    rows = known_weights()
+    assert len({row.pattern for row in rows}) == len(rows) >= 12
+    for row in rows:
+        assert len(row.mean) == len(row.std) == len(row.bands), row.pattern
+    version = {name: tmp_path / f"resnet10t-s1-{name}" for name in ("v0.1.1", "v0.2.0")}
+    settings = ModelSettings("resnet10t", 64, 2)
+    state = {key: value.clone() for key, value in build_classifier(settings, 3).encoder.state_dict().items()}
+    for folder in version.values():
+        folder.mkdir()
+        save_file(state, folder / "model.safetensors")
+    model: Any = build_classifier(settings, 3)
+    options = {"bands": BANDS, "statistics": STATISTICS}
+    load_start(model, str(version["v0.1.1"] / "model.safetensors"), **options)
+    assert torch.equal(model.encoder.conv1[0].weight, state["conv1.0.weight"])
+    with pytest.raises(UserError, match=r"version 0.2.0, which saw VV, VH, in this order; the data set deliver"):
+        load_start(model, str(version["v0.2.0"] / "model.safetensors"), **options)
+    load_start(model, str(version["v0.2.0"] / "model.safetensors"), weight_bands="VV,VH", **options)
+    assert torch.equal(model.encoder.conv1[0].weight, state["conv1.0.weight"][:, [1, 0]])
+    # A known name with other content is not the known file.
+    save_file(state, tmp_path / "resnet50_sentinel1_all_moco-906e4356.pth")
+    assert find_passport(tmp_path / "resnet50_sentinel1_all_moco-906e4356.pth") is None
+
+
+def test_exports_carry_their_passport(tmp_path: Path) -> None:
+    data = {"bands": ["VV", "VH"], "unit": "dB", "statistics": {"mean": [-12.0, -19.0], "std": [5.0, 5.0]}}
+    path = tmp_path / "model.safetensors"
+    save_file(encoder_state(), path, metadata={"format": "pt", "data": json.dumps(data)})
+    assert read_weights(str(path))["data"] == data
+    with pytest.raises(UserError, match="trained on bands VV, VH, the data set delivers VH, VV"):
+        start(build_classifier(VIT, 5), path, weight_bands=None)
+    save_file(encoder_state(), path)
+    (tmp_path / "config.json").write_text(
+        json.dumps({"format": "sarwmix-export/1", "data": data})
+    )  # of earlier versions
+    assert read_weights(str(path))["data"] == data
+
+
+def test_dinov3_file_with_its_published_names(tmp_path: Path) -> None:
+    settings = ModelSettings("vit_small_patch16_dinov3", 32, 2)
+    torch.manual_seed(2)
+    original: Any = build_classifier(settings, 3).eval()
+    published = {}
+    for name, value in original.encoder.state_dict().items():
+        other = name.replace("reg_token", "storage_tokens").replace("gamma_1", "ls1.gamma")
+        published[other.replace("gamma_2", "ls2.gamma")] = torch.randn_like(value) * 0.02
+    for block in range(12):
+        published[f"blocks.{block}.attn.qkv.bias"] = torch.zeros(1152)
+        published[f"blocks.{block}.attn.qkv.bias_mask"] = torch.ones(1152)
+    published |= {"rope_embed.periods": torch.ones(16), "mask_token": torch.zeros(1, 384)}
+    torch.save(published, tmp_path / "dinov3.pth")
+    model: Any = build_classifier(settings, 3)
+    start(model, tmp_path / "dinov3.pth")
+    assert torch.equal(model.encoder.reg_token, published["storage_tokens"])
+    assert torch.equal(model.encoder.blocks[11].gamma_2, published["blocks.11.ls2.gamma"])
+    assert torch.equal(model.encoder.blocks[3].attn.qkv.weight, published["blocks.3.attn.qkv.weight"])
+    done = load_pretrained(model, published, source="x.pth")
+    assert {"blocks.0.attn.qkv.bias", "blocks.0.attn.qkv.bias_mask", "rope_embed.periods"} <= set(done.dropped)
+    published["blocks.0.attn.qkv.bias"][3] = 1.0
+    with pytest.raises(UserError, match="ends with _qkvb"):
+        load_pretrained(model, published, source="x.pth")
+
+
+def test_torchvision_swin_computes_the_same() -> None:
+    torchvision = pytest.importorskip("torchvision")
+    torch.manual_seed(4)
+    theirs = torchvision.models.swin_t().eval()
+    model: Any = build_classifier(ModelSettings("swin_tiny_patch4_window7_224", 224, 3), 5).eval()
+    done = load_pretrained(model, theirs.state_dict(), source="swin_t.pth")
+    assert set(done.dropped) == {"head.weight", "head.bias"}
+    images = torch.randn(1, 3, 224, 224)
+    theirs.head = torch.nn.Identity()
+    with torch.no_grad():
+        torch.testing.assert_close(model.forward_features(images), theirs(images), atol=1e-4, rtol=1e-4)

@@ -91,6 +91,11 @@ def metrics_beside(checkpoint: Path) -> dict[str, Any]:
     return {}
 
 
+def passport_of(model: Pretrained) -> dict[str, str]:
+    """What the safetensors file says about itself: bands, unit and statistics go with the weights."""
+    return {"format": "pt", "program": EXPORT_FORMAT, "data": json.dumps(model.record["data"])}
+
+
 def config_of(model: Pretrained) -> dict[str, Any]:
     """What config.json holds."""
     side = model.settings.input_size
@@ -117,7 +122,7 @@ def _write_weights(path: Path, model: Pretrained) -> None:
 
     state = {name: value.detach().cpu().contiguous().clone() for name, value in model.model.state_dict().items()}
     with atomic_write(path) as stream:
-        stream.write(save(state, metadata={"format": "pt", "program": EXPORT_FORMAT}))
+        stream.write(save(state, metadata=passport_of(model)))
 
 
 def example_inputs(model: Pretrained, batch: int) -> tuple[Tensor, ...]:

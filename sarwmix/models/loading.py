@@ -18,9 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from models_mixmim import MODELS
+from sarwmix.data.spec import unit_of_bands
 from sarwmix.heads import LinearProbe, PixelProbe, TaskModel, use_probe
+from sarwmix.models.passport import bands_of_file, statistics_of
+from sarwmix.models.renaming import is_square, rename_by_timm, rename_dinov2, rename_torchvision_swin
 from util.checkpoint import check_safetensors, load_checkpoint
 from util.errors import UserError
+from util.files import parse_json, read_json
 from util.log import get_logger
 from util.optim import stage_depths
 from util.pos_embed import resize_position_table, resize_relative_bias
@@ -31,7 +35,7 @@ if TYPE_CHECKING:
 _WRAPPERS = ("model", "state_dict", "teacher", "model_state_dict")  # under which files keep their weights
 # DistributedDataParallel; MoCo v2 and v3 (the trained encoder, not its momentum twin); DINO and TorchGeo; Lightning
 _PREFIXES = ("module.", "encoder_q.", "base_encoder.", "backbone.", "model.")
-FGMAE_BANDS = ("VV", "VH")  # in the order that FG-MAE's radar encoders were trained on
+_FIRST_ELSEWHERE = ("features.0.0.weight",)  # torchvision's Swin
 _CONSTANT = ("relative_position_index", "attn_mask")  # buffers that follow from sizes, nothing learned
 
 
@@ -75,37 +79,26 @@ def load_start(
             put into order.
 
     Raises:
-        UserError: the checkpoint is of other bands, contradicts `weight_bands`, does not fit, or is one of FG-MAE's
-            (VV, VH) by its entries while the data have the other order.
+        UserError: the checkpoint is of other bands, contradicts `weight_bands`, does not fit, or nobody knows the order
+            of its bands (see `sarwmix.models.passport`).
     """
     log = get_logger()
     if not path:
         log.info("no --finetune: training from random initialisation")
         return
     checkpoint = read_weights(path)
-    trained_on = [str(band) for band in (checkpoint.get("data") or {}).get("bands") or ()]
-    if weight_bands:
-        declared = [band.strip() for band in weight_bands.split(",")]
-        if trained_on and trained_on != declared:
-            raise UserError(
-                f"{path} was trained on bands {', '.join(trained_on)}, as it says itself; --weight_bands says "
-                f"{', '.join(declared)}; leave --weight_bands out"
-            )
-        # A declared order is exact: the same bands are put into the data set's order without being asked for twice.
-        adapt_bands = adapt_bands or (not trained_on and sorted(declared) == sorted(bands))
-        trained_on = declared
+    own = [str(band) for band in (checkpoint.get("data") or {}).get("bands") or ()]
+    trained_on = list(
+        bands_of_file(
+            path, own, weight_bands, inputs=_input_bands(model, checkpoint["model"]), bands=bands,
+            unit=str(unit_of_bands(bands)),
+        )
+    )  # fmt: skip
+    # A declared order is exact: the same bands are put into the data set's order without being asked for twice.
+    adapt_bands = adapt_bands or bool(weight_bands and not own and sorted(trained_on) == sorted(bands))
     if not adapt_bands:
         check_bands({"data": {"bands": trained_on}}, bands, source=path)
-    if not trained_on and is_fgmae(checkpoint["model"]) and tuple(bands) == FGMAE_BANDS[::-1]:
-        raise UserError(
-            f"{path} names no bands. By its entries it is a two-band MAE, as FG-MAE's are, which saw "
-            f"{', '.join(FGMAE_BANDS)}, in this order; the data set delivers {', '.join(bands)}. Give --weight_bands "
-            f"{','.join(FGMAE_BANDS)} to put its first layer into order, or --weight_bands {','.join(bands)} if this "
-            "file was trained in the data set's order"
-        )
-    if not trained_on:
-        log.info("%s names no bands; they are taken to be %s, in this order", path, ", ".join(bands))
-    before = (checkpoint.get("data") or {}).get("statistics") or {}
+    before = (checkpoint.get("data") or {}).get("statistics") or statistics_of(path, bands)
     if any(list(before.get(key, statistics[key])) != list(statistics[key]) for key in ("mean", "std")):
         log.warning(
             "%s was trained with mean %s, std %s; this run standardises with %s, %s (see --statistics)",
@@ -138,6 +131,8 @@ def load_start(
 def read_weights(path: str) -> dict[str, Any]:
     """Read any of the file kinds of this module.
 
+    The `data` of an export (bands, unit, statistics) are those of its safetensors file, or of the config.json beside.
+
     Returns:
         The checkpoint's entries; `model` holds the weights, without wrappers of other projects.
 
@@ -156,7 +151,7 @@ def read_weights(path: str) -> dict[str, Any]:
                 f"{path} holds no weights: expected a dict under one of {', '.join(_WRAPPERS)}, or tensors alone; it "
                 f"has {_shorten(list(map(str, content)))}"
             )
-        content = {"model": content}
+        content = {"model": content, **_data_of_export(Path(path))}
     state, left_out = _unwrap(content["model"])
     return {**content, "model": state, "left_out": left_out}
 
@@ -183,12 +178,13 @@ def _inside(state: Mapping[str, Tensor], prefix: str, left_out: list[str]) -> di
     return {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
 
 
-def is_fgmae(state: Mapping[str, Tensor]) -> bool:
-    """Whether weights have the entries of FG-MAE's released radar encoders: a ViT of two bands with MAE's decoder."""
-    weight = state.get("patch_embed.proj.weight")
-    two_bands = weight is not None and weight.ndim == 4 and weight.shape[1] == len(FGMAE_BANDS)
-    tokens = "cls_token" in state and "pos_embed" in state
-    return two_bands and tokens and any(name.startswith("decoder_") for name in state)
+def _input_bands(model: TaskModel, state: Mapping[str, Tensor]) -> int | None:
+    """Channels of a file's first layer; None where it has another name than the model's."""
+    own = {name.removeprefix(model.encoder_prefix): value for name, value in model.state_dict().items()}
+    first = _first_layer(model, {name: value for name, value in own.items() if _of_encoder(name)})
+    found = [value for name, value in state.items() if name == first or name.endswith(f".{first}")]
+    found += [state[name] for name in _FIRST_ELSEWHERE if name in state]
+    return next((value.shape[1] for value in found if value.ndim == 4), None)
 
 
 def _read_safetensors(path: str) -> dict[str, Any]:
@@ -200,6 +196,22 @@ def _read_safetensors(path: str) -> dict[str, Any]:
         return dict(load_file(path))
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"cannot load {path}: {error}; give an intact .safetensors file") from error
+
+
+def _data_of_export(path: Path) -> dict[str, Any]:
+    if path.suffix != ".safetensors":
+        return {}
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as stream:
+        kept = (stream.metadata() or {}).get("data")
+    config = parse_json(kept.encode()) if kept else None
+    beside = path.with_name("config.json")
+    if config is None and beside.is_file():
+        found = read_json(beside)
+        ours = isinstance(found, dict) and str(found.get("format", "")).startswith("sarwmix-export/")
+        config = found.get("data") if ours else None
+    return {"data": config} if isinstance(config, dict) else {}
 
 
 def check_bands(checkpoint: Mapping[str, Any], bands: Sequence[str], *, source: str) -> None:
@@ -379,7 +391,9 @@ def split_foreign(
         else:
             theirs[inner] = value
     if not ours:
-        theirs = _rename_dinov2(theirs, encoder)
+        theirs = rename_dinov2(rename_torchvision_swin(theirs), encoder)
+        if set(theirs) != set(encoder):
+            theirs = rename_by_timm(model, theirs, dropped)
     return theirs, head, dropped
 
 
@@ -388,24 +402,6 @@ def _classifier_names(model: TaskModel) -> tuple[str, ...]:
     names = getattr(model.encoder, "pretrained_cfg", {}).get("classifier") or ()
     names = (names,) if isinstance(names, str) else tuple(names)
     return tuple(f"{name}." for name in (*names, "last_layer"))
-
-
-def _rename_dinov2(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """DINOv2's published names -> timm's: registers; the class token's position, which timm adds to the token."""
-    renamed = dict(state)
-    if "register_tokens" in renamed and "reg_token" in own:
-        renamed["reg_token"] = renamed.pop("register_tokens")
-        table = renamed.get("pos_embed")
-        if table is not None and "cls_token" in renamed and _is_square(table.shape[1] - 1):
-            renamed["cls_token"] = renamed["cls_token"] + table[:, :1]
-            renamed["pos_embed"] = table[:, 1:]
-    return {
-        name.replace("mlp.w12.", "mlp.fc1.").replace("mlp.w3.", "mlp.fc2."): value for name, value in renamed.items()
-    }
-
-
-def _is_square(count: int) -> bool:
-    return round(count**0.5) ** 2 == count
 
 
 def _first_layer(model: TaskModel, encoder: Mapping[str, Tensor]) -> str:
@@ -453,8 +449,8 @@ def _resize_tables(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> tu
                 value = resize_position_table(value, wanted.shape[1])
                 resized.append(name)
             elif name.endswith("pos_embed") and value.ndim == 3:
-                extra = next((n for n in range(9) if _is_square(wanted.shape[1] - n)), 0)  # class token and registers
-                if _is_square(value.shape[1] - extra):
+                extra = next((n for n in range(9) if is_square(wanted.shape[1] - n)), 0)  # class token and registers
+                if is_square(value.shape[1] - extra):
                     grid = resize_position_table(value[:, extra:], wanted.shape[1] - extra)
                     value = torch.cat([value[:, :extra], grid], dim=1)
                     resized.append(name)
