@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from models_mixmim import MODELS
-from sarwmix.data.spec import unit_of_bands
+from sarwmix.data.spec import BANDS, unit_of_bands
 from sarwmix.heads import LinearProbe, PixelProbe, TaskModel, use_probe
 from sarwmix.models.passport import bands_of_file, statistics_of
 from sarwmix.models.renaming import is_square, rename_by_timm, rename_dinov2, rename_torchvision_swin
@@ -88,9 +88,12 @@ def load_start(
         return
     checkpoint = read_weights(path)
     own = [str(band) for band in (checkpoint.get("data") or {}).get("bands") or ()]
+    inputs = _input_bands(model, checkpoint["model"])
+    if not own and not weight_bands and inputs == len(BANDS) and "absolute_pos_embed" in checkpoint["model"]:
+        own = list(BANDS)  # the published implementation of MixMIM for radar reads no other order
     trained_on = list(
         bands_of_file(
-            path, own, weight_bands, inputs=_input_bands(model, checkpoint["model"]), bands=bands,
+            path, own, weight_bands, inputs=inputs, bands=bands,
             unit=str(unit_of_bands(bands)),
         )
     )  # fmt: skip
