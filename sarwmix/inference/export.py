@@ -269,6 +269,13 @@ def model_card(model: Pretrained, *, program: bool = True) -> str:
         "",
         scenes,
     ]
+    lines += [
+        "",
+        "## Licence",
+        "",
+        f"The program is MIT. These weights come from {data.get('dataset', 'unknown data')} (and from the weights they "
+        "started from, if any): their licences hold too, see docs/sources.md; who publishes this card states the rest.",
+    ]
     if program:
         lines += ["", f"`{PROGRAM_FILE}` is the same network as a torch.export program; it takes standardised images."]
     if model.classes:
