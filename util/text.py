@@ -27,16 +27,19 @@ def read_text(path: Path) -> str:
     """A list that people or other programs have written: UTF-8 with or without a byte order mark, or UTF-16 with one.
 
     Raises:
-        UserError: another encoding.
+        UserError: another encoding, or no text.
         OSError: the file cannot be read, is too large, or is no regular file.
     """
     content = read_bytes(path, TEXT_LIMIT)
     marks = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
     encoding = "utf-16" if content.startswith(marks) else "utf-8-sig"
     try:
-        return content.decode(encoding)
+        text = content.decode(encoding)
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
+    if "\0" in text:
+        raise UserError(f"{path} is no text: it holds NUL bytes; copy it again, or save it as UTF-8")
+    return text
 
 
 def cells(row: Iterable[Any]) -> list[Any]:

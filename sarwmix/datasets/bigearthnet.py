@@ -7,6 +7,7 @@ patch's ``patch_id`` and brought to 120 px by nearest neighbour, as reBEN does; 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import os
@@ -757,7 +758,9 @@ def _is_nested(root: Path) -> bool | None:
         return None
     with os.scandir(root) as entries:
         for entry in entries:
-            if entry.is_dir() and not entry.name.startswith("."):
+            with contextlib.suppress(OSError):  # a link in a circle
+                if not entry.is_dir() or entry.name.startswith("."):
+                    continue
                 if _NAME.fullmatch(entry.name):
                     return False
                 if len(entry.name.split("_")) == SCENE_PARTS:

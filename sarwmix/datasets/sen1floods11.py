@@ -133,6 +133,8 @@ def read_list(path: Path) -> list[str]:
                 name = Path(row[0].strip()).name.removesuffix(".tif")
                 for folder in FOLDERS:
                     name = name.removesuffix(f"_{folder}")
+                if len(name) > 200 or not name.isprintable():
+                    raise UserError(f"split list {path} holds {name[:40]!r}..., which is no name of a chip")
                 names.append(name)
     except (OSError, csv.Error) as error:
         raise UserError(f"split list {path} cannot be read: {error}") from error
