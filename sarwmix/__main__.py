@@ -1,9 +1,9 @@
 """Commands of the installed package: ``sarwmix finetune ...``, ``python -m sarwmix predict ...``.
 
-    sarwmix                      names all commands
-    sarwmix pretrain ...         main_pretrain.py
-    sarwmix finetune ...         main_finetune.py
-    sarwmix check_data ...       scripts/check_data.py, and so on for every Python program in scripts/
+sarwmix                      names all commands
+sarwmix pretrain ...         main_pretrain.py
+sarwmix finetune ...         main_finetune.py
+sarwmix check_data ...       scripts/check_data.py, and so on for every Python program in scripts/
 """
 
 from __future__ import annotations

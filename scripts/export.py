@@ -25,6 +25,7 @@ def parser() -> argparse.ArgumentParser:
         "--trained_on", default=None, metavar="DATASET", help="for files that hold weights only: their data set"
     )
     result.add_argument("--no_program", action="store_true", help="leave the torch.export program out")
+    result.add_argument("--onnx", action="store_true", help="also an ONNX file, from dB to probabilities")
     result.add_argument("--push_to_hub", default=None, metavar="OWNER/NAME", help="also upload to the Hugging Face hub")
     return result
 
@@ -49,7 +50,7 @@ def main() -> None:
     setup_logging()
     if args.push_to_hub:
         check_hub(args.push_to_hub)
-    export_model(args.checkpoint, args.export, trained_on=args.trained_on, program=not args.no_program)
+    export_model(args.checkpoint, args.export, trained_on=args.trained_on, program=not args.no_program, onnx=args.onnx)
     if args.push_to_hub:
         print(f"pushed to {push_to_hub(args.export, args.push_to_hub)}")
 

@@ -11,6 +11,7 @@ import types
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -267,3 +268,44 @@ def test_new_folder_refuses_files(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="exists already"), new_folder(tmp_path / "file"):
         pass
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("task", "dataset", "size"), [
+    ("multilabel", "demo", None), ("multilabel", "demo", [200, 180]), ("pair", "sen12flood", None),
+])  # fmt: skip
+def test_onnx_takes_decibel_and_gives_probabilities(tmp_path: Path, task: str, dataset: str, size: Any) -> None:
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    from sarwmix.inference.onnx import example_db
+
+    path = write_finetuned(tmp_path / "checkpoint_best.pth", task=task, dataset=dataset, sample_size=size)
+    entry = {"epoch": 3, "calibration": {"temperature": 1.7}}
+    (tmp_path / "metrics.json").write_text(json.dumps({"results": {"checkpoint_best.pth": entry}}))
+    folder = export_model(path, tmp_path / "out", program=False, onnx=True)
+    config = json.loads((folder / "config.json").read_text())["onnx"]
+    assert config["largest_difference"] <= 1e-5
+    model = from_pretrained(folder)
+    session = runtime.InferenceSession(str(folder / "model.onnx"))
+    inputs = {}
+    for number, (name, (_, _, height, width)) in enumerate(config["inputs"].items()):
+        inputs[name] = example_db(model, 5, height, width, 77 + number)
+    (given,) = session.run(["probabilities"], {name: image.numpy() for name, image in inputs.items()})
+    assert np.abs(given - model.scores(*inputs.values()).numpy()).max() <= 1e-5
+
+
+@pytest.mark.parametrize(("height", "width"), [(120, 120), (200, 180), (128, 128)])
+def test_the_input_side_of_onnx_is_the_transform(tmp_path: Path, height: int, width: int) -> None:
+    from sarwmix.inference.onnx import DecibelToProbabilities, example_db
+
+    model = from_checkpoint(write_finetuned(tmp_path / "c.pth"))
+    images = example_db(model, 2, height, width, 0)
+    given = DecibelToProbabilities(model, height, width).prepare(images)
+    assert torch.allclose(given, model.inputs(images)[0], atol=1e-5)
+
+
+def test_onnx_without_its_packages_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(UserError, match="--onnx needs onnx"):
+        export_model(write_finetuned(tmp_path / "c.pth"), tmp_path / "out", program=False, onnx=True)
+    assert not (tmp_path / "out").exists()

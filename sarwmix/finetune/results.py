@@ -20,6 +20,7 @@ from sarwmix.finetune.probes import fit_logistic_probe
 from sarwmix.heads import TaskModel
 from sarwmix.models.loading import load_trained
 from sarwmix.tasks.base import Task, per_class_text
+from sarwmix.tasks.calibration import calibrate
 from sarwmix.tasks.intervals import cluster_numbers, metric_intervals
 from sarwmix.tasks.metrics import Report, evaluator
 from sarwmix.tasks.selection import BEST, ON_TEST, Selector, in_fractions
@@ -309,6 +310,16 @@ class Results:
         split = (checkpoint.get("selection") or {}).get("split", self.task.select_on)
         return {"split": split, "rule": rule, "epoch": entry["epoch"]}
 
+    def _calibrate(self, name: str, held: Evaluation, test: Evaluation) -> None:
+        """Fit the temperature of a result's probabilities and say what it changes."""
+        found = calibrate(held.outputs, test.outputs, held.split, exclusive=self.task.exclusive)
+        self.entries[name]["calibration"] = found
+        error = found["expected_calibration_error"]["test"]
+        get_logger().info(
+            "calibration: temperature %.3f fitted on %s; expected calibration error on test %.4f, %.4f before",
+            found["temperature"], held.split, error["after"], error["before"],
+        )  # fmt: skip
+
     def report_knn(self, bench: Workbench, *, k: int) -> None:
         """Nearest neighbours on cached features, computed by rank 0. Called by every process."""
         began = time.monotonic()
@@ -364,6 +375,7 @@ class Results:
         """
         found, chosen = best_on_disk(self.output_dir, selector.state_dict(), runs), {}
         by_epoch: dict[int, Evaluation] = {}
+        held: Evaluation | None = None
         for rule in selector.rules:
             path = self.output_dir / rule.filename
             if rule.filename not in found:
@@ -376,7 +388,9 @@ class Results:
             if epoch not in by_epoch:
                 load_trained(model, load_checkpoint(path), source=rule.filename)
                 by_epoch[epoch] = bench.evaluate(module, "test")
-        bench.processes.main_works(lambda: self._report_best(bench, chosen, by_epoch, seconds))
+                if rule is selector.rules[0] and self.task.select_on != "test" and not self.task.dense:
+                    held = bench.evaluate(module, self.task.select_on)  # what the temperature is fitted on
+        bench.processes.main_works(lambda: self._report_best(bench, chosen, by_epoch, seconds, held))
 
     def _report_best(
         self,
@@ -384,6 +398,7 @@ class Results:
         chosen: Mapping[str, Mapping[str, Any]],
         by_epoch: Mapping[int, Evaluation],
         seconds: float,
+        held: Evaluation | None = None,
     ) -> None:
         """Show and write what `finish` evaluated; `chosen` is in the order of the rules, the first one is the main."""
         log, reports = get_logger(), {}
@@ -394,6 +409,8 @@ class Results:
             epoch = int(best["epoch"])
             if name == main:
                 reports[epoch] = self.show(name, by_epoch[epoch], bench.splits["test"], epoch=epoch)
+                if held is not None:
+                    self._calibrate(name, held, by_epoch[epoch])
             elif epoch in reports:  # the same epoch wins by several rules
                 self.entries[name] = {"epoch": epoch, "test": reports[epoch].as_dict()}
             else:

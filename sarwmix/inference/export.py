@@ -28,9 +28,10 @@ from sarwmix.inference.model import (
     Pretrained,
     from_checkpoint,
     from_pretrained,
+    metrics_beside,
 )
 from util.errors import UserError
-from util.files import atomic_write, new_folder, read_json, sha256_file, write_json
+from util.files import atomic_write, new_folder, sha256_file, write_json
 from util.log import get_logger
 from util.passport import passport_lines, public_passport
 from util.text import first_line
@@ -46,6 +47,7 @@ def export_model(
     metrics: Mapping[str, Any] | None = None,
     trained_on: str | None = None,
     program: bool = True,
+    onnx: bool = False,
 ) -> Path:
     """Write the export of a checkpoint.
 
@@ -55,6 +57,7 @@ def export_model(
         metrics: results to keep in config.json and on the card; None: those beside the checkpoint, where there are any.
         trained_on: see `from_checkpoint`.
         program: write the torch.export program, too.
+        onnx: write an ONNX file from dB to probabilities, too.
 
     Returns:
         The folder.
@@ -69,26 +72,16 @@ def export_model(
         config = config_of(found) | {"weights_sha256": sha256_file(work / WEIGHTS_FILE)}
         if program:
             config["program"] = write_program(work / PROGRAM_FILE, found)
+        if onnx:
+            from sarwmix.inference.onnx import ONNX_FILE, write_onnx
+
+            config["onnx"] = write_onnx(work / ONNX_FILE, found)
         write_json(work / CONFIG_FILE, config)
         with atomic_write(work / CARD_FILE, "w") as stream:
-            stream.write(model_card(found, program=program))
+            stream.write(model_card(found, program=program, onnx=config.get("onnx")))
         _compare(found, from_pretrained(work))
     get_logger().info("%s exported to %s", checkpoint, folder)
     return Path(folder)
-
-
-def metrics_beside(checkpoint: Path) -> dict[str, Any]:
-    """Results of a checkpoint from `metrics.json` or `metrics_eval.json` of its run; empty when there are none."""
-    for name in ("metrics.json", "metrics_eval.json"):
-        path = checkpoint.parent / name
-        if not path.is_file():
-            continue
-        content = read_json(path)
-        results = content.get("results", {}) if isinstance(content, dict) else {}
-        for key, entry in results.items():
-            if Path(key).name == checkpoint.name:
-                return entry
-    return {}
 
 
 def passport_of(model: Pretrained) -> dict[str, str]:
@@ -215,7 +208,7 @@ def write_program(path: Path, model: Pretrained) -> dict[str, Any]:
     }
 
 
-def model_card(model: Pretrained, *, program: bool = True) -> str:
+def model_card(model: Pretrained, *, program: bool = True, onnx: Mapping[str, Any] | None = None) -> str:
     """README.md of the export."""
     data, task = model.record["data"], model.task
     rows = zip(model.bands, model.statistics.mean, model.statistics.std, strict=True)
@@ -278,6 +271,10 @@ def model_card(model: Pretrained, *, program: bool = True) -> str:
     ]
     if program:
         lines += ["", f"`{PROGRAM_FILE}` is the same network as a torch.export program; it takes standardised images."]
+    if onnx is not None:
+        shapes = "; ".join(f"`{name}` {shape}" for name, shape in onnx["inputs"].items())
+        lines += ["", f"`{onnx['file']}` (ONNX) takes float32 {model.unit}, NaN where there is no data: {shapes}; it "
+                  "gives `probabilities` in the order of the classes."]  # fmt: skip
     if model.classes:
         lines += ["", "## Classes", "", *[f"{number}. {name}" for number, name in enumerate(model.classes)]]
     lines += ["", "## Results", "", *_metric_lines(model)]
@@ -288,13 +285,25 @@ def model_card(model: Pretrained, *, program: bool = True) -> str:
         "## Limits",
         "",
         "Trained on the data set named above; other regions, seasons, sensors and processing chains were not tested "
-        "unless the results say so. Probabilities are not calibrated.",
+        f"unless the results say so. {_calibration_line(model)}",
         "",
         "```json",
         json.dumps({key: model.record.get(key) for key in ("kind", "task", "protocol", "epoch")}),
         "```",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _calibration_line(model: Pretrained) -> str:
+    found = model.metrics.get("calibration")
+    if model.temperature == 1 or not isinstance(found, Mapping):
+        return "Probabilities are not calibrated."
+    error = found.get("expected_calibration_error", {}).get("test")
+    said = f"; expected calibration error on test {error['after']:.3f}, {error['before']:.3f} before" if error else ""
+    return (
+        f"Probabilities are calibrated by a temperature of {model.temperature:.3f}, fitted on "
+        f"{found.get('fitted_on', 'validation')}{said}."
+    )
 
 
 def _metric_lines(model: Pretrained) -> list[str]:

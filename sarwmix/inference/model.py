@@ -43,7 +43,18 @@ from util.text import first_line
 EXPORT_FORMAT = "sarwmix-export/1"
 WEIGHTS_FILE, CONFIG_FILE, CARD_FILE, PROGRAM_FILE = "model.safetensors", "config.json", "README.md", "model.pt2"
 BEST_CHECKPOINT = "checkpoint_best.pth"
-_RECORD_KEYS = ("kind", "task", "protocol", "classes", "model_config", "data", "epoch", "sample_size", "passport")
+_RECORD_KEYS = (
+    "kind",
+    "task",
+    "protocol",
+    "classes",
+    "model_config",
+    "data",
+    "epoch",
+    "sample_size",
+    "passport",
+    "temperature",
+)
 
 
 @dataclass
@@ -63,6 +74,7 @@ class Pretrained:
         record: the plain entries that an export repeats.
         source: what messages call it.
         metrics: results, where the file has them.
+        temperature: by which logits are divided before they become probabilities; fitted on validation, 1 where not.
     """
 
     model: nn.Module
@@ -78,6 +90,7 @@ class Pretrained:
     source: str
     metrics: dict[str, Any] = field(default_factory=dict)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    temperature: float = 1.0
 
     def __post_init__(self) -> None:
         self.model.eval()
@@ -145,9 +158,13 @@ class Pretrained:
     @torch.no_grad()
     def scores(self, *images: Tensor) -> Tensor:
         """Images in dB, NaN = no data -> class probabilities, float64 (B, K) or float32 (B, K, S, S)."""
-        task = self.need_task()
-        logits = self.model(*self.inputs(*images)).float()
-        return torch.softmax(logits, dim=1) if logits.ndim == 4 else task.scores(logits)
+        self.need_task()
+        return self.probabilities(self.model(*self.inputs(*images)).float())
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Logits (B, K) or (B, K, S, S) -> class probabilities at the fitted temperature, here alone."""
+        logits = logits / self.temperature
+        return torch.softmax(logits, dim=1) if logits.ndim == 4 else self.need_task().scores(logits)
 
     @torch.no_grad()
     def features(self, *images: Tensor) -> Tensor:
@@ -211,12 +228,30 @@ def from_checkpoint(path: str | Path, *, trained_on: str | None = None) -> Pretr
         raise CheckpointError(f"{path} has no weights under 'model'; give a checkpoint of this program")
     if isinstance(checkpoint.get("data"), Mapping) and checkpoint.get("kind") in ("finetune", "pretrain"):
         record = {key: checkpoint[key] for key in _RECORD_KEYS if key in checkpoint}
+        entry = metrics_beside(Path(path))
+        calibration = entry.get("calibration")
+        if isinstance(calibration, Mapping) and entry.get("epoch") == checkpoint.get("epoch"):
+            record["temperature"] = calibration.get("temperature", 1.0)
         known = record["data"].get("dataset")
         if trained_on is not None and trained_on != known:
             raise UserError(f"{path} says that it was trained on {known}; leave --trained_on {trained_on} out")
     else:
         record = _record_of_released(state, checkpoint.get("args") or {}, str(path), trained_on)
     return _assemble(record, state, str(path))
+
+
+def metrics_beside(checkpoint: Path) -> dict[str, Any]:
+    """Results of a checkpoint from `metrics.json` or `metrics_eval.json` of its run; empty when there are none."""
+    for name in ("metrics.json", "metrics_eval.json"):
+        path = checkpoint.parent / name
+        if not path.is_file():
+            continue
+        content = read_json(path)
+        results = content.get("results", {}) if isinstance(content, dict) else {}
+        for key, entry in results.items():
+            if Path(key).name == checkpoint.name:
+                return entry
+    return {}
 
 
 def from_pretrained(source: str | Path, *, revision: str | None = None) -> Pretrained:
@@ -328,6 +363,7 @@ def _assemble(
         bands = tuple(str(band) for band in data["bands"])
         unit = str(data["unit"])
         statistics = Statistics.from_dict(data["statistics"], source=f"statistics of {source}")
+        temperature = float(record.get("temperature", 1.0))
         config = {"in_chans": len(bands), "head": None, **config}
         check_model_config(config, state, source)
         settings = ModelSettings.from_config(config)
@@ -369,6 +405,7 @@ def _assemble(
         record={**record, "model_config": config},
         source=source,
         metrics=metrics or {},
+        temperature=temperature,
     )
 
 

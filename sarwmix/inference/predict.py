@@ -899,7 +899,7 @@ def _predict_pair(model: Pretrained, sources: list[Source], work: Path, options:
         raise _nothing(scene, options)
     with torch.no_grad():
         logits = network.apply_head((pooled / weight)[None])  # type: ignore[operator]
-    chance = float(torch.softmax(logits.double(), dim=1)[0, FLOOD])
+    chance = float(model.probabilities(logits.double())[0, FLOOD])
     flood_figure(
         work / f"{scene.name}_quicklook.png", thumbnails, result, names, cell=cell, metres=pixel_size_m(scene),
         dates=[one.scene.name for one in sources], probability_scene=chance,
@@ -938,7 +938,7 @@ def _compare_tiles(
         window = difference.masked_fill(~chosen, -torch.inf).amax(dim=1)
 
     def flood(features: Tensor) -> Tensor:
-        return torch.softmax(network.apply_head(features).double(), dim=-1)[:, FLOOD]
+        return model.probabilities(network.apply_head(features).double())[:, FLOOD]
 
     by_tile = flood(difference.flatten(0, 1)).view(difference.shape[:2])
     return difference, by_tile.cpu().numpy(), flood(window).cpu().numpy()
