@@ -73,6 +73,7 @@ def main() -> int | None:
 
     from sarwmix.finetune.bench import open_bench, passport_of
     from sarwmix.finetune.results import Results, evaluation_folder, export_result, facts_of
+    from sarwmix.models.custom import trust
     from sarwmix.models.settings import ModelSettings
     from sarwmix.tasks.base import build_task
     from util.compilation import limit_memory
@@ -80,6 +81,8 @@ def main() -> int | None:
     from util.run import start_processes
 
     choose = (lambda: evaluation_folder(args.output_dir, args.resume)) if args.eval else None
+    if ":" in args.model and "model" in groups.given_flags(parser):
+        trust(args.model)
     processes = start_processes(args, choose)
     options = data_options(args)
     spec = registry.get_spec(args.dataset, args.bands, options, args.data_path)

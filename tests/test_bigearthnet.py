@@ -559,3 +559,35 @@ def test_official_metadata_are_read_without_pandas(demo_root: Path) -> None:
         "assert 'pandas' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parents[1])
+
+
+def test_parts_by_number_tile_and_country(benv2: Path, tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    whole = build_dataset("benv2", benv2, "train+val+test")
+    table = pq.read_table(next(benv2.rglob("metadata.parquet")))
+    names = table.column("s1_name").to_pylist()
+    countries = ["Austria" if number % 2 else "Portugal" for number in range(len(names))]
+    pq.write_table(
+        table.drop_columns("country").append_column("country", pa.array(countries)), tmp_path / "metadata.parquet"
+    )
+
+    def part(split: str = "train+val+test", **options: object) -> list[str]:
+        return list(build_dataset("benv2", benv2, split, metadata=tmp_path / "metadata.parquet", **options).names)
+
+    train = list(build_dataset("benv2", benv2, "train").names)
+    assert part("train", limit=2) == [train[0], train[-1]]
+    of_austria = {name for name, country in zip(names, countries, strict=True) if country == "Austria"}
+    assert part(countries="austria") == [name for name in whole.names if name in of_austria]
+    tile = whole.names[0].split("_")[5]
+    assert part(tiles=tile) == [name for name in whole.names if name.split("_")[5] == tile]
+    with pytest.raises(UserError, match="no patch lies in atlantis; the metadata name Austria, Portugal"):
+        part(countries="Atlantis")
+    with pytest.raises(UserError, match="has none of its .* listed patches in tiles=99XXX"):
+        part(tiles="99XXX")
+    with pytest.raises(UserError, match="option limit must be a whole number above 0"):
+        part(limit=0)
+    pq.write_table(table.drop_columns("country"), tmp_path / "metadata.parquet")
+    with pytest.raises(UserError, match="has no column country"):
+        part(countries="Austria")

@@ -295,7 +295,8 @@ def add_backbone_args(parser: argparse.ArgumentParser, *, default: str = "mixmim
         "--model",
         default=default,
         metavar="NAME",
-        help=f"{', '.join(MIXMIM_NAMES + MAE_NAMES)}, or any timm model: resnet50, vit_small_patch16_224, ...",
+        help=f"{', '.join(MIXMIM_NAMES + MAE_NAMES)}, or any timm model (resnet50, vit_small_patch16_224, ...), "
+        "or package.module:factory, which makes any encoder (docs/new_backbone.md)",
     )
     _add_input_size(group)
     group.add_argument(

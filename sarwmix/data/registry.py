@@ -328,7 +328,17 @@ register(
         size=120,
         builder="sarwmix.datasets.bigearthnet:build_benv2",
         description="BigEarthNet v2 (reBEN), Sentinel-1 and Sentinel-2: GeoTIFF tree or LMDB, with metadata",
-        options=("metadata", "id_col", "exclude_snow_cloud", "check", "labels", "missing"),
+        options=(
+            "metadata",
+            "id_col",
+            "exclude_snow_cloud",
+            "check",
+            "labels",
+            "missing",
+            "limit",
+            "tiles",
+            "countries",
+        ),  # fmt: skip
         band_sets=REBEN_BAND_SETS,
         all_bands=REBEN_BANDS,
         band_statistics={"reben": REBEN_ALL_STATISTICS},
@@ -347,7 +357,7 @@ register(
         size=120,
         builder="sarwmix.datasets.bigearthnet:build_benv1",
         description="BigEarthNet v1 Sentinel-1: Zarr store (format 2 or 3) with CSV split lists",
-        options=("metadata", "id_col", "check", "labels", "missing"),
+        options=("metadata", "id_col", "check", "labels", "missing", "limit", "tiles"),
         cluster=SCENE,
     )
 )

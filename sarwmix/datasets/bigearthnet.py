@@ -23,7 +23,7 @@ import numpy as np
 from sarwmix.data.base import NameList, SarDataset, UnreadableSample, finish_image
 from sarwmix.data.io.geotiff import GeoTiffError, PatchReader
 from sarwmix.data.io.lmdb import LmdbPatches, is_lmdb
-from sarwmix.data.io.rasters import read_raster
+from sarwmix.data.io.rasters import read_raster, whole_number
 from sarwmix.data.io.zarr import ZarrPatches, is_zarr
 from sarwmix.data.labels import CLASSES_19, class_codes, parse_label_list
 from sarwmix.data.spec import SAR_BANDS, DatasetSpec, EmptySplit, Statistics, parse_split, parse_switch
@@ -867,6 +867,74 @@ def leave_out_absent(table: Metadata, source: PatchSource, what: str) -> Metadat
     return table.select(kept)
 
 
+def take_part(
+    table: Metadata,
+    paths: Sequence[Path],
+    id_col: int | str | None,
+    limit: int | str | None,
+    tiles: str | None,
+    countries: str | None,
+) -> Metadata:
+    """The patches of some tiles and countries, and a number of them; see :func:`build_benv2`.
+
+    Raises:
+        EmptySplit: A split has no patch left.
+        UserError: The metadata have no such column, or the number is none.
+    """
+    if limit is None and tiles is None and countries is None:
+        return table
+    keep = np.ones(len(table.names), dtype=bool)
+    if tiles is not None:
+        wanted = {part.strip().upper() for part in tiles.split(",")}
+        keep &= np.array([name.split("_")[SCENE_PARTS].upper().removeprefix("T") in wanted for name in table.names])
+    if countries is not None:
+        inside = _names_in(paths, id_col, {part.strip().lower() for part in countries.split(",")})
+        keep &= np.array([name in inside for name in table.names])
+    number = None if limit is None else whole_number("limit", limit)
+    if number == 0:
+        raise UserError("option limit must be a whole number above 0, not 0")
+    rows = []
+    for code, name in enumerate(table.splits):
+        own = np.flatnonzero(keep & (table.split == code))
+        if not len(own):
+            raise EmptySplit(
+                f"split {name!r} has none of its {(table.split == code).sum()} listed patches in tiles={tiles} "
+                f"countries={countries}"
+            )
+        if number is not None and number < len(own):
+            own = own[np.linspace(0, len(own) - 1, number).astype(np.int64)]
+        rows.append(own)
+    chosen = np.concatenate(rows)
+    get_logger().info("%d of %d listed patches are used (limit, tiles, countries)", len(chosen), len(table.names))
+    return table.select(np.sort(chosen))
+
+
+def _names_in(paths: Sequence[Path], id_col: int | str | None, countries: set[str]) -> set[str]:
+    """Names of the patches of some countries, from the column ``country`` of Parquet metadata."""
+    import pyarrow.parquet as pq
+
+    found: set[str] = set()
+    known: set[str] = set()
+    for path in paths:
+        if path.suffix not in (".parquet", ".pq", ".parq"):
+            raise UserError(f"countries need the column country of metadata.parquet; {path} is no such file")
+        file = pq.ParquetFile(path)
+        own = {name.strip().lower(): name for name in file.schema_arrow.names}
+        if "country" not in own:
+            raise UserError(f"metadata file {path} has no column country; it has: {', '.join(own)}")
+        id_name = own[_column_name(path, list(own), id_col, "s1_name")]
+        table = file.read(columns=[id_name, own["country"]])
+        cells = zip(table.column(id_name).to_pylist(), table.column(own["country"]).to_pylist(), strict=True)
+        for name, country in cells:
+            known.add(str(country))
+            if str(country).strip().lower() in countries:
+                found.add(str(name).strip())
+    absent = countries - {name.strip().lower() for name in known}
+    if absent:
+        raise UserError(f"no patch lies in {', '.join(sorted(absent))}; the metadata name {', '.join(sorted(known))}")
+    return found
+
+
 def open_bands(data_path: Path, bands: Sequence[str], size: int, table: Metadata) -> PatchSource:
     """The source of the wanted bands: Sentinel-1 by name, Sentinel-2 by patch_id.
 
@@ -905,6 +973,9 @@ def build_benv2(
     check: str = "sample",
     labels: str = "needed",
     missing: str = "error",
+    limit: int | str | None = None,
+    tiles: str | None = None,
+    countries: str | None = None,
 ) -> SarDataset:
     """Open BigEarthNet v2 (also the demo data, which have its layout).
 
@@ -923,6 +994,9 @@ def build_benv2(
         labels: ``"needed"``, or ``"none"`` for pretraining: labels are neither read nor delivered.
         missing: ``"error"``, or ``"skip"`` for a part of the data: every listed patch is looked for, and those that are
             absent are counted and left out.
+        limit: That many patches of each split at most, evenly spread over its list.
+        tiles: Sentinel-2 tiles to keep, joined with commas, such as ``33UUP,29SND``.
+        countries: Countries to keep, joined with commas, as the metadata's column ``country`` names them.
     """
     return _build(
         "benv2",
@@ -937,6 +1011,7 @@ def build_benv2(
         check,
         labels,
         missing,
+        (limit, tiles, countries),
     )
 
 
@@ -952,12 +1027,15 @@ def build_benv1(
     check: str = "sample",
     labels: str = "needed",
     missing: str = "error",
+    limit: int | str | None = None,
+    tiles: str | None = None,
 ) -> SarDataset:
     """Open BigEarthNet v1; arguments as in :func:`build_benv2`. Labels come from the split lists when these have a
     labels column, else from the store (43 names, grouped into 19; a patch outside the 19 has an empty label row)."""
     return _build(
-        "benv1", spec, data_path, split, statistics, on_error, metadata, id_col, False, check, labels, missing
-    )
+        "benv1", spec, data_path, split, statistics, on_error, metadata, id_col, False, check, labels, missing,
+        (limit, tiles, None),
+    )  # fmt: skip
 
 
 def _build(
@@ -973,6 +1051,7 @@ def _build(
     check: str,
     labels: str,
     missing: str,
+    part: tuple[int | str | None, str | None, str | None],
 ) -> SarDataset:
     if missing not in ("error", "skip"):
         raise UserError(f"option missing must be error or skip, not {missing!r}")
@@ -988,6 +1067,7 @@ def _build(
         table = table.select(np.flatnonzero(~table.flagged))
         if len(table.names) == 0:
             raise UserError(f"all patches of {split!r} are flagged with snow or cloud; use exclude_snow_cloud=False")
+    table = take_part(table, paths, id_col, *part)
     source = open_bands(data_path, spec.bands, spec.size, table)
     if missing == "skip":
         table, check = leave_out_absent(table, source, f"{family} {split} in {data_path}"), "none"

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from models_mixmim import MODELS, MixMIMEncoder, encoder_config
 from models_mixmim_ft import MixMIMClassifier
 from sarwmix.heads import Classifier, Segmenter, TaskModel, make_head, make_segmentation_head, resize
+from sarwmix.models.custom import FactoryClassifier, FactorySegmenter, is_factory
 from sarwmix.sizes import MAE_VITS, timm_name
 from util.compilation import compile_methods
 from util.errors import UserError
@@ -35,7 +36,7 @@ STRIDES = (4, 8, 16, 32)  # of the four maps of `feature_pyramid`
 
 def is_mixmim(name: str) -> bool:
     """Whether a name is one of this project's encoders."""
-    return name in MODELS or name.startswith("mixmim")
+    return name in MODELS or (name.startswith("mixmim") and ":" not in name)
 
 
 def build_classifier(settings: ModelSettings, num_classes: int) -> Classifier:
@@ -51,6 +52,8 @@ def build_classifier(settings: ModelSettings, num_classes: int) -> Classifier:
     Raises:
         UserError: no such backbone or head, or an input size that the backbone cannot take.
     """
+    if is_factory(settings.name):
+        return FactoryClassifier(settings, num_classes)
     if not is_mixmim(settings.name):
         return TimmClassifier(settings, num_classes)
     _no_pool(settings)
@@ -71,6 +74,8 @@ def build_segmenter(settings: ModelSettings, num_classes: int) -> Segmenter:
     Heads: "upernet" on ``feature_pyramid``, "fused" on ``last_blocks``.
     """
     _no_pool(settings)
+    if is_factory(settings.name):
+        return FactorySegmenter(settings, num_classes)
     if not is_mixmim(settings.name):
         return TimmSegmenter(settings, num_classes)
     return MixMIMSegmenter(settings, num_classes)
