@@ -228,6 +228,16 @@ def test_tracking_is_opt_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     ]
 
 
+def test_tracking_goes_on_under_the_same_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[str, Any]] = []
+    run = types.SimpleNamespace(id="abc", log=lambda values, step: None, finish=lambda: None)
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **options: seen.append(options) or run))
+    (tmp_path / "run").mkdir()
+    for resumed in (False, True, False):  # the last one starts afresh in the same folder
+        Tracker(tmp_path / "run", {}, resumed=resumed).close()
+    assert [(one.get("id"), one.get("resume")) for one in seen] == [(None, None), ("abc", "allow"), (None, None)]
+
+
 def test_finetuning_exports_its_best_epoch(demo_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def finetune(*args: object) -> None:
         words = ["--dataset", "demo", "--data_path", demo_root, "--model", "mixmim_tiny", "--num_workers", 0]

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from util.errors import UserError
+from util.files import read_json, write_json
 from util.log import get_logger
 
 PROJECT = "sar-w-mixmae"
+ID_FILE = "wandb_id.json"
 
 
 class Tracker:
@@ -21,12 +23,13 @@ class Tracker:
     Args:
         output_dir: the run's folder; its name becomes the run's name.
         config: settings of the run.
+        resumed: whether the run goes on: then it stays the same one on the tracker's side, too.
 
     Raises:
         UserError: wandb is not installed, or does not start.
     """
 
-    def __init__(self, output_dir: str | Path, config: Mapping[str, Any]) -> None:
+    def __init__(self, output_dir: str | Path, config: Mapping[str, Any], *, resumed: bool = False) -> None:
         try:
             wandb = importlib.import_module("wandb")
         except ImportError as error:
@@ -35,14 +38,18 @@ class Tracker:
                 "(log.txt and TensorBoard hold the same numbers)"
             ) from error
         folder = Path(output_dir)
+        known = folder / ID_FILE
+        same = {"id": str(read_json(known)["id"]), "resume": "allow"} if resumed and known.is_file() else {}
         try:
-            self._run: Any = wandb.init(project=PROJECT, name=folder.name, dir=str(folder), config=dict(config))
+            self._run: Any = wandb.init(project=PROJECT, name=folder.name, dir=str(folder), config=dict(config), **same)
         except Exception as error:  # the client fails in every way a network does
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(
                 f"--use_wandb: Weights & Biases does not start ({first[:200]}); log in with `wandb login`, set "
                 "WANDB_MODE=offline, or leave the flag out"
             ) from error
+        if isinstance(getattr(self._run, "id", None), str):
+            write_json(known, {"id": self._run.id})
 
     def log(self, epoch: int, values: Mapping[str, Any]) -> None:
         """Numbers of an epoch; what is no number is left out."""

@@ -108,7 +108,8 @@ class EpochJournal:
         start_epoch: int,
     ) -> None:
         self._task = task
-        self._tracker = Tracker(output_dir, args_to_dict(args)) if args.use_wandb and is_main else None
+        tracked = args.use_wandb and is_main
+        self._tracker = Tracker(output_dir, args_to_dict(args), resumed=start_epoch > 0) if tracked else None
         self._log = EpochLog(output_dir, start_epoch=start_epoch) if is_main else None
         folder = (args.log_dir or output_dir / "tensorboard") if is_main else None
         self._scalars = ScalarWriter(folder, start=1000 * start_epoch)
