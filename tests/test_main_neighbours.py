@@ -109,6 +109,7 @@ def check_scene(test: Any, found: dict[str, np.ndarray], folder: Path) -> None:
     image = test.get_batch(np.zeros(1, dtype=np.int64))["image"][0].numpy()
     path = write_scene(folder / "scene.tif", image, descriptions=test.spec.bands)
     model = open_model(str(folder / "run"))
+    model.temperature = 1.0  # predictions are calibrated on validation, the run's own scores are not
     (scene,) = open_scenes([path], model.bands)
     unit = "dB" if {"VH", "VV"} & set(model.bands) else None
     options = Options(probabilities=True) if test.spec.task == "segmentation" else Options(min_valid=0.0)
