@@ -113,3 +113,10 @@ def test_every_recipe_is_understood_and_says_what_it_costs(path: Path) -> None:
 
 def test_there_are_recipes() -> None:
     assert len(RECIPES) >= 6
+
+
+def test_a_command_without_any_word(capsys: pytest.CaptureFixture[str]) -> None:
+    """Says what is missing, as with any other words."""
+    with pytest.raises(SystemExit):
+        main_finetune.get_parser().parse_args([])
+    assert "required: --data_path" in capsys.readouterr().err

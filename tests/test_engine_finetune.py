@@ -300,7 +300,7 @@ processes.close()
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_real_processes_give_the_same_metrics(world: int, tmp_path: Path) -> None:
     import subprocess
 

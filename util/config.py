@@ -26,7 +26,7 @@ def with_config(parser: argparse.ArgumentParser, words: Sequence[str]) -> list[s
         UserError: the file cannot be read, or names a flag or a value that the program does not have.
     """
     path, actions = None, parser._option_string_actions
-    for word, after in zip(words, [*words[1:], ""], strict=True):
+    for word, after in zip(words, [*words, ""][1:], strict=True):
         if word == FLAG:
             path = after
         elif word.startswith(f"{FLAG}="):
