@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    raise SystemExit("error: this is a part of another command: python scripts/benchmark.py --part evaluation gpu")
+
 import statistics
 import subprocess
 import sys

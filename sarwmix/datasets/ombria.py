@@ -124,7 +124,7 @@ def build(
     if lost:
         raise UserError(f"{len(lost)} files of OMBRIA are missing; the first is {lost[0]}; clone it again")
     if by == "official":
-        get_logger().warning("ombria: 67 %% of the official test images have a neighbour in train; by=events has none")
+        get_logger().warning("ombria: 67 % of the official test images have a neighbour in train; by=events has none")
     kept = []
     for part, number in sorted(found, key=lambda item: item[1]):
         of = part if by == "official" else EVENTS.get(number // BLOCK % 5, "train")
