@@ -93,7 +93,7 @@ def test_scene_smaller_than_a_tile_without_georeference(
     recwarn.clear()  # of writing it
     extract("--model", path, "--scene", plain, *place, tmp_path / "p.parquet")
     assert "p has no georeference: results are in pixel coordinates" in capsys.readouterr().out
-    assert not [one for one in recwarn if "geotransform" in str(one.message)]
+    assert not [f"{one.filename}:{one.lineno}" for one in recwarn if "geotransform" in str(one.message)]
 
 
 def test_pairs_as_pairs_or_as_single_images(tmp_path: Path, extract: Any) -> None:

@@ -151,6 +151,7 @@ def reference(demo_root: Path, world: int, steps: int, patch: pytest.MonkeyPatch
 
     patch.setitem(models_mixmim.MODELS, "mixmim_tiny", dict(MICRO))
     args = main_pretrain.get_parser().parse_args(["--dataset", "demo", "--data_path", str(demo_root), *FLAGS])
+    main_pretrain.check_args(args)
     seed_everything(args.seed)
     data = main_pretrain.open_data(args)
     transform = main_pretrain.make_transform(data, args.input_size, WeightOptions())

@@ -64,7 +64,9 @@ def test_each_evaluation_encodes_each_image_once(
     start(main_finetune, monkeypatch, *common, *train)
     val, val_pairs = distinct(store, "val", val_frac=0.3)
     test, test_pairs = distinct(store, "test")
-    assert sum(count for training, count in encoded if not training) == 2 * val + test
+    assert (
+        sum(count for training, count in encoded if not training) == 3 * val + test
+    )  # two epochs, the temperature; test
     assert val < 2 * val_pairs
     assert test < 2 * test_pairs
 

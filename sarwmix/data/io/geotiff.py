@@ -16,7 +16,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -120,8 +120,8 @@ def _quiet_about_places() -> Iterator[None]:
         yield
 
 
-@lru_cache(maxsize=1)
 def _quiet_for_good() -> None:
+    # Each time: whoever leaves `catch_warnings` in the main thread puts the filters of before back, without this one.
     warnings.filterwarnings("ignore", message="Dataset has no geotransform")
 
 
