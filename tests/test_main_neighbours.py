@@ -220,6 +220,7 @@ def overwrite(path: Path, value: float) -> None:
         file.write(np.full_like(file.read(), value))
 
 
+@pytest.mark.slow
 def test_floods_without_bolivia_and_with_an_empty_chip(script: Script, tmp_path: Path) -> None:
     """As the official test list has it: the chip is named and changes no metric."""
     root, options = tmp_path / "floods", ("--input_size", 128, "--epochs", 1, "--bootstrap", 20)
