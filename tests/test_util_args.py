@@ -114,3 +114,10 @@ def test_a_mistyped_required_flag_is_suggested(capsys: pytest.CaptureFixture[str
     with pytest.raises(SystemExit):
         parser.parse_args(["--data_pth", "d"])
     assert "--data_pth: did you mean --data_path?" in capsys.readouterr().err
+
+
+def test_the_copies_of_the_weight_modes_are_equal() -> None:
+    """The flags' list exists so that --help needs no torch; a mode in one of them alone could not be asked for."""
+    from sarwmix.weighting import MODES
+
+    assert groups.WEIGHT_MODES == MODES
