@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from util.checkpoint import save_checkpoint
+from util.checkpoint import CheckpointError, save_checkpoint, taking_apart
 from util.distributed import Processes
 from util.errors import UserError
 from util.log import setup_logging
@@ -118,3 +120,11 @@ def test_counts_go_back_to_their_processes_or_are_spread():
     assert fourth["sums"] == {"loss": 2.0, "losses": 1.0}
     assert fourth["bad_samples"] == []
     assert share_of_counts({}, Processes()) == {"sums": None, "counts": None, "bad_samples": []}
+
+
+def test_a_full_gpu_is_not_blamed_on_the_checkpoint(tmp_path: Path) -> None:
+    """The remedy would be wrong: the file is whole, another one would not fit either."""
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"), taking_apart(tmp_path / "checkpoint.pth"):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(CheckpointError, match="do not fit"), taking_apart(tmp_path / "checkpoint.pth"):
+        raise RuntimeError("size mismatch")

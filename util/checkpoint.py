@@ -407,7 +407,7 @@ def taking_apart(path: str | os.PathLike[str]) -> Iterator[None]:
     """
     try:
         yield
-    except UserError:
+    except (UserError, torch.OutOfMemoryError):  # a full GPU is nothing that the file could help
         raise
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, OverflowError) as error:
         lines = (str(error).strip() or type(error).__name__).splitlines()

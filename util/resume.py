@@ -300,52 +300,34 @@ def resume_run(
     """
     checkpoint = load_verified(path, processes)
     with taking_apart(path):
-        return _restore(
-            checkpoint, path, run, processes=processes, load_model=load_model, optimizer=optimizer, scaler=scaler,
-            batch=batch, steps=steps, allow_mismatch=allow_mismatch, is_branch=is_branch,
-        )  # fmt: skip
-
-
-def _restore(
-    checkpoint: dict[str, Any],
-    path: Path,
-    run: Mapping[str, Any],
-    *,
-    processes: Processes,
-    load_model: Callable[[dict[str, Any]], None],
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler | None,
-    batch: Batch,
-    steps: int,
-    allow_mismatch: bool,
-    is_branch: bool,
-) -> Resumed:
-    """`resume_run` on entries that have been read."""
-    if isinstance(checkpoint.get("weighting"), Mapping):
-        checkpoint["weighting"] = {**_BEFORE, **checkpoint["weighting"]}
-    check_same_run(checkpoint, _comparable(run, checkpoint, batch), path=str(path), allow_mismatch=allow_mismatch)
-    load_model(checkpoint)
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    for parameter, entries in optimizer.state.items():
-        for name, value in entries.items():
-            if isinstance(value, torch.Tensor) and value.numel() not in (1, parameter.numel()):
-                raise ValueError(f"the optimizer's {name} has shape {tuple(value.shape)}")
-    if scaler is not None and checkpoint.get("scaler"):
-        scaler.load_state_dict(checkpoint["scaler"])
-    restore_rng(checkpoint, processes)
-    epoch, step = resume_position(checkpoint, batch=batch, steps=steps)
-    get_logger().info("resumed %s: epoch %d, step %d", path, epoch, step)
-    run_id, lineage = str(checkpoint.get("run_id") or ""), tuple(checkpoint.get("lineage", ()))
-    if is_branch or not run_id or not batch.steps_like(checkpoint.get("batch")):
-        lineage, run_id = (*lineage, run_id) if run_id else lineage, processes.broadcast_object(new_run_id())
-    return Resumed(
-        epoch=epoch,
-        step=step,
-        path=path,
-        run_id=run_id,
-        lineage=lineage,
-        skipped=int(checkpoint.get("skipped_steps", 0)),
-        **share_of_counts(checkpoint.get("counted", {}), processes),
-        # Model and optimizer would stay in memory a second time.
-        entries={name: value for name, value in checkpoint.items() if name not in ("model", "optimizer")},
-    )
+        if isinstance(checkpoint.get("weighting"), Mapping):
+            checkpoint["weighting"] = {**_BEFORE, **checkpoint["weighting"]}
+        check_same_run(checkpoint, _comparable(run, checkpoint, batch), path=str(path), allow_mismatch=allow_mismatch)
+        load_model(checkpoint)
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        for parameter, entries in optimizer.state.items():
+            for name, value in entries.items():
+                if isinstance(value, torch.Tensor) and value.numel() not in (1, parameter.numel()):
+                    raise ValueError(f"the optimizer's {name} has shape {tuple(value.shape)}")
+        if scaler is not None and checkpoint.get("scaler"):
+            scaler.load_state_dict(checkpoint["scaler"])
+        restore_rng(checkpoint, processes)
+        epoch, step = resume_position(checkpoint, batch=batch, steps=steps)
+        get_logger().info("resumed %s: epoch %d, step %d", path, epoch, step)
+        run_id, lineage = str(checkpoint.get("run_id") or ""), tuple(checkpoint.get("lineage", ()))
+        is_new = is_branch or not run_id or not batch.steps_like(checkpoint.get("batch"))
+        resumed = Resumed(
+            epoch=epoch,
+            step=step,
+            path=path,
+            run_id=run_id,
+            lineage=lineage,
+            skipped=int(checkpoint.get("skipped_steps", 0)),
+            **share_of_counts(checkpoint.get("counted", {}), processes),
+            # Model and optimizer would stay in memory a second time.
+            entries={name: value for name, value in checkpoint.items() if name not in ("model", "optimizer")},
+        )
+    if not is_new:
+        return resumed
+    lineage = (*lineage, run_id) if run_id else lineage
+    return replace(resumed, lineage=lineage, run_id=processes.broadcast_object(new_run_id()))
