@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from models_mixmim import MixMIM
-from sarwmix.cells import join, normalise_cells
+from sarwmix.cells import normalise_cells, spread
 from sarwmix.models.mae import MaskedViT
 from sarwmix.plain_errors import NAMES
 from sarwmix.sizes import CELL_STRIDE
@@ -125,7 +125,7 @@ def reconstruct(
     mixed = torch.where(hidden[None, :, None], partner, cells)
     weights = torch.ones_like(sar.images) if sar.weights is None else sar.weights
     if weights.ndim == 3:
-        weights = join(weights.repeat(1, 1, CELL_STRIDE**2), CELL_STRIDE, weights.shape[-1])
+        weights = spread(weights, CELL_STRIDE)
 
     def as_db(z: Tensor) -> np.ndarray:
         return transform.to_db(model.images_of(z)).cpu().numpy()

@@ -24,9 +24,7 @@ from sarwmix.finetune.settings import (
     PROTOCOLS,
     START_FACTS,
     check_args,
-    data_options,
     settings_of_checkpoint,
-    task_options,
 )
 from util import args as groups
 from util.cli import run_cli
@@ -75,7 +73,6 @@ def main() -> int | None:
     from sarwmix.finetune.results import Results, evaluation_folder, export_result, facts_of
     from sarwmix.models.custom import trust
     from sarwmix.models.settings import ModelSettings
-    from sarwmix.tasks.base import build_task
     from util.compilation import limit_memory
     from util.log import get_logger
     from util.run import start_processes
@@ -84,14 +81,12 @@ def main() -> int | None:
     if ":" in args.model and "model" in groups.given_flags(parser):
         trust(args.model)
     processes = start_processes(args, choose)
-    options = data_options(args)
-    spec = registry.get_spec(args.dataset, args.bands, options, args.data_path)
-    task = build_task(spec.task, spec.classes, task_options(args, spec, options))
-    bench = open_bench(args, task, spec, options, processes)
+    bench = open_bench(args, processes)
+    task, bands = bench.task, bench.splits["test"].spec.bands
     settings = ModelSettings(
         args.model,
         args.input_size,
-        len(spec.bands),
+        len(bands),
         drop_path_rate=args.drop_path or 0.0,
         drop_rate=args.drop_rate,
         head=args.head,
@@ -126,12 +121,12 @@ def load_initial_weights(
 ) -> None:
     """Where training starts from: timm's weights, a checkpoint, or what the model was made with."""
     from sarwmix.models.loading import load_start, load_timm_weights
-    from util.files import sha256_file
+    from util.files import hash_of_file
 
     test = bench.splits["test"]
     results.facts["initialisation"] = args.finetune or (f"timm {args.model}" if args.pretrained else "random")
     if args.finetune and bench.processes.is_main:  # the file may be written again while or after this run trains
-        results.facts["initialisation_sha256"] = sha256_file(args.finetune)
+        results.facts["initialisation_sha256"] = hash_of_file(args.finetune)
     if args.pretrained:
         load_timm_weights(model, settings)
         return

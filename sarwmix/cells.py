@@ -27,6 +27,11 @@ def join(cells: Tensor, side: int, bands: int) -> Tensor:
     return grid.permute(0, 5, 1, 3, 2, 4).reshape(batch, bands, rows * side, rows * side)
 
 
+def spread(values: Tensor, side: int) -> Tensor:
+    """One value a cell and band, (B, L, bands) -> a map of it, (B, bands, H, W)."""
+    return join(values.repeat(1, 1, side**2), side, values.shape[-1])
+
+
 def weighted_errors(rec: Tensor, target: Tensor, weights: Tensor | None, *, standardise: bool) -> Tensor:
     """(4,): the mean of weight * squared error over valid pixels, then `sarwmix.plain_errors.NAMES`, without gradient.
 

@@ -53,11 +53,9 @@ def open_run(args: argparse.Namespace, checkpoint: Path) -> tuple[Workbench, Pre
     """Data and model of a run, as its own evaluation opens them."""
     import numpy as np
 
-    from sarwmix.data import registry
     from sarwmix.finetune.bench import open_bench
-    from sarwmix.finetune.settings import check_args, data_options, settings_of_checkpoint, task_options
+    from sarwmix.finetune.settings import check_args, settings_of_checkpoint
     from sarwmix.inference.model import choose_device, from_checkpoint
-    from sarwmix.tasks.base import build_task
     from util.checkpoint import load_checkpoint
     from util.distributed import Processes
 
@@ -70,12 +68,9 @@ def open_run(args: argparse.Namespace, checkpoint: Path) -> tuple[Workbench, Pre
     settings_of_checkpoint(flags, {"data_path", "batch_size", "amp"})
     check_args(flags)
     model = from_checkpoint(checkpoint).to(choose_device(args.device))
-    options = data_options(flags)
-    spec = registry.get_spec(flags.dataset, flags.bands, options)
-    task = build_task(spec.task, spec.classes, task_options(flags, spec, options))
-    if task.classes != model.classes or spec.bands != model.bands:
+    bench = open_bench(flags, Processes(device=model.device))
+    if bench.task.classes != model.classes or bench.splits["test"].spec.bands != model.bands:
         raise UserError(f"{checkpoint} was trained on other classes or bands than the data has now")
-    bench = open_bench(flags, task, spec, options, Processes(device=model.device))
     if args.split not in bench.splits:
         raise UserError(f"the run has no split {args.split}; it has {', '.join(bench.splits)}")
     data = bench.splits[args.split]

@@ -225,6 +225,7 @@ def test_every_tool_takes_a_folder(by_class: Path, tmp_path_factory: pytest.Temp
     tool("main_finetune.py", *data, *small, *start, "--output_dir", "out/ft")
     tool("main_finetune.py", *data, *small, *start, "--protocol", "linear", "--output_dir", "out/linear")
     tool("main_finetune.py", *data, "--eval", "--resume", "out/ft/checkpoint_best.pth", "--output_dir", "out/eval")
+    tool("scripts/stress.py", "out/ft", "--only", "swapped_bands", "--out", "out/stress")
     tool("scripts/extract_features.py", "--model", "out/ft", *data, "--split", "test", "--out", "out/features.parquet")
     scene = str(by_class / "forest" / "forest_0.tif")
     tool("scripts/predict.py", "--model", "out/ft", "--scene", scene, "--unit", "dB", "--out", "out/maps")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hashlib
 import io
 import json
@@ -415,21 +416,43 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     Raises:
         OSError: as `open_file`.
     """
-    records = []
+    return whole_records(path)[0]
+
+
+def whole_records(path: str | os.PathLike[str]) -> tuple[list[dict[str, Any]], int]:
+    """As `read_jsonl`, and how many lines were no object.
+
+    Raises:
+        OSError: as `open_file`.
+    """
+    records, others = [], 0
     for line in read_bytes(path, TEXT_LIMIT).decode("utf-8", "replace").splitlines():
         try:
             record = parse_json(line)
         except ValueError:
-            continue
+            record = None
         if isinstance(record, dict):
             records.append(record)
-    return records
+        elif line.strip():
+            others += 1
+    return records, others
 
 
 def sha256_file(path: str | os.PathLike[str]) -> str:
     """SHA-256 of a file as 64 hexadecimal digits."""
     with open_file(path) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def hash_of_file(path: str | os.PathLike[str]) -> str:
+    """`sha256_file`, read once a process while the file stays as it is: weights have gigabytes, and several ask."""
+    state = os.stat(path)
+    return _hash_at(os.fspath(path), state.st_size, state.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=256)
+def _hash_at(path: str, size: int, changed: int) -> str:
+    return sha256_file(path)
 
 
 def safe_join(root: str | os.PathLike[str], name: str) -> Path:

@@ -22,7 +22,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from util.files import read_json, sha256_file, write_json
+from util.files import hash_of_file, read_json, write_json
 
 FORMAT = "sarwmix-passport/1"
 PASSPORT_FILE = "passport.json"
@@ -88,13 +88,7 @@ def _parents(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, str]]]:
     for flag in PARENTS:
         path = str(getattr(args, flag, "") or "")
         if path and path != "auto" and Path(path).is_file():
-            stat = os.stat(path)
-            yield flag, {"path": path, "sha256": _hash_of(path, stat.st_size, stat.st_mtime_ns)}
-
-
-@functools.lru_cache(maxsize=16)
-def _hash_of(path: str, size: int, changed: int) -> str:
-    return sha256_file(path)
+            yield flag, {"path": path, "sha256": hash_of_file(path)}
 
 
 @functools.lru_cache(maxsize=1)

@@ -155,7 +155,7 @@ class TrainingRun:
                 path,
                 self.identity,
                 processes=self.group,
-                load_model=partial(_with_source, load_model, str(path)),
+                load_model=lambda checkpoint: load_model(checkpoint, str(path)),
                 optimizer=self._optimizer,
                 scaler=self._scaler,
                 batch=self._batch,
@@ -294,10 +294,6 @@ class TrainingRun:
         if not self.saver.stopped:
             self.saver.close()
         return self.saver.stopped
-
-
-def _with_source(load_model: Callable[[dict[str, Any], str], None], source: str, checkpoint: dict[str, Any]) -> None:
-    load_model(checkpoint, source)
 
 
 class EpochNotes:

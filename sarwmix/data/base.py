@@ -180,6 +180,11 @@ class SharedImages(NamedTuple):
     read: Callable[[np.ndarray], torch.Tensor]
 
 
+def labels_digest(labels: np.ndarray) -> str:
+    """SHA-256 of labels, numbers or multi-hot, whatever their type: equal labels have equal digests."""
+    return hashlib.sha256(np.ascontiguousarray(labels, dtype="<i8").tobytes()).hexdigest()
+
+
 class SarDataset(torch.utils.data.Dataset):
     """Map-style data set of SAR patches in dB.
 
@@ -292,9 +297,7 @@ class SarDataset(torch.utils.data.Dataset):
             "statistics": self.statistics.as_dict(),
         }
         if self.labels is not None:
-            facts["labels_sha256"] = hashlib.sha256(
-                np.ascontiguousarray(self.labels, dtype="<i8").tobytes()
-            ).hexdigest()
+            facts["labels_sha256"] = labels_digest(self.labels)
         if self.spec.preprocessing != Preprocessing():
             facts["preprocessing"] = self.spec.preprocessing.as_dict()
         return facts

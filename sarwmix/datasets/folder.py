@@ -27,7 +27,7 @@ from sarwmix.data.io.rasters import Grid, band_numbers, check_same_grid, held_ou
 from sarwmix.data.labels import parse_label_list
 from sarwmix.data.pixels import UNITS, blank_fills, check_unit, to_decibel
 from sarwmix.data.spec import SAR_BANDS, DatasetSpec, EmptySplit, Statistics, parse_split
-from sarwmix.datasets.scenes import _partner_key, _polarisations, _side_product
+from sarwmix.datasets.scenes import partner_key, polarisations, side_product
 from sarwmix.preprocessing import Preprocessing
 from util.arrays import load_npy
 from util.errors import UserError
@@ -491,7 +491,7 @@ def find_images(root: Path, bands: Sequence[str]) -> dict[str, dict[str, str]]:
     """
     found: dict[str, dict[str, str]] = {}
     for path in _files(root):
-        if path.name.lower().endswith(IMAGES) and _side_product(path) is None and path.parent.name not in MASK_FOLDERS:
+        if path.name.lower().endswith(IMAGES) and side_product(path) is None and path.parent.name not in MASK_FOLDERS:
             name, band = name_of(path.relative_to(root))
             files = found.setdefault(name, {})
             if band in files or (files and "" in (band, *files)):
@@ -503,10 +503,10 @@ def find_images(root: Path, bands: Sequence[str]) -> dict[str, dict[str, str]]:
 
 def name_of(path: Path) -> tuple[str, str]:
     """Name of the image that a file belongs to, and the band that its own name says ("": all)."""
-    named = _polarisations(path.stem, SAR_BANDS)
+    named = polarisations(path.stem, SAR_BANDS)
     if len(named) != 1:
         return path.with_suffix("").as_posix(), ""
-    folder, stem = _partner_key(path, named[0])
+    folder, stem = partner_key(path, named[0])
     return (folder / stem).as_posix(), named[0]
 
 

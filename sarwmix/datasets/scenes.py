@@ -101,7 +101,7 @@ def _listing(items: Sequence[str]) -> str:
     return "; ".join(items[:_NAMED]) + more
 
 
-def _polarisations(text: str, bands: Sequence[str]) -> list[str]:
+def polarisations(text: str, bands: Sequence[str]) -> list[str]:
     """Bands named in a text as words of their own: `S1_VV.tif` and `Sigma0_VV_db` name VV, `SAVVY.tif` does not."""
     words = {word.upper() for word in re.split(r"[^A-Za-z0-9]+", text)}
     return [band for band in bands if band in words]
@@ -139,7 +139,7 @@ _SIDE_WORDS = ("bordermask", "layover", "shadow", "incidence", "coherence")
 _LAST_WORDS = ("mask", "inc", "lia", "theta", "angle", "ls", "lsmap", "noise", "coh", "area", "ratio", "dem", "rgb")
 
 
-def _side_product(path: Path) -> str | None:
+def side_product(path: Path) -> str | None:
     """The word in a file's name that says that it holds no backscatter."""
     words = [word.lower() for word in re.split(r"[^A-Za-z0-9]+", path.stem) if word]
     for word in words:
@@ -217,7 +217,7 @@ def _whole_bands(header: _Header, order: tuple[str, ...] | None, bands: Sequence
     Raises:
         UserError: The declared order contradicts the file.
     """
-    named = [_polarisations(text, bands) for text in header.descriptions]
+    named = [polarisations(text, bands) for text in header.descriptions]
     described = [[number for number, found in enumerate(named, start=1) if found == [band]] for band in bands]
     usable = all(len(numbers) == 1 for numbers in described)
     if order is not None:
@@ -275,7 +275,7 @@ def find_scenes(
     whole: list[tuple[str, _Header, list[int]]] = []
     single: dict[tuple[Path, str], dict[str, _Header]] = {}
     for path, header in zip(paths, headers, strict=True):
-        side = _side_product(path)
+        side = side_product(path)
         if isinstance(header, str):
             ignored.append(f"{path}: {header}")
         elif _is_raw(path):
@@ -291,12 +291,12 @@ def find_scenes(
             else:
                 whole.append((path.stem, header, numbers))
         else:
-            named = _polarisations(path.stem, bands) or _polarisations(header.descriptions[0], bands)
+            named = polarisations(path.stem, bands) or polarisations(header.descriptions[0], bands)
             if len(named) != 1:
                 holds = " and ".join(named) or f"none of {', '.join(bands)}"
                 ignored.append(f"{path}: one band, and its name holds {holds}")
                 continue
-            partners = single.setdefault(_partner_key(path, named[0]), {})
+            partners = single.setdefault(partner_key(path, named[0]), {})
             if named[0] in partners:
                 raise UserError(
                     f"{partners[named[0]].path} and {path} are both {named[0]} of the same scene; "
@@ -380,16 +380,16 @@ def find_scenes(
     return sorted((scene for _, scene in scenes), key=lambda scene: scene.name), ignored
 
 
-def _partner_key(path: Path, band: str) -> tuple[Path, str]:
+def partner_key(path: Path, band: str) -> tuple[Path, str]:
     """What the files of one scene share: their folder, and their name without the band."""
     stem = re.sub(rf"(^|[^A-Za-z0-9])({band})(?=$|[^A-Za-z0-9])", r"\1", path.stem, flags=re.IGNORECASE)
     return path.parent, re.sub(r"^[^A-Za-z0-9]+|[^A-Za-z0-9]+$", "", stem)
 
 
 def _scene_key(path: Path, bands: Sequence[str]) -> tuple[Path, str] | None:
-    """As `_partner_key` of a file that names one band; None of others."""
-    named = _polarisations(path.stem, bands)
-    return _partner_key(path, named[0]) if len(named) == 1 else None
+    """As `partner_key` of a file that names one band; None of others."""
+    named = polarisations(path.stem, bands)
+    return partner_key(path, named[0]) if len(named) == 1 else None
 
 
 def _rest(scene: Scene) -> tuple[Any, ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -16,7 +15,7 @@ from torch import nn
 
 from engine_finetune import Augmentation, Evaluation, evaluate, extract_features
 from sarwmix.data import registry
-from sarwmix.data.base import IGNORED, MaskDataset, SarDataset, UnreadableSample
+from sarwmix.data.base import IGNORED, MaskDataset, SarDataset, UnreadableSample, labels_digest
 from sarwmix.data.fraction import take_fraction
 from sarwmix.data.loader import Loader, build_loader
 from sarwmix.data.spec import EmptySplit
@@ -31,8 +30,9 @@ from sarwmix.finetune.probes import (
     save_features,
 )
 from sarwmix.finetune.probes import whole_split as all_of
+from sarwmix.finetune.settings import data_options, task_options
 from sarwmix.mixup import Mixup
-from sarwmix.tasks.base import Task
+from sarwmix.tasks.base import Task, build_task
 from sarwmix.transforms import SarTransform
 from util.distributed import Processes
 from util.errors import UserError
@@ -134,8 +134,7 @@ def data_facts(splits: Mapping[str, SarDataset], options: Mapping[str, Any]) -> 
         entries[split] = {key: identity.pop(key) for key in ("count", "names_sha256")}
         found |= identity  # what a data set adds to its identity: the label set
         if part.whole.labels is not None:
-            labels = np.ascontiguousarray(part.whole.labels)
-            entries[split]["labels_sha256"] = hashlib.sha256(labels.astype(np.int64).tobytes()).hexdigest()
+            entries[split]["labels_sha256"] = labels_digest(part.whole.labels)
     return {"splits": entries, "data_options": found}
 
 
@@ -331,25 +330,19 @@ class Workbench:
         return Evaluation(split, outputs, queries.names, clusters=queries.clusters)
 
 
-def open_bench(
-    args: argparse.Namespace,
-    task: Task,
-    spec: registry.DatasetSpec,
-    options: Mapping[str, Any],
-    processes: Processes,
-) -> Workbench:
-    """The workbench of a command line.
+def open_bench(args: argparse.Namespace, processes: Processes) -> Workbench:
+    """The workbench of a command line: its task, splits and how they are read.
 
     Args:
         args: flags of main_finetune.py.
-        task: kind of label.
-        spec: of the data set, with the chosen bands.
-        options: of the data set.
         processes: all of the run.
 
     Raises:
         UserError: a protocol, rule or head that the task does not have, or data that cannot be used.
     """
+    options = data_options(args)
+    spec = registry.get_spec(args.dataset, args.bands, options, args.data_path)
+    task = build_task(spec.task, spec.classes, task_options(args, spec, options))
     task.rules()  # refuses an unknown --select before any data is read
     check_protocol(task, args.protocol, head=args.head)
     splits = open_splits(

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sarwmix.data.base import SarDataset
+from sarwmix.data.base import SarDataset, labels_digest
 from sarwmix.heads import LinearProbe
 from sarwmix.tasks.base import Task
 from util.arrays import load_npy
@@ -121,8 +121,7 @@ def data_hashes(data: SarDataset) -> dict[str, Any]:
     """
     found: dict[str, Any] = {"count": len(data), "names_sha256": data.names.digest()}
     if data.labels is not None:
-        labels = np.ascontiguousarray(data.labels).astype(np.int64)
-        found["labels_sha256"] = hashlib.sha256(labels.tobytes()).hexdigest()
+        found["labels_sha256"] = labels_digest(data.labels)
     try:
         found["pixels_sha256"] = pixel_fingerprint(data)
     except UserError:

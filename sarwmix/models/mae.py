@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from models_mixmim import MixMIMOutput, init_linear
-from sarwmix.cells import cut, join, weighted_errors
+from sarwmix.cells import cut, join, spread, weighted_errors
 from sarwmix.models.backbones import create_encoder
 from sarwmix.models.settings import ModelSettings
 from sarwmix.sizes import CELL_STRIDE, MAE_VITS
@@ -161,7 +161,7 @@ class MaskedViT(nn.Module):
         target = self.cells_of(images)
         counted = hidden[:, :, None].expand_as(target).to(target.dtype)
         if weights is not None and weights.ndim == 3:
-            weights = join(weights.repeat(1, 1, CELL_STRIDE**2), CELL_STRIDE, self.in_chans)
+            weights = spread(weights, CELL_STRIDE)
         if weights is not None:
             counted = counted * self.cells_of(weights)
         return weighted_errors(rec, target, counted, standardise=self.norm_pix_loss)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from util.errors import UserError
-from util.files import sha256_file
+from util.files import hash_of_file
 
 TABLE = Path(__file__).resolve().parents[1] / "tables" / "weights.csv"
 RADAR_UNITS = ("dB", "linear", "amplitude")
@@ -81,7 +81,7 @@ def find_passport(path: str | Path) -> Passport | None:
     named = next((row for row in known_weights() if any(fnmatch(name, row.pattern) for name in names)), None)
     if named is not None and not named.sha256:
         return named
-    digest = sha256_file(place)
+    digest = hash_of_file(place)
     return next((row for row in known_weights() if row.sha256 and digest.startswith(row.sha256)), None)
 
 

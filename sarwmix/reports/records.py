@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from util.errors import UserError
-from util.files import read_json, read_jsonl
+from util.files import read_json, whole_records
 
 _LONGEST = 10_000_000  # epochs
 _NUMBER = "a number or null"
@@ -48,8 +48,7 @@ def read_epochs(file: Path) -> tuple[list[dict[str, Any]], int]:
         UserError: no regular file, or too long.
     """
     try:
-        records = read_jsonl(file)
-        lines = len([line for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()])
+        records, incomplete = whole_records(file)
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror or error}") from error
     good = [
@@ -61,7 +60,7 @@ def read_epochs(file: Path) -> tuple[list[dict[str, Any]], int]:
     ]
     # A resumed run may have written an epoch again: the last line counts.
     by_epoch = {record["epoch"]: record for record in good}
-    return [by_epoch[epoch] for epoch in sorted(by_epoch)], lines - len(good)
+    return [by_epoch[epoch] for epoch in sorted(by_epoch)], incomplete + len(records) - len(good)
 
 
 def read_metrics(file: Path) -> Any:

@@ -16,7 +16,7 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ import numpy as np
 from sarwmix.reports.records import read_epochs, read_metrics, read_settings
 from sarwmix.tasks.selection import as_fraction, selected_text
 from util.errors import UserError
-from util.files import read_json, sha256_file
+from util.files import hash_of_file, read_json
 
 # the metric shown for each kind of run: the first one that it has
 MAIN_METRICS = {"ap_macro": "macro AP", "iou": "IoU", "miou": "mean IoU", "acc": "accuracy"}
@@ -277,17 +277,10 @@ class RunRecord:
         return (*self.line, self.protocol, tuple(sorted(self.recipe.items())), self.selected, alone)
 
 
-@lru_cache
-def _file_hash(path: str, size: int, changed: int) -> str:
-    """Many runs start from one file, which is read once while it stays as it is."""
-    return sha256_file(path)
-
-
 def _content(start: str) -> str:
     """Hash of a file; what was given where there is no such file."""
     try:
-        state = Path(start).stat()
-        return _file_hash(start, state.st_size, state.st_mtime_ns) if Path(start).is_file() else start
+        return hash_of_file(start) if Path(start).is_file() else start
     except OSError:
         return start
 
@@ -326,7 +319,7 @@ def read_run(path: str | Path) -> RunRecord:
         if not path.exists():
             raise UserError(f"{path} does not exist; give output folders of main_finetune.py")
         begun = path.is_dir() and any((path / name).exists() for name in ("args.json", "checkpoint.pth", "log.txt"))
-        args = _settings_of(path) if begun and (path / "args.json").is_file() else {}
+        args = read_settings(path / "args.json") if begun and (path / "args.json").is_file() else {}
         if "mask_ratio" in args:
             raise UserError(
                 f"{path} is a run of main_pretrain.py, which has no test result; fine-tune its checkpoint and give "
@@ -340,8 +333,8 @@ def read_run(path: str | Path) -> RunRecord:
     try:
         if not isinstance(content["results"], dict) or not content["results"]:
             raise KeyError("results")
-        beside = (file.parent / "args.json").is_file()
-        args = _settings_of(file.parent) if beside else _evaluated_settings(file)
+        beside = file.parent / "args.json"
+        args = read_settings(beside) if beside.is_file() else _evaluated_settings(content)
         run = RunRecord(file.parent.resolve().name, file.parent, "finetune", args, [], content, file)
         if "scalars" not in next(iter(content["results"].values()))["test"]:
             raise KeyError("scalars")
@@ -366,9 +359,9 @@ def load_run(folder: str | Path) -> RunRecord:
         raise UserError(f"run {path} does not exist; give the --output_dir of main_pretrain.py or main_finetune.py")
     notes: list[str] = []
     if (path / "args.json").is_file():
-        args = _settings_of(path)
+        args = read_settings(path / "args.json")
     elif (path / "metrics_eval.json").is_file():  # --eval with an --output_dir of its own
-        args = _evaluated_settings(path / "metrics_eval.json")
+        args = _evaluated_settings(read_metrics(path / "metrics_eval.json"))
         if not args:
             notes.append("evaluation without the settings of its training: args.json is not beside the checkpoint")
     else:
@@ -399,17 +392,12 @@ def load_run(folder: str | Path) -> RunRecord:
     return RunRecord(path.resolve().name, path, kind, args, epochs, metrics, file, notes)
 
 
-def _settings_of(folder: Path) -> dict[str, Any]:
-    return read_settings(folder / "args.json")
-
-
-def _evaluated_settings(file: Path) -> dict[str, Any]:
-    """Settings of the run whose checkpoint was evaluated; empty where it is not there any more."""
-    content = read_metrics(file)
+def _evaluated_settings(content: Any) -> dict[str, Any]:
+    """Settings of the run whose checkpoint metrics_eval.json is about; empty where it is not there any more."""
     results = content.get("results") if isinstance(content, dict) else None
     for checkpoint in results if isinstance(results, dict) else ():
         if (Path(checkpoint).parent / "args.json").is_file():
-            return _settings_of(Path(checkpoint).parent)
+            return read_settings(Path(checkpoint).parent / "args.json")
     return {}
 
 
