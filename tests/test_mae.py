@@ -12,6 +12,7 @@ import torch
 
 import main_finetune
 import main_pretrain
+from sarwmix.inference.model import open_model
 from sarwmix.models.backbones import build_classifier
 from sarwmix.models.loading import load_start
 from sarwmix.models.mae import PATCH, MaskedViT
@@ -136,6 +137,10 @@ def test_entry_scripts_train_it_resume_draw_and_fine_tune(
     own, taken = tuned.state_dict(), [name for name in saved["model"] if name.startswith("encoder.")]
     assert len(taken) > 140
     assert all(torch.equal(own[name], saved["model"][name]) for name in taken)
+    opened = open_model(whole / "checkpoint.pth")  # as extract_features.py and stress.py open it
+    images = torch.randn(2, 2, 128, 128)
+    with torch.no_grad():
+        assert torch.equal(opened.model.forward_features(images), tuned.eval().forward_features(images))  # type: ignore[operator]
     words = [*common, "--epochs", 1, "--finetune", whole / "checkpoint.pth", "--protocol", "linear"]
     call(monkeypatch, main_finetune, *words, "--output_dir", tmp_path / "probe")
     assert (tmp_path / "probe" / "metrics.json").is_file()

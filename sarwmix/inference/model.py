@@ -13,16 +13,17 @@ Shapes: B images, C bands, H x W pixels as read, D features, K classes.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from models_mixmim import MODELS, MixMIMEncoder, encoder_config
+from models_mixmim import MODELS
 from sarwmix.data import registry
 from sarwmix.data.spec import Statistics
+from sarwmix.models.backbones import build_encoder
 from sarwmix.models.loading import load_trained
 from sarwmix.models.settings import ModelSettings
 from sarwmix.tasks.base import Task, build_task, task_class
@@ -379,7 +380,7 @@ def _assemble(
     model: nn.Module
     with taking_apart(source):
         if kind == "pretrain":
-            model = MixMIMEncoder(img_size=settings.input_size, in_chans=len(bands), **encoder_config(settings.name))
+            model = build_encoder(replace(settings, in_chans=len(bands)))
             _load_encoder(model, state, source)
         elif kind == "finetune":
             name = str(record.get("task"))
@@ -414,7 +415,7 @@ def _registered_size(dataset: Any, otherwise: int) -> Sequence[int]:
     return (side, side)
 
 
-def _load_encoder(model: MixMIMEncoder, state: Mapping[str, Tensor], source: str) -> None:
+def _load_encoder(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
     """Weights of a pretraining checkpoint without its decoder; everything else must fit."""
     own = model.state_dict()
     taken = {name: value for name, value in state.items() if name != "mask_token" and not name.startswith("decoder_")}

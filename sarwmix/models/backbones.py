@@ -39,6 +39,17 @@ def is_mixmim(name: str) -> bool:
     return name in MODELS or (name.startswith("mixmim") and ":" not in name)
 
 
+def build_encoder(settings: ModelSettings) -> MixMIMEncoder | TimmEncoder:
+    """An encoder alone, as pretraining leaves it: ``forward_features(images) -> (B, D)``.
+
+    Raises:
+        UserError: as of `build_classifier`.
+    """
+    if not is_mixmim(settings.name):
+        return TimmEncoder(settings, for_pixels=False)
+    return MixMIMEncoder(img_size=settings.input_size, in_chans=settings.in_chans, **encoder_config(settings.name))
+
+
 def build_classifier(settings: ModelSettings, num_classes: int) -> Classifier:
     """Model with one output vector per image.
 
