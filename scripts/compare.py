@@ -3,10 +3,10 @@
 
     python scripts/compare.py runs/compare_demo/linear_* runs/compare_demo/knn_* --out runs/table --latex
 
-Runs that differ in the seed alone become mean and deviation. What is not like for like (samples, labels, statistics,
-bands, label fraction, any flag that can change a result, seeds) is kept apart, marked by a letter and said below the
-table. Published numbers (sarwmix/tables/published_results.csv) stand in a column of their own, never averaged with
-ours.
+Runs that differ in seeds alone (their own, their pretraining's) become a mean with its 95 % interval. What is not like
+for like (samples, labels, statistics, bands, label fraction, any flag that can change a result, seeds) is kept apart,
+marked by a letter and said below the table. Published numbers (sarwmix/tables/published_results.csv) stand in a column
+of their own, never averaged with ours.
 """
 
 from __future__ import annotations
